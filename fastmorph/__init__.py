@@ -1,0 +1,39 @@
+"""fastmorph: grow a trained PyTorch network without changing what it computes."""
+
+from fastmorph import nn
+from fastmorph.bounds import tolerance
+from fastmorph.decomposition import Decomposition
+from fastmorph.deepen import Deepen
+from fastmorph.equation import compose, decompose
+from fastmorph.errors import InexactMorphError, MorphError
+from fastmorph.morph import Morphed, morph, restructure
+from fastmorph.operators import deepen
+from fastmorph.plan import Plan
+from fastmorph.problem import Problem
+from fastmorph.solvers import Auto, Direct, General, Practical
+from fastmorph.verify import Certificate, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Auto",
+    "Certificate",
+    "Decomposition",
+    "Deepen",
+    "Direct",
+    "General",
+    "InexactMorphError",
+    "MorphError",
+    "Morphed",
+    "Plan",
+    "Practical",
+    "Problem",
+    "compose",
+    "decompose",
+    "deepen",
+    "morph",
+    "nn",
+    "restructure",
+    "tolerance",
+    "verify",
+]

@@ -1,0 +1,63 @@
+"""Arrays of any library in, the same kind out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmorph.errors import MorphError
+
+Restore = Callable[[Tensor], Any]
+
+
+def to_tensor(array: Any, name: str) -> tuple[Tensor, Restore]:
+    """View `array` as a detached tensor; the second result turns tensors back into the array's own kind.
+
+    Raises MorphError if it is neither a tensor, a numpy array nor a DLPack exporter, or not of a real floating dtype.
+    """
+    if isinstance(array, Tensor):
+        tensor, restore = array.detach(), cast(Restore, _unchanged)
+    elif isinstance(array, np.ndarray):
+        # torch takes neither read-only memory, nor negative strides, nor foreign byte order: those are copied.
+        plain = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
+        try:
+            tensor = torch.from_numpy(array if plain else array.astype(array.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            raise _wrong_dtype(name, str(array.dtype)) from None
+        restore = _to_numpy
+    elif hasattr(array, "__dlpack__"):
+        tensor, restore = torch.utils.dlpack.from_dlpack(array), _dlpack_restorer(array, name)
+    else:
+        raise MorphError(
+            f"{name} is a {type(array).__name__}; pass a torch.Tensor, a numpy.ndarray or an array with __dlpack__."
+        )
+    if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
+        raise _wrong_dtype(name, str(tensor.dtype))
+    return tensor, restore
+
+
+def _wrong_dtype(name: str, dtype: str) -> MorphError:
+    return MorphError(f"{name} has dtype {dtype}; convert it to float64, float32, bfloat16 or float16.")
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _to_numpy(tensor: Tensor) -> Any:
+    return tensor.cpu().numpy()
+
+
+def _dlpack_restorer(array: Any, name: str) -> Restore:
+    if hasattr(array, "__array_namespace__"):
+        namespace = array.__array_namespace__()
+    else:
+        namespace = importlib.import_module(type(array).__module__.split(".")[0])
+    if not hasattr(namespace, "from_dlpack"):
+        raise MorphError(f"{name} is a {type(array).__name__}, whose library has no from_dlpack to take the answer back.")
+    return lambda tensor: namespace.from_dlpack(tensor.contiguous())

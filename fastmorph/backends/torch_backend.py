@@ -1,0 +1,111 @@
+"""The equation's linear maps as batched matrix products over taps, on any device that PyTorch has.
+
+Every map takes one leading batch dimension and loops over kernel taps at most, never over the batch, and never builds the
+dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co, Ch, *K2); N = K1 + K2 - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmorph.frame import Size, taps, volume, window
+
+
+class TorchBackend:
+    """Plain PyTorch. Other backends replace the maps they have kernels for."""
+
+    name = "torch"
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
+        k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
+        if volume(k1) < volume(k2):  # loop over the smaller kernel: the transposed equation swaps the two
+            return self.compose(second.transpose(1, 2), first.transpose(1, 2)).transpose(1, 2)
+        b, _, ci = first.shape[:3]
+        co = second.shape[1]
+        rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
+        by_tap = taps_first(second)  # (*K2, B, Co, Ch)
+        out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
+        for v in taps(k2):
+            out[(..., *window(v, k1))] += torch.bmm(by_tap[v], rows).view(b, co, ci, *k1)
+        return out
+
+    def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
+        """Adjoint of `compose` in F2: sum over i, w of T[o, i, v + w] * F1[h, i, w], -> (B, Co, Ch, *K2).
+
+        `target` (B, Co, Ci, *K) stands in the frame behind `before` zeros; products with the zeros around it are skipped.
+        """
+        k, k1 = tuple(target.shape[3:]), tuple(first.shape[3:])
+        by_tap = first.new_zeros(*k2, target.shape[0], target.shape[1], first.shape[1])
+        for v in taps(k2):
+            # F1's taps w in [low, high) are those that meet the target: 0 <= v + w - before < K.
+            low = tuple(max(0, b - x) for b, x in zip(before, v, strict=True))
+            high = tuple(min(n, b - x + m) for n, b, x, m in zip(k1, before, v, k, strict=True))
+            size = tuple(h - a for h, a in zip(high, low, strict=True))
+            if min(size, default=1) <= 0:
+                continue
+            start = tuple(x + a - b for x, a, b in zip(v, low, before, strict=True))
+            left = target[(..., *window(start, size))].flatten(2)  # (B, Co, Ci*|size|)
+            right = first[(..., *window(low, size))].flatten(2)  # (B, Ch, Ci*|size|)
+            by_tap[v] = torch.bmm(left, right.mT)
+        return taps_last(by_tap)
+
+    def row_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """Lower triangle of A A^T, (B, |K2|*Ch, |K2|*Ch), rows ordered tap by tap; the upper one is left at zero.
+
+        Block Toeplitz: the block (v, v') depends on the lag v - v' alone, and a lag's block is the transpose of its
+        opposite's, so each is computed once and the lower triangle needs the lexicographically non-negative ones only.
+        """
+        b, ch = first.shape[:2]
+        k1 = tuple(first.shape[3:])
+        out = first.new_zeros(b, volume(k2), ch, volume(k2), ch)
+        positions = list(taps(k2))
+        pairs: dict[Size, list[tuple[int, int]]] = {}
+        for r, v in enumerate(positions):
+            for c, w in enumerate(positions[: r + 1]):
+                pairs.setdefault(tuple(x - y for x, y in zip(v, w, strict=True)), []).append((r, c))
+        for lag, places in pairs.items():
+            # sum over i, w of F1[h, i, w] * F1[h', i, w + lag]
+            size = tuple(n - abs(d) for n, d in zip(k1, lag, strict=True))
+            if min(size, default=1) <= 0:
+                continue
+            here = first[(..., *window(tuple(max(0, -d) for d in lag), size))].flatten(2)
+            there = first[(..., *window(tuple(max(0, d) for d in lag), size))].flatten(2)
+            block = torch.bmm(here, there.mT)
+            for r, c in places:
+                out[:, r, :, c, :] = block
+        return out.view(b, volume(k2) * ch, volume(k2) * ch)
+
+    def column_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A^T A, (B, Ci*|N|, Ci*|N|): |K2| shifted copies, added up, of one product over the hidden channels."""
+        b, _, ci = first.shape[:3]
+        k1 = tuple(first.shape[3:])
+        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+        rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
+        product = torch.bmm(rows.mT, rows).view(b, ci, *k1, ci, *k1)
+        out = first.new_zeros(b, ci, *n, ci, *n)
+        for v in taps(k2):
+            out[(slice(None), slice(None), *window(v, k1), slice(None), *window(v, k1))] += product
+        return out.view(b, ci * volume(n), ci * volume(n))
+
+    def dense_system(self, first: Tensor, k2: Size) -> Tensor:
+        """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
+        b, ch, ci = first.shape[:3]
+        k1 = tuple(first.shape[3:])
+        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+        out = first.new_zeros(b, *k2, ch, ci, *n)
+        for v in taps(k2):
+            out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+        return out.view(b, volume(k2) * ch, ci * volume(n))
+
+
+def taps_first(kernel: Tensor) -> Tensor:
+    """(B, O, I, *K) -> (*K, B, O, I), contiguous."""
+    return kernel.permute(*range(3, kernel.ndim), 0, 1, 2).contiguous()
+
+
+def taps_last(kernel: Tensor) -> Tensor:
+    """(*K, B, O, I) -> (B, O, I, *K), a view."""
+    dims = kernel.ndim - 3
+    return kernel.permute(dims, dims + 1, dims + 2, *range(dims))

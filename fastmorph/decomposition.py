@@ -1,0 +1,39 @@
+"""What a solver returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmorph.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Two kernels whose full convolution is the weight, and how well and by what they were found.
+
+    Tensors or numpy arrays, as the weight was; the kernels have its dtype, the figures are float64.
+
+    Attributes:
+        first: F1, (*B, Ch, Ci, *K1), the layer next to the input.
+        second: F2, (*B, Co, Ch, *K2), the layer next to the output.
+        residual: (*B,) ||G - F2 * F1|| / ||G||, Frobenius, of the kernels as returned (rounded to their dtype), summed in
+            float64; the absolute norm where G is zero.
+        iterations: (*B,) half-steps that each item took; 0 for a closed form.
+        converged: (*B,) whether the residual is within what counts as exact for the dtype (`fastmorph.tolerance`).
+        solver: the solver that ran, with its settings; for `Auto`, the one it chose.
+        reason: why that solver, in a sentence.
+        cost: floating-point operations (multiply and add counted as 2) that the solver was expected to need for all items.
+        trace: (half-steps, *B) relative residual after each half-step, before rounding to the dtype; NaN once an item is done.
+    """
+
+    first: Any
+    second: Any
+    residual: Any
+    iterations: Any
+    converged: Any
+    solver: Solver
+    reason: str = ""
+    cost: float = 0.0
+    trace: Any = field(default=None, repr=False)

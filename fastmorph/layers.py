@@ -1,0 +1,184 @@
+"""Which layers can be morphed, how a layer's weight becomes an equation, and how it is replaced in a model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastmorph.errors import MorphError
+
+_DIMS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+# Modules whose own forward reads a sublayer's weight instead of calling it: the sublayer cannot become two.
+_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer that can be morphed.
+
+    Attributes:
+        name: its dotted name.
+        module: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.
+        dims: its number of spatial dimensions.
+    """
+
+    name: str
+    module: Any
+    dims: int
+
+    @property
+    def groups(self) -> int:
+        """Number of independent equations."""
+        return self.module.groups if self.dims else 1
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Output and input channels of all groups together."""
+        if self.dims:
+            return self.module.out_channels, self.module.in_channels
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size K."""
+        return tuple(self.module.weight.shape[2:])
+
+    def grouped_weight(self) -> Tensor:
+        """The weight as a batch of equations, (groups, Co / groups, Ci / groups, *K)."""
+        weight = self.module.weight.detach()
+        return weight.reshape(self.groups, -1, *weight.shape[1:])
+
+    def padding(self) -> list[tuple[int, int]]:
+        """Padding before and after each spatial dimension, in input pixels."""
+        given, sides = self.module.padding, []
+        for dim, (size, dilation) in enumerate(zip(self.kernel, self.module.dilation, strict=True)):
+            if given == "same":  # PyTorch puts the odd one behind
+                total = dilation * (size - 1)
+                sides.append((total // 2, total - total // 2))
+            else:
+                sides.append((0, 0) if given == "valid" else (given[dim], given[dim]))
+        return sides
+
+
+def find_layer(model: nn.Module, name: str) -> Layer:
+    """The layer called `name`, if replacing it can preserve what the model computes.
+
+    Raises MorphError, with the layer, the cause and the remedy.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
+        raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).")
+    module = modules[name]
+    if type(model).__name__ == "OptimizedModule":
+        raise _refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
+    kind = next((base for base in _DIMS if isinstance(module, base)), None)
+    if kind is None:
+        raise _refusal(name, f"it is a {type(module).__name__}", "name an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d")
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        raise _refusal(
+            name,
+            "its weight is computed anew from other tensors (weight_norm, spectral_norm, pruning or another parametrisation)",
+            "bake it first, e.g. torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise _refusal(name, "it is lazy and has no weight yet", "run the model once on a batch")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+        raise _refusal(
+            name,
+            f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
+            "convert the layer to a plain floating-point one",
+        )
+    overridden = [m for m in ("forward", "_conv_forward") if getattr(type(module), m, None) is not getattr(kind, m, None)]
+    if overridden or "forward" in vars(module):
+        raise _refusal(
+            name, f"{type(module).__name__} has a forward of its own", f"replace it by an equivalent plain nn.{kind.__name__}"
+        )
+    _check_surroundings(model, name, module, modules)
+    return Layer(name, module, _DIMS[kind])
+
+
+def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Refuse what other modules do with this one, or with its weight, besides calling it."""
+    for owner_name, attribute, owner in _owners(model, module):
+        if isinstance(owner, _READ_WEIGHTS):
+            raise _refusal(
+                name,
+                f"{type(owner).__name__} {owner_name!r} reads the weight of its {attribute!r} instead of calling it",
+                "morph another layer, or replace that module by one that calls its layers",
+            )
+    for other_name, other in modules.items():
+        for key, value in vars(other).items():
+            if not key.startswith("_") and any(item is module for item in _items(value)):
+                raise _refusal(
+                    name,
+                    f"{type(other).__name__} {other_name!r} also keeps it in its attribute {key!r}, outside PyTorch's registry",
+                    "keep it as a submodule (nn.ModuleList, nn.ModuleDict) only",
+                )
+        if other is not module:
+            for key, parameter in other._parameters.items():
+                if parameter is not None and _same_memory(parameter, module.weight):
+                    raise _refusal(
+                        name,
+                        f"its weight is tied to {other_name + '.' + key!r}",
+                        "untie it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())",
+                    )
+
+
+def _items(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set):
+        yield from value
+    else:
+        yield value
+
+
+def _same_memory(one: Tensor, two: Any) -> bool:
+    if one is two:
+        return True
+    if isinstance(one, nn.parameter.UninitializedParameter) or not one.numel():
+        return False
+    return one.device == two.device and one.device.type != "meta" and one.data_ptr() == two.data_ptr()
+
+
+def _refusal(name: str, cause: str, remedy: str) -> MorphError:
+    return MorphError(f"layer {name!r} cannot be morphed: {cause}; {remedy}.")
+
+
+def _owners(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every registered place of `module`: (owner's name, attribute, owner)."""
+    for owner_name, owner in model.named_modules():
+        for attribute, child in owner._modules.items():
+            if child is module:
+                yield owner_name, attribute, owner
+
+
+def replace_layer(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `model` has the layer, with its hooks and mode; returns the model (`new` if it was the layer)."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(layer.module, hooks))
+    new.train(layer.module.training)
+    if layer.module is model:
+        return new
+    for _, attribute, owner in list(_owners(model, layer.module)):
+        owner._modules[attribute] = new
+    return model

@@ -1,0 +1,42 @@
+"""Noise that depends on a seed alone, not on what else is solved beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmorph.errors import MorphError
+
+Generator = torch.Generator | np.random.Generator | None
+
+
+def draw_seed(generator: Generator) -> int:
+    """One seed from a torch or numpy generator; from torch's global one (`torch.manual_seed`) if None."""
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(2**62))
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise MorphError(f"generator={generator!r}; pass a torch.Generator, a numpy.random.Generator or None.")
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+class Noise:
+    """Standard normal noise for problems of one shape, stacked: `noise(*shape)` -> (B, *shape) in float64.
+
+    Each problem has a stream of its own, so that it gets the same noise alone and among others.
+    """
+
+    def __init__(self, seeds: Sequence[int], batches: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+        self.batches, self.device, self.dtype = batches, device, dtype
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, *shape: int) -> Tensor:
+        """The next draw, (B, *shape)."""
+        draws = [
+            torch.randn(batch, *shape, generator=generator, device=self.device, dtype=self.dtype)
+            for batch, generator in zip(self.batches, self.generators, strict=True)
+        ]
+        return draws[0] if len(draws) == 1 else torch.cat(draws)

@@ -1,0 +1,137 @@
+"""From checked problems of one shape to decompositions: stack, solve, equalise, round, measure, split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmorph import reference
+from fastmorph.backends import NumpyBackend, TorchBackend
+from fastmorph.bounds import half_step_is_exact, tolerance
+from fastmorph.decomposition import Decomposition
+from fastmorph.errors import InexactMorphError
+from fastmorph.frame import volume
+from fastmorph.half_step import HalfStep, batch_norm, pad
+from fastmorph.problem import Checked
+from fastmorph.randomness import Noise
+from fastmorph.solvers.base import Equation, Solution
+
+# A Gram matrix of more rows than this is not built merely to take one of two roundings back.
+_LARGEST_CORRECTION = 8192
+
+
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inexact: bool) -> list[Decomposition]:
+    """Solve problems that share sizes, dtype, device, backend and solver as one batch; results in order.
+
+    Raises InexactMorphError, with the first decomposition that is not exact, unless `allow_inexact`.
+    """
+    first = problems[0]
+    weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
+    batches = [len(p.weight) for p in problems]
+    work = torch.float32 if weight.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    noise = Noise(seeds, batches, weight.device, work)
+    equation = Equation(weight.to(work), first.hidden, first.frame, weight.dtype, noise, first.backend)
+    solution = _by_reference(equation, problems[0]) if isinstance(first.backend, NumpyBackend) else first.solver.solve(equation)
+    one, two = _rounded(equation, solution)
+    residual = _residual(equation, one, two)
+    answers, at = [], 0
+    for problem, batch in zip(problems, batches, strict=True):
+        part = slice(at, at + batch)
+        answers.append(_decomposition(problem, one[part], two[part], residual[part], solution, part))
+        at += batch
+        if not allow_inexact and not bool((residual[part] <= equation.tolerance).all()):
+            raise InexactMorphError(_inexact(problem, float(residual[part].max()), equation.tolerance), answers[-1])
+    return answers
+
+
+def _by_reference(equation: Equation, problem: Checked) -> Solution:
+    draws: list[np.ndarray] = []  # every item takes its rows of the same draws, as a batch would
+
+    def noise_for(item: int) -> reference.Draw:
+        calls = iter(range(2**30))
+
+        def draw(*shape: int) -> reference.Array:
+            call = next(calls)
+            if call == len(draws):
+                draws.append(equation.noise(*shape).cpu().numpy())
+            return draws[call][item]
+
+        return draw
+
+    found = [
+        problem.solver.reference(weight, equation.hidden, equation.frame, noise_for(item), equation.tolerance)
+        for item, weight in enumerate(equation.weight.cpu().numpy())
+    ]
+    steps = max((len(f.trace) for f in found), default=0)
+    trace = torch.tensor([[*f.trace, *[torch.nan] * (steps - len(f.trace))] for f in found], dtype=torch.float64)
+    trace = trace.reshape(len(found), steps).T
+    frame, (_, co, ci) = equation.frame, equation.sizes
+    first = torch.tensor(np.array([f.first for f in found])).reshape(-1, equation.hidden, ci, *frame.first)
+    second = torch.tensor(np.array([f.second for f in found])).reshape(-1, co, equation.hidden, *frame.second)
+    device = equation.weight.device
+    return Solution(first.to(device), second.to(device), trace.to(device), (~trace.isnan()).sum(0).to(device))
+
+
+def _rounded(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
+    """Equal standard deviations (Algorithm 1, line 8), then the answer's dtype."""
+    first, second = solution.first, solution.second
+    spread1, spread2 = (kernel.flatten(1).std(1, correction=0) for kernel in (first, second))
+    scale = (spread2 / spread1).sqrt()
+    scale = torch.where((spread1 > 0) & (spread2 > 0), scale, torch.ones_like(scale))
+    first = first * scale.view(-1, *(1,) * (first.ndim - 1))
+    second = second / scale.view(-1, *(1,) * (second.ndim - 1))
+    if equation.dtype in (torch.bfloat16, torch.float16):
+        # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, where it can make up for it.
+        first = first.to(equation.dtype).to(first.dtype)
+        second = _against_rounded(equation, first, second)
+    return first.to(equation.dtype), second.to(equation.dtype)
+
+
+def _against_rounded(equation: Equation, first: Tensor, second: Tensor) -> Tensor:
+    frame, (_, co, ci) = equation.frame, equation.sizes
+    equations = ci * volume(frame.size)
+    if not half_step_is_exact(frame, co, ci, equation.hidden) or equations > _LARGEST_CORRECTION:
+        return second
+    step = HalfStep(first, frame.second, equation.backend)
+    error = step.error(equation.weight, frame.before, second)
+    return second + step.solve(error, (0,) * len(frame.before))
+
+
+def _residual(equation: Equation, first: Tensor, second: Tensor) -> Tensor:
+    """||G - F2 * F1|| / ||G|| of the kernels as returned, (B,) float64."""
+    work = equation.weight.dtype
+    composed = TorchBackend().compose(first.to(work), second.to(work))
+    padded = pad(equation.weight, equation.frame.before, equation.frame.size)
+    return (batch_norm(padded - composed) / equation.norm()).double()
+
+
+def _decomposition(
+    problem: Checked, first: Tensor, second: Tensor, residual: Tensor, solution: Solution, part: slice
+) -> Decomposition:
+    shape, restore = problem.batch_shape, problem.restore
+    co, ci = problem.weight.shape[1:3]
+    trace, iterations = solution.trace[:, part], solution.iterations[part]
+    return Decomposition(
+        first=restore(first.reshape(*shape, *first.shape[1:])),
+        second=restore(second.reshape(*shape, *second.shape[1:])),
+        residual=restore(residual.reshape(shape)),
+        iterations=restore(iterations.reshape(shape)),
+        converged=restore((residual <= tolerance(problem.weight.dtype)).reshape(shape)),
+        solver=problem.solver,
+        reason=problem.reason,
+        cost=len(residual) * problem.solver.cost(co, ci, problem.hidden, problem.frame),
+        trace=restore(trace.reshape(len(trace), *shape)),
+    )
+
+
+def _inexact(problem: Checked, residual: float, limit: float) -> str:
+    co, ci = problem.weight.shape[1:3]
+    return (
+        f"{problem.solver} left a relative residual of {residual:.1e} for a weight of {co} x {ci} channels, size "
+        f"{problem.frame.kernel}, split at {problem.hidden} hidden channels into {problem.frame.first} and "
+        f"{problem.frame.second}; exact for {problem.weight.dtype} means at most {limit:.1e}. Give it more hidden channels "
+        f"or iterations, or pass allow_inexact=True to take the answer as it is."
+    )

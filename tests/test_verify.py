@@ -1,0 +1,410 @@
+"""What a certificate must accept, what it must refuse, and what `verify` must leave alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmorph.errors import MorphError
+from fastmorph.verify import Certificate, Row, verify
+
+
+class Call(nn.Module):
+    """A model that is one function of its input, with or without parameters."""
+
+    def __init__(self, function: Any, *modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.inner = nn.Sequential(*modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.inner(args[0]), *args[1:], **kwargs) if args else self.function(**kwargs)
+
+
+def returning(*values: Any) -> Call:
+    """A model without parameters that ignores its input and returns what it was given."""
+    return Call(lambda x: values[0] if len(values) == 1 else values)
+
+
+def family(error: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A parent, a child whose first layer is factored exactly and then off by `error`, and inputs."""
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    child = deepcopy(parent)
+    first, second = nn.Linear(6, 16, bias=False).double(), nn.Linear(16, 12).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.linalg.pinv(second.weight) @ parent[0].weight)
+        second.bias.copy_(parent[0].bias)
+        first.weight[0, 0] += error
+    child[0] = nn.Sequential(first, second)
+    return parent.to(dtype), child.to(dtype), torch.randn(5, 6, dtype=torch.float64).to(dtype)
+
+
+def only(certificate: Certificate) -> Row:
+    (row,) = certificate.rows
+    return row
+
+
+# --- algebra and rounding ----------------------------------------------------------------------------------------
+
+
+def test_an_exact_float64_child_holds_within_rounding() -> None:
+    parent, child, x = family()
+    certificate = verify(parent, child, x)
+    assert certificate
+    assert 0 < certificate.max_rel < 1e-14
+    assert (certificate.dtype, certificate.tolerance, certificate.modes) == (torch.float64, 1e-9, ("eval",))
+    assert only(certificate).max_abs == (child(x) - parent(x)).abs().max().item()
+    assert certificate.verdict.startswith("HOLDS")
+
+
+@pytest.mark.parametrize("error", [1e-6, 1e-8])
+def test_a_small_error_in_one_weight_fails_in_float64(error: float) -> None:
+    certificate = verify(*family(error))
+    assert not certificate
+    assert error / 1e3 < certificate.max_rel < error
+    assert certificate.verdict.startswith("FAILS in algebra")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_alone_holds_and_is_told_from_algebra(dtype: torch.dtype) -> None:
+    parent, child, x = family(dtype=dtype)
+    certificate = verify(parent, child, x)
+    own, exact = certificate.rows
+    assert certificate
+    assert certificate.dtype == dtype
+    assert (own.precision, exact.precision) == (str(dtype).removeprefix("torch."), "float64")
+    wide = deepcopy(parent).double()(x.double())
+    assert own.noise == pytest.approx(((parent(x).double() - wide).abs().max() / wide.abs().max()).item())
+    eps = torch.finfo(dtype).eps
+    assert eps / 100 < own.max_rel < 8 * eps  # rounding, and really measured in the own dtype
+    assert eps / 100 < exact.max_rel < 4 * eps  # the weights of the copies keep the rounding of their dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_algebra_error_fails_in_low_precision_too(dtype: torch.dtype) -> None:
+    certificate = verify(*family(error=1e-3 if dtype == torch.float32 else 10.0, dtype=dtype))
+    assert not certificate
+    assert certificate.verdict.startswith("FAILS in algebra")
+
+
+def test_rounding_that_is_too_large_fails_but_not_in_algebra() -> None:
+    # Adding and taking away 1e4 costs float32 its last three digits, and float64 nothing that matters.
+    parent, _, x = family(dtype=torch.float32)
+    certificate = verify(parent, nn.Sequential(parent, Call(lambda y: (y + 1e4) - 1e4)), x)
+    own, exact = certificate.rows
+    assert not own.holds
+    assert exact.holds
+    assert not certificate
+    assert certificate.verdict.startswith("FAILS in rounding, not in algebra")
+    assert certificate.worst is own
+
+
+def test_a_given_tolerance_holds_for_every_row() -> None:
+    inexact = family(error=1e-3, dtype=torch.float32)
+    assert verify(*inexact, tolerance=1e-2)
+    assert not verify(*inexact, tolerance=1e-7)
+    certificate = verify(*family(dtype=torch.float32), tolerance=0)
+    assert [row.tolerance for row in certificate.rows] == [0, 0]
+    assert not certificate
+    parent, _, x = inexact
+    assert verify(parent, deepcopy(parent), x, tolerance=0)
+
+
+def test_mixed_dtypes_report_the_coarsest() -> None:
+    parent, child, x = family(dtype=torch.bfloat16)
+    heads = [Call(lambda y: y.to(torch.get_default_dtype()), model) for model in (parent, child)]
+    models = [nn.Sequential(head, nn.Linear(4, 2)) for head in heads]
+    models[1][1] = models[0][1]
+    certificate = verify(*models, x)
+    assert certificate
+    assert certificate.dtype == torch.bfloat16
+
+
+def test_complex_weights_are_widened() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(x) @ self.weight  # (3, 8) -> (3, 5), one dtype on both sides
+
+    model, x = Spectral(), torch.randn(3, 8)
+    certificate = verify(model, deepcopy(model), x)
+    assert certificate
+    assert certificate.dtype == torch.float32
+    other = deepcopy(model)
+    other.weight.data[0, 0] += 1e-2j
+    assert not verify(model, other, x)
+
+
+# --- what verify leaves alone --------------------------------------------------------------------------------------
+
+
+def test_models_inputs_and_generators_are_untouched_in_train_mode() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Sequential(nn.Linear(8, 3)))
+    model(torch.randn(4, 6)).sum().backward()
+    model.train()
+    model[1].eval()
+    model[3].eval()
+    model[0].bias.requires_grad_(False)
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def snapshot() -> list[Any]:
+        tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers(), x]
+        flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+        numpy_state = [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]  # noqa: NPY002
+        settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.conv.fp32_precision
+        kept = [None if t is None else t.detach().clone().tolist() for t in tensors]
+        return [kept, flags, torch.get_rng_state().tolist(), torch.initial_seed(), random.getstate(), numpy_state, settings]
+
+    child = Call(lambda y: y + 0 * (random.random() + np.random.rand()), model)  # noqa: NPY002
+    before = snapshot()
+    assert verify(model, child, x, modes=("train", "eval"))
+    assert snapshot() == before
+
+    def broken(y: Tensor) -> Tensor:
+        torch.rand(3), random.random()
+        raise RuntimeError("a wall")
+
+    with pytest.raises(MorphError, match=r"The child could not be run in train mode: RuntimeError: a wall"):
+        verify(model, Call(broken, model), x, modes=("train",))
+    assert snapshot() == before
+
+
+def test_train_mode_uses_batch_statistics_and_eval_mode_does_not_see_them() -> None:
+    parent = nn.Sequential(nn.BatchNorm1d(6))
+    child = deepcopy(parent)
+    child[0].running_mean += 1.0  # plain to see in eval mode, unused in train mode
+    x = torch.randn(8, 6) * 3
+    certificate = verify(parent, child, x, modes=("train", "eval"))
+    assert [row.holds for row in certificate.rows] == [True, True, False, False]
+    assert certificate.worst.mode == "eval"
+    # The eval rows compare the models as given: 1 / sqrt(var + eps) with var = 1, not what a train pass leaves.
+    assert certificate.rows[2].max_abs == pytest.approx(1.0, rel=1e-4)
+
+
+def test_dropout_coincides_when_drawn_in_the_same_order() -> None:
+    parent, child, x = family(dtype=torch.float32)
+    models = [nn.Sequential(model, nn.Dropout(0.5), nn.Dropout1d(0.5)) for model in (parent, child)]
+    assert verify(*models, x, modes=("train",))
+    extra_draw = nn.Sequential(nn.Dropout(0.5), *models[1])
+    assert not verify(models[0], extra_draw, x, modes=("train",))
+    assert verify(models[0], extra_draw, x, modes=("eval",))
+
+
+def test_python_and_numpy_draws_coincide() -> None:
+    model = Call(lambda y: y * random.random() * np.random.rand(), nn.Linear(6, 2))  # noqa: NPY002
+    assert verify(model, deepcopy(model), torch.randn(3, 6))
+
+
+def test_a_model_that_works_in_place_changes_no_input_of_another_run() -> None:
+    model = Call(lambda y: y.mul_(2).add_(1))
+    x = torch.randn(3, 4)
+    kept = x.clone()
+    certificate = verify(model, Call(lambda y: y * 2 + 1), x, tolerance=0)
+    assert certificate
+    assert torch.equal(x, kept)
+    listed = [x]
+    assert verify(Call(lambda _, xs: xs.pop() + 1), Call(lambda _, xs: xs[0] + 1), x, listed)
+    assert len(listed) == 1
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    states: tuple[Tensor, ...]
+
+
+def test_nested_outputs_have_readable_names() -> None:
+    def nested(y: Tensor) -> dict[str, Any]:
+        top = torch.max(y, dim=1)  # a named tuple of floats and integers
+        return {"a": [y, (y * 2, None)], "output": Output(y, (y, y + 1)), "top": top, "loss": y.sum().item(), "is": "b"}
+
+    parent, child, x = family()
+    certificate = verify(Call(nested, parent), Call(nested, child), x)
+    assert certificate
+    names = ["a.0", "a.1.0", "output.logits", "output.states.0", "output.states.1", "top.0", "top.1", "loss"]
+    assert [row.output for row in certificate.rows] == names
+
+    def shifted(y: Tensor) -> dict[str, Any]:
+        found = nested(y)
+        found["output"].states[1].add_(0.1)
+        return found
+
+    certificate = verify(Call(nested, parent), Call(shifted, child), x)
+    assert [row.output for row in certificate.rows if not row.holds] == ["output.states.1"]
+    assert certificate.worst.output == "output.states.1"
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "word"),
+    [
+        (X, torch.ones(2, 4), "output", "shape (2, 3) in the parent, (2, 4) in the child"),
+        (X, torch.ones(1, 3), "output", "shape (2, 3) in the parent, (1, 3) in the child"),  # would broadcast
+        (X, X.double(), "output", "dtype float32 in the parent, float64 in the child"),
+        (X, [X], "output", "Tensor in the parent, list in the child"),
+        ([X], (X,), "output", "list in the parent, tuple in the child"),
+        ([X], [X, X], "1", "nothing in the parent, Tensor in the child"),
+        ({"a": X, "b": X}, {"a": X}, "b", "Tensor in the parent, nothing in the child"),
+        ([X, None], [X, X], "1", "None in the parent, Tensor in the child"),
+        ([X, "a"], [X, "b"], "1", "'a' in the parent, 'b' in the child"),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), "output", "1 of 2 integer or bool values differ"),
+        (torch.tensor([True, True]), torch.tensor([True, False]), "output", "1 of 2 integer or bool values differ"),
+        (torch.tensor([2**60]), torch.tensor([2**60 + 1]), "output", "1 of 1 integer or bool values differ"),
+        (torch.tensor([math.nan, 1]), torch.tensor([1.0, 1]), "output", "1 of 2 values are NaN or infinite"),
+        (torch.tensor([1.0, 1]), torch.tensor([math.nan, 1]), "output", "1 of 2 values are NaN or infinite"),
+        (torch.tensor([math.inf, 1]), torch.tensor([-math.inf, 1]), "output", "1 of 2 values are NaN or infinite"),
+        (torch.tensor([math.inf, 1]), torch.tensor([math.nan, 1]), "output", "1 of 2 values are NaN or infinite"),
+    ],
+)
+def test_outputs_of_another_kind_fail_in_words(old: Any, new: Any, where: str, word: str) -> None:
+    certificate = verify(returning(old), returning(new), X)
+    assert not certificate
+    assert certificate.worst.output == where
+    assert certificate.verdict.startswith(f"FAILS: {where} (eval, ")
+    assert f"): {word}" in certificate.verdict
+
+
+def test_equal_values_that_are_not_finite_hold_and_the_rest_is_still_compared() -> None:
+    old = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+    assert only_finite(verify(returning(old), returning(old.clone()), X)) == 0.0
+    new = old.clone()
+    new[3] = 3.0
+    certificate = verify(returning(old), returning(new), X)
+    assert not certificate
+    assert only_finite(certificate) == 0.5
+
+
+def only_finite(certificate: Certificate) -> float:
+    assert not any(row.problem for row in certificate.rows)
+    return certificate.max_rel
+
+
+def test_zero_outputs_and_a_zero_parent() -> None:
+    zero = torch.zeros(3)
+    assert verify(returning(zero), returning(zero), X).max_rel == 0.0
+    certificate = verify(returning(zero), returning(zero + 1e-30), X)
+    assert not certificate
+    assert certificate.max_rel == math.inf
+
+
+@pytest.mark.parametrize("value", [torch.full((2,), math.nan), torch.zeros(0, 3), object()])
+def test_a_certificate_that_compared_nothing_does_not_hold(value: Any) -> None:
+    certificate = verify(returning(value), returning(deepcopy(value)), X)
+    assert all(row.holds and row.unchecked for row in certificate.rows)
+    assert not certificate
+    assert "nothing was compared" in certificate.verdict
+    beside = verify(returning(value, X), returning(deepcopy(value), X), X)
+    assert beside
+    assert "unchecked" in str(beside)
+
+
+# --- the certificate -------------------------------------------------------------------------------------------------
+
+
+def test_json_round_trip_is_strict() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    certificate = verify(*family(error=1e-3, dtype=torch.float32), modes=("eval", "train"))
+    data = json.loads(certificate.to_json(), parse_constant=refuse)
+    assert data == certificate.to_dict()
+    assert (data["holds"], data["dtype"], data["modes"]) == (False, "float32", ["eval", "train"])
+    assert [(row["mode"], row["precision"]) for row in data["rows"]] == [
+        ("eval", "float32"),
+        ("eval", "float64"),
+        ("train", "float32"),
+        ("train", "float64"),
+    ]
+    assert data["max_rel"] == certificate.max_rel
+    keys = Row.__dataclass_fields__
+    assert Row(**{key: data["worst"][key] for key in keys}) == certificate.worst
+    infinite = verify(returning(X), returning([X]), X)
+    assert infinite.max_abs == math.inf
+    assert json.loads(infinite.to_json(), parse_constant=refuse)["max_abs"] is None
+
+
+def test_the_table_is_aligned_and_ends_with_the_verdict() -> None:
+    certificate = verify(*family(dtype=torch.float32), modes=("eval", "train"))
+    head, *rows, verdict = str(certificate).splitlines()
+    assert len(rows) == 4
+    assert all(row.endswith("ok") for row in rows)
+    column = head.index("max rel")
+    assert [row[column : column + 7] for row in rows] == [f"{row.max_rel:.1e}" for row in certificate.rows]
+    assert verdict == certificate.verdict
+    assert "float64" in verdict
+    assert "parent's own rounding" in verdict
+
+
+# --- inputs and refusals ---------------------------------------------------------------------------------------------
+
+
+class Keywords(nn.Linear):
+    def forward(self, *, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        return super().forward(x) + more["bias"][more["index"]]
+
+
+def test_keyword_and_nested_inputs_reach_both_models_in_both_precisions() -> None:
+    model, other = Keywords(3, 2), Keywords(3, 2)
+    kwargs = {"x": X, "more": {"bias": torch.randn(4, 2), "index": torch.tensor([1, 3])}}
+    certificate = verify(model, deepcopy(model), kwargs=kwargs)
+    assert certificate
+    assert [row.precision for row in certificate.rows] == ["float32", "float64"]
+    assert not verify(model, other, kwargs=kwargs)
+
+
+def test_tensors_that_forward_makes_follow_the_float64_copies() -> None:
+    model = Call(lambda y: y @ torch.ones(3, 2), nn.Linear(3, 3))
+    assert verify(model, deepcopy(model), X)
+
+
+class Float32Only(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class RefusesDouble(nn.Linear):
+    def double(self) -> RefusesDouble:
+        raise TypeError("quantised")
+
+
+@pytest.mark.parametrize("kind", [Float32Only, RefusesDouble])
+def test_a_model_that_cannot_be_float64_is_refused_in_a_sentence(kind: type[nn.Linear]) -> None:
+    with pytest.raises(MorphError, match=r"The float64 copy of the parent could not be run in eval mode: .*dtype\."):
+        verify(kind(3, 2), nn.Linear(3, 2), X)
+
+
+def test_unusable_calls_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(MorphError, match=r"modes takes 'eval', 'train' or both, not \('test',\)"):
+        verify(model, model, X, modes=("test",))
+    with pytest.raises(MorphError, match="modes takes"):
+        verify(model, model, X, modes=())
+    with pytest.raises(MorphError, match="needs the inputs of one call"):
+        verify(model, model)
+    for tolerance in (-1.0, math.nan, math.inf):
+        with pytest.raises(MorphError, match="tolerance is a finite number"):
+            verify(model, model, X, tolerance=tolerance)
+    with pytest.raises(MorphError, match=r"The parent is on \['cpu'\], the child on \['meta'\]"):
+        verify(model, nn.Linear(3, 2, device="meta"), X)
+    with pytest.raises(MorphError, match="returned no tensor"):
+        verify(returning(None), returning(None), X)
+    with pytest.raises(MorphError, match="no default tolerance for float8_e4m3fn"):
+        verify(model, model.to(torch.float8_e4m3fn), X)
