@@ -89,7 +89,7 @@ def morph(
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    child = deepcopy(model)
+    child = _copy(model)
     steps = []
     for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
         began = perf_counter()
@@ -120,10 +120,25 @@ def restructure(model: nn.Module, plan: Plan | Sequence[Deepen]) -> nn.Module:
     Raises:
         MorphError: a layer cannot be morphed.
     """
-    child = deepcopy(model)
+    child = _copy(model)
     for operator in plan:
         child = operator.restructure(child)[0]
     return child
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    computed = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for name, key in computed:  # PyTorch refuses to copy these
+        raise MorphError(
+            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
+            f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
+        )
+    return deepcopy(model)
 
 
 def _solve(problem: Problem, layer: Layer, **options: Any) -> Decomposition:

@@ -14,10 +14,11 @@ from fastmorph.bounds import half_step_is_exact, tolerance
 from fastmorph.decomposition import Decomposition
 from fastmorph.errors import InexactMorphError
 from fastmorph.frame import volume
+from fastmorph.gauge import balance, equalise
 from fastmorph.half_step import HalfStep, batch_norm, pad
 from fastmorph.problem import Checked
 from fastmorph.randomness import Noise
-from fastmorph.solvers.base import Equation, Solution
+from fastmorph.solvers.base import Equation, Solution, Solver
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
@@ -35,7 +36,7 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inex
     noise = Noise(seeds, batches, weight.device, work)
     equation = Equation(weight.to(work), first.hidden, first.frame, weight.dtype, noise, first.backend)
     solution = _by_reference(equation, problems[0]) if isinstance(first.backend, NumpyBackend) else first.solver.solve(equation)
-    one, two = _rounded(equation, solution)
+    one, two = _rounded(equation, solution, first.solver)
     residual = _residual(equation, one, two)
     answers, at = [], 0
     for problem, batch in zip(problems, batches, strict=True):
@@ -75,15 +76,15 @@ def _by_reference(equation: Equation, problem: Checked) -> Solution:
     return Solution(first.to(device), second.to(device), trace.to(device), (~trace.isnan()).sum(0).to(device))
 
 
-def _rounded(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
-    """Equal standard deviations (Algorithm 1, line 8), then the answer's dtype."""
+def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Equal standard deviations, and the answer's dtype."""
     first, second = solution.first, solution.second
-    spread1, spread2 = (kernel.flatten(1).std(1, correction=0) for kernel in (first, second))
-    scale = (spread2 / spread1).sqrt()
-    scale = torch.where((spread1 > 0) & (spread2 > 0), scale, torch.ones_like(scale))
-    first = first * scale.view(-1, *(1,) * (first.ndim - 1))
-    second = second / scale.view(-1, *(1,) * (second.ndim - 1))
-    if equation.dtype in (torch.bfloat16, torch.float16):
+    if equation.dtype == first.dtype:
+        return equalise(first, second)
+    if not solver.well_conditioned:
+        first, second = balance(first, second)
+    first, second = equalise(first, second)
+    if torch.finfo(equation.dtype).bits < 32:
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, where it can make up for it.
         first = first.to(equation.dtype).to(first.dtype)
         second = _against_rounded(equation, first, second)

@@ -77,9 +77,7 @@ def test_birth_is_the_identity_for_every_finite_input(name, channels, data):
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (2, 3, 4, 2)])
-@pytest.mark.parametrize(
-    ("fn", "oracle"), [("tanh", np.tanh), ("relu", lambda x: np.maximum(x, 0)), (torch.sin, np.sin)]
-)
+@pytest.mark.parametrize(("fn", "oracle"), [("tanh", np.tanh), ("relu", lambda x: np.maximum(x, 0)), (torch.sin, np.sin)])
 def test_value_is_the_mix_along_dim_1(fn, oracle, shape):
     a = np.array([0.25, -0.5, 1.5])
     x = randn(*shape, dtype=torch.float64)
@@ -153,7 +151,12 @@ def test_relu_in_any_spelling_is_torch_prelu(fn):
     assert isinstance(PActivation(fn=fn), nn.PReLU)
 
 
+class Mine(PActivation):
+    pass
+
+
 def test_others_are_not_prelu():
+    assert type(Mine("relu")) is Mine
     for fn in ("gelu", nn.ReLU6(), F.gelu, nn.PReLU()):
         assert not isinstance(PActivation(fn), nn.PReLU)
     with pytest.raises(MorphError, match="use PActivation"):
@@ -207,6 +210,14 @@ def test_a_module_is_a_submodule():
     assert set(module.state_dict()) == {"a", "fn.rate"}
     x = randn(2, 3, 4)
     assert torch.equal(module(x), snake(x))
+
+
+def test_trying_a_module_does_not_change_it():
+    random = nn.RReLU()  # random in train mode alone
+    module, x = PActivation(random), randn(50)
+    assert module.fn is random
+    assert random.training
+    assert torch.equal(module(x), x)
 
 
 class Rescale(nn.Module):
@@ -433,14 +444,14 @@ def test_fold_keeps_sharing_and_mode_and_reaches_the_root():
     assert type(folded["x"][0]) is nn.ReLU
     assert not any(module.training for module in folded.modules())
     assert type(fold_activations(PActivation("gelu"))) is nn.Identity
-    assert fold_activations(PActivation("gelu").train()).training
+    assert not fold_activations(PActivation("gelu").eval()).training
     nested = fold_activations(PActivation(PActivation("tanh", a=0.0), a=0.0))
     assert type(nested) is nn.Tanh
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu"])
 def test_fold_refuses_the_unfinished(name):
-    for values in ((0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1e-30, 0.0), (0.0, float("nan"), 0.0, 0.0)):
+    for values in ((0, 0, 0, 1), (0, 0, 1e-30, 0), (0, float("nan"), 0, 0), (-1, -1, -1, -1)):
         model = layers(PActivation("tanh"), set_a(PActivation(name, channels=4), *values))
         with pytest.raises(MorphError, match=r"3 is unfinished, its a lies in \["):
             fold_activations(model)

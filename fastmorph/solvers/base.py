@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class Solution(NamedTuple):
 
 class Solver(ABC):
     """A frozen set of settings that can solve equations."""
+
+    well_conditioned: ClassVar[bool] = False  # whether its kernels may be rounded as they come
 
     @abstractmethod
     def solve(self, equation: Equation) -> Solution:

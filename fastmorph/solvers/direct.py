@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Direct(Solver):
     """
 
     density: float = 0.5
+    well_conditioned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:

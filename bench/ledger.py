@@ -1,0 +1,84 @@
+"""The committed ledger of results, `bench/ledger.jsonl`: one line a measurement, with what it was taken on.
+
+Fields: date (UTC), commit ("-dirty" where files differ from it), machine (cpu, cores, threads of every contender, gpu),
+versions, suite, case, median_s (of each contender), ratio, spread (of one visit's ratios), residual, target, met.
+Seconds are there to be checked against, not to be compared between lines: machines differ, and are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measurements import Measured
+
+LEDGER = Path(__file__).resolve().parent / "ledger.jsonl"
+
+
+def rows(measured: Sequence[Measured], report: dict[str, Any], threads: int) -> list[dict[str, Any]]:
+    """What is to be recorded of one run."""
+    shared = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "cpu": report["machine_info"]["cpu"].get("brand_raw"),
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "numpy", "triton")}},
+    }
+    return [
+        shared
+        | {
+            "suite": m.measurement.suite,
+            "case": m.measurement.case,
+            "median_s": {name: _short(seconds) for name, seconds in m.medians.items()},
+            "ratio": _short(m.ratio),
+            "spread": [_short(ratio) for ratio in m.spread],
+            "residual": _short(m.residual),
+            "target": m.measurement.target,
+            "met": m.measurement.met(m.ratio),
+        }
+        for m in measured
+    ]
+
+
+def append(lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines to the ledger."""
+    with LEDGER.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=LEDGER.parent.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ".", f":!bench/{LEDGER.name}")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a clone
+    return head + "-dirty" * bool(changed)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")

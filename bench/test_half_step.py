@@ -1,0 +1,67 @@
+"""One 3x3 layer of 48 channels into two, 144 channels between them: the dense oracle, the half-step and the closed form.
+
+Claim 1 holds (144 * 9 >= 48 * 25), so one half-step is exact. The oracle starts from the noise that the torch backend drew
+and must arrive at the same second kernel; it is timed for the half-step alone, fastmorph for the whole call of `decompose`:
+checks, noise, half-step, rounding, residual.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import fastmorph as fm
+from bench.conftest import Race
+from bench.race import Contender
+from fastmorph import reference
+from fastmorph.frame import make_frame
+
+CHANNELS, HIDDEN, SIZES = 48, 144, (3, 3)
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+SOLVERS = {"torch": fm.General(max_iter=1), "auto": fm.Auto()}
+ROUNDS = {"numpy": 2, "torch": 6, "auto": 30}
+
+
+@cache
+def weight(dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(CHANNELS, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def decompose(dtype: torch.dtype, solver: fm.Auto | fm.General) -> fm.Decomposition:
+    return fm.decompose(
+        weight(dtype), HIDDEN, SIZES, solver=solver, backend="torch", generator=torch.Generator().manual_seed(1)
+    )
+
+
+def dense() -> Contender:
+    g = weight(torch.float64).numpy()
+    ours = decompose(torch.float64, SOLVERS["torch"])
+    start, frame = ours.first.numpy(), make_frame((3, 3), SIZES)
+    found = reference.half_step(g, start, frame).second
+    assert np.linalg.norm(found - ours.second.numpy()) <= 1e-10 * np.linalg.norm(found), "two answers from the same noise"
+    return Contender(
+        run=lambda: reference.half_step(g, start, frame),
+        kernels=lambda solved: (solved.first, solved.second),
+        weight=g,
+        tolerance=fm.tolerance(torch.float64),
+        rounds=ROUNDS["numpy"],
+    )
+
+
+def ours(solver: str, dtype: torch.dtype) -> Contender:
+    return Contender(
+        run=lambda: decompose(dtype, SOLVERS[solver]),
+        kernels=lambda found: (found.first, found.second),
+        weight=weight(dtype),
+        tolerance=fm.tolerance(dtype),
+        rounds=ROUNDS[solver],
+    )
+
+
+@pytest.mark.contenders("numpy", "torch float64", "torch float32", "auto float64", "auto float32")
+def test_half_step(race: Race, name: str) -> None:
+    solver, _, dtype = name.partition(" ")
+    race("half-step", dense() if solver == "numpy" else ours(solver, DTYPES[dtype]))
