@@ -6,6 +6,7 @@ from fastmorph.decomposition import Decomposition
 from fastmorph.deepen import Deepen
 from fastmorph.equation import compose, decompose
 from fastmorph.errors import InexactMorphError, MorphError
+from fastmorph.many import decompose_many
 from fastmorph.morph import Morphed, morph, restructure
 from fastmorph.operators import deepen
 from fastmorph.plan import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "Problem",
     "compose",
     "decompose",
+    "decompose_many",
     "deepen",
     "morph",
     "nn",

@@ -38,7 +38,6 @@ _TOLERANCES = {
     torch.float16: (8 * 2**-10, 4 * 2**-10),
     torch.bfloat16: (8 * 2**-7, 4 * 2**-7),
 }
-_SEED = 0  # any number will do: parent and child only have to share it
 _PLAIN = (type(None), str, bytes, torch.dtype, torch.device)  # outputs that are no numbers but can be told apart
 _NOTHING = object()
 _Path = tuple[object, ...]
@@ -176,8 +175,8 @@ def verify(
     rounding. float32 weights hide algebra below their own rounding, 1e-7 or so: to look deeper, morph in float64.
 
     Nothing is touched: each run has copies of the model and the inputs, without gradients, and the generators (torch,
-    its CUDA devices if initialised, random, numpy) are put back. Each run starts from one seed, so dropout coincides
-    where both models draw in one order.
+    its CUDA devices if initialised, random, numpy) are put back. So each run starts from one state of them, and dropout
+    coincides where both models draw in one order.
 
     Raises `MorphError` for no inputs, an unknown mode, a bad tolerance, models on different devices, a model that
     cannot be copied or run (in float64: one that fixes another dtype), and outputs without anything to compare.
@@ -237,9 +236,11 @@ def _run(
 
 @contextmanager
 def _isolated(exact: bool) -> Iterator[None]:
-    """No gradients, seeds for every generator that a forward pass may draw from, and all global state put back."""
-    # torch.manual_seed would also queue a seed for a CUDA not yet initialised, which nothing could take back.
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    """No gradients, and all global state put back after.
+
+    That includes the generators, so every run starts from one state of them and parent and child draw the same numbers.
+    """
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     # cuDNN runs float32 convolutions and RNNs in TF32 (1e-3) unless told not to, and no float32 tolerance would hold.
     # Matrix products do that only where the user asked for it, and then their rounding is the user's.
     cudnn = [getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")]
@@ -247,11 +248,6 @@ def _isolated(exact: bool) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the generator that models use)
     with torch.random.fork_rng(cuda, device_type="cuda"), torch.no_grad():
         try:
-            torch.default_generator.manual_seed(_SEED)
-            if cuda:
-                torch.cuda.manual_seed_all(_SEED)
-            random.seed(_SEED)
-            np.random.seed(_SEED)  # noqa: NPY002
             if exact:
                 torch.set_default_dtype(torch.float64)  # for what forward itself makes: an RNN's first state, say
             for op in cudnn:

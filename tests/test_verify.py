@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,24 @@ class Call(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.inner(args[0]), *args[1:], **kwargs) if args else self.function(**kwargs)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch's default, set again in case another test has changed it."""
+    kept = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = kept
+
+
+class Cell:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def double(self) -> Tensor:
+        self.value = self.value * 2
+        return self.value
 
 
 def returning(*values: Any) -> Call:
@@ -151,6 +170,7 @@ def test_complex_weights_are_widened() -> None:
 # --- what verify leaves alone --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("tf32")
 def test_models_inputs_and_generators_are_untouched_in_train_mode() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Sequential(nn.Linear(8, 3)))
     model(torch.randn(4, 6)).sum().backward()
@@ -208,6 +228,18 @@ def test_python_and_numpy_draws_coincide() -> None:
     assert verify(model, deepcopy(model), torch.randn(3, 6))
 
 
+@pytest.mark.usefixtures("tf32")
+def test_runs_are_without_gradients_and_without_tf32() -> None:
+    seen = []
+
+    def look(y: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.backends.cudnn.conv.fp32_precision))
+        return y
+
+    assert verify(Call(look), Call(look), torch.ones(2))
+    assert seen == [(False, "ieee")] * 4
+
+
 def test_a_model_that_works_in_place_changes_no_input_of_another_run() -> None:
     model = Call(lambda y: y.mul_(2).add_(1))
     x = torch.randn(3, 4)
@@ -218,6 +250,9 @@ def test_a_model_that_works_in_place_changes_no_input_of_another_run() -> None:
     listed = [x]
     assert verify(Call(lambda _, xs: xs.pop() + 1), Call(lambda _, xs: xs[0] + 1), x, listed)
     assert len(listed) == 1
+    cell = Cell(x)  # no tensor and no container to PyTorch
+    assert verify(Call(Cell.double), Call(Cell.double), cell)
+    assert cell.value is x
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
@@ -237,6 +272,7 @@ def test_nested_outputs_have_readable_names() -> None:
     parent, child, x = family()
     certificate = verify(Call(nested, parent), Call(nested, child), x)
     assert certificate
+    assert not any(row.unchecked for row in certificate.rows)
     names = ["a.0", "a.1.0", "output.logits", "output.states.0", "output.states.1", "top.0", "top.1", "loss"]
     assert [row.output for row in certificate.rows] == names
 
@@ -248,6 +284,16 @@ def test_nested_outputs_have_readable_names() -> None:
     certificate = verify(Call(nested, parent), Call(shifted, child), x)
     assert [row.output for row in certificate.rows if not row.holds] == ["output.states.1"]
     assert certificate.worst.output == "output.states.1"
+
+
+def test_a_returned_parameter_is_compared() -> None:
+    class Weight(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight
+
+    model = Weight(3, 2)
+    assert verify(model, deepcopy(model), X)
+    assert not verify(model, Weight(3, 2), X)
 
 
 X = torch.ones(2, 3)
@@ -280,6 +326,14 @@ def test_outputs_of_another_kind_fail_in_words(old: Any, new: Any, where: str, w
     assert certificate.worst.output == where
     assert certificate.verdict.startswith(f"FAILS: {where} (eval, ")
     assert f"): {word}" in certificate.verdict
+    assert "rounding" not in certificate.verdict
+
+
+def test_an_overflow_of_the_own_dtype_is_told_from_algebra() -> None:
+    certificate = verify(Call(lambda y: y + 0), Call(lambda y: y * 6e4 / 6e4), torch.tensor([1.0, 2.0]).half())
+    assert not certificate
+    assert "(eval, float16): 1 of 2 values are NaN or infinite" in certificate.verdict
+    assert certificate.verdict.endswith("The float64 copies agree: rounding, not algebra.")
 
 
 def test_equal_values_that_are_not_finite_hold_and_the_rest_is_still_compared() -> None:
@@ -341,6 +395,14 @@ def test_json_round_trip_is_strict() -> None:
     assert json.loads(infinite.to_json(), parse_constant=refuse)["max_abs"] is None
 
 
+def test_the_worst_row_is_measured_by_its_tolerance_and_a_problem_comes_first() -> None:
+    own = Row("eval", "float32", "output", max_abs=1.0, max_rel=5e-5, tolerance=1e-4)
+    exact = Row("eval", "float64", "output", max_abs=0.5, max_rel=3e-5, tolerance=2e-5)
+    integers = Row("eval", "float64", "index", max_abs=1.0, max_rel=1e-5, tolerance=2e-5, problem="1 of 9 differ")
+    assert Certificate((own, exact), torch.float32, ("eval",), 1e-4).worst is exact
+    assert Certificate((own, exact, integers), torch.float32, ("eval",), 1e-4).worst is integers
+
+
 def test_the_table_is_aligned_and_ends_with_the_verdict() -> None:
     certificate = verify(*family(dtype=torch.float32), modes=("eval", "train"))
     head, *rows, verdict = str(certificate).splitlines()
@@ -373,6 +435,14 @@ def test_keyword_and_nested_inputs_reach_both_models_in_both_precisions() -> Non
 def test_tensors_that_forward_makes_follow_the_float64_copies() -> None:
     model = Call(lambda y: y @ torch.ones(3, 2), nn.Linear(3, 3))
     assert verify(model, deepcopy(model), X)
+
+
+def test_models_without_parameters_have_no_device() -> None:
+    child = nn.Linear(3, 3)
+    with torch.no_grad():
+        child.weight.copy_(torch.eye(3))
+        child.bias.zero_()
+    assert verify(nn.Identity(), child, X)
 
 
 class Float32Only(nn.Linear):
