@@ -294,8 +294,6 @@ def _difference(old: Tensor, new: Tensor) -> tuple[float, float, str, str]:
         return math.inf, math.inf, f"shape {(*old.shape,)} in the parent, {(*new.shape,)} in the child", ""
     if old.dtype != new.dtype:
         return math.inf, math.inf, f"dtype {_name(old.dtype)} in the parent, {_name(new.dtype)} in the child", ""
-    if old.numel() == 0:
-        return 0.0, 0.0, "", "it is empty"
     wide, new = torch.complex128 if old.is_complex() else torch.float64, new.to(old.device)
     a, b = old.to(wide), new.to(wide)
     finite = a.isfinite() & b.isfinite()
@@ -303,7 +301,7 @@ def _difference(old: Tensor, new: Tensor) -> tuple[float, float, str, str]:
     if astray:
         return math.inf, math.inf, f"{astray} of {a.numel()} values are NaN or infinite, and not alike in both", ""
     if not finite.any():
-        return 0.0, 0.0, "", "all its values are NaN or infinite, alike in both"
+        return 0.0, 0.0, "", "it holds no finite number"
     max_abs, scale = float((b - a)[finite].abs().max()), float(a[finite].abs().max())
     max_rel = 0.0 if max_abs == 0 else max_abs / scale if scale else math.inf
     # Integers are compared as they are: float64 cannot hold every int64.
@@ -324,7 +322,7 @@ def _flatten(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif is_dataclass(value) and not isinstance(value, type):
+    elif is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in fields(value)]
     else:  # a container registered with PyTorch, or else a leaf, which is its own only item
         leaves = pytree.tree_leaves(value, is_leaf=lambda node: node is not value)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -104,6 +104,7 @@ def test_rounding_alone_holds_and_is_told_from_algebra(dtype: torch.dtype) -> No
     assert (own.precision, exact.precision) == (str(dtype).removeprefix("torch."), "float64")
     wide = deepcopy(parent).double()(x.double())
     assert own.noise == pytest.approx(((parent(x).double() - wide).abs().max() / wide.abs().max()).item())
+    assert exact.noise is None
     eps = torch.finfo(dtype).eps
     assert eps / 100 < own.max_rel < 8 * eps  # rounding, and really measured in the own dtype
     assert eps / 100 < exact.max_rel < 4 * eps  # the weights of the copies keep the rounding of their dtype
@@ -220,7 +221,7 @@ def test_dropout_coincides_when_drawn_in_the_same_order() -> None:
     assert verify(*models, x, modes=("train",))
     extra_draw = nn.Sequential(nn.Dropout(0.5), *models[1])
     assert not verify(models[0], extra_draw, x, modes=("train",))
-    assert verify(models[0], extra_draw, x, modes=("eval",))
+    assert verify(models[0], extra_draw, x, modes="eval").modes == ("eval",)
 
 
 def test_python_and_numpy_draws_coincide() -> None:
@@ -258,6 +259,11 @@ def test_a_model_that_works_in_place_changes_no_input_of_another_run() -> None:
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
 @dataclass
 class Output:
     logits: Tensor
@@ -267,13 +273,21 @@ class Output:
 def test_nested_outputs_have_readable_names() -> None:
     def nested(y: Tensor) -> dict[str, Any]:
         top = torch.max(y, dim=1)  # a named tuple of floats and integers
-        return {"a": [y, (y * 2, None)], "output": Output(y, (y, y + 1)), "top": top, "loss": y.sum().item(), "is": "b"}
+        return {
+            "a": [y, (y * 2, None)],
+            "output": Output(y, (y, y + 1)),
+            "top": top,
+            "loss": y.sum().item(),
+            "is": "b",
+            "pair": Pair(y, y),
+        }
 
     parent, child, x = family()
     certificate = verify(Call(nested, parent), Call(nested, child), x)
     assert certificate
     assert not any(row.unchecked for row in certificate.rows)
     names = ["a.0", "a.1.0", "output.logits", "output.states.0", "output.states.1", "top.0", "top.1", "loss"]
+    names += ["pair.left", "pair.right"]
     assert [row.output for row in certificate.rows] == names
 
     def shifted(y: Tensor) -> dict[str, Any]:

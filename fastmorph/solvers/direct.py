@@ -38,8 +38,8 @@ class Direct(Solver):
     Time grows with the number of weights. The condition is perfect: no system is solved.
 
     Attributes:
-        density: root mean square of the outer taps of the kernel that does not hold the weight, relative to its centre tap,
-            in (0, 1]. Larger spreads that kernel more evenly; the rounding error grows with it.
+        density: root mean square, in (0, 1], that noise gives to every tap of the kernel that does not hold the weight, relative
+            to what the delta gives to its centre tap. Larger spreads that kernel more evenly; the rounding error grows with it.
     """
 
     density: float = 0.5
@@ -110,22 +110,29 @@ class Direct(Solver):
         centre = tuple((k - 1) // 2 for k in frame.second)
         offset = tuple(b - c for b, c in zip(frame.before, centre, strict=True))
 
-        rows = right.new_zeros(batch, hidden, ci, *frame.first)  # [V; S; S; s]
-        rows[(slice(None), slice(rank), slice(None), *window(offset, frame.kernel))] = right
+        # The extra channels come first, so that they lie in whole blocks of P, which spread them over all channels.
+        one, two, odd, held = (
+            slice(pairs),
+            slice(pairs, 2 * pairs),
+            slice(2 * pairs, hidden - rank),
+            slice(hidden - rank, hidden),
+        )
+        everything = slice(None)
+
+        rows = right.new_zeros(batch, hidden, ci, *frame.first)  # [S; S; s; V]
+        rows[(everything, held, everything, *window(offset, frame.kernel))] = right
         spread = right.flatten(1).square().mean(1).sqrt()
         spread = torch.where(spread > 0, spread, torch.full_like(spread, (ci * volume(frame.first)) ** -0.5))
         noise = equation.noise(pairs + single, ci, *frame.first).to(right) * _column(spread, rows.ndim)
-        rows[:, rank : rank + pairs] = rows[:, rank + pairs : rank + 2 * pairs] = noise[:, :pairs]
-        rows[:, rank + 2 * pairs :] = noise[:, pairs:]  # the odd one meets zeros in F2
+        rows[:, one] = rows[:, two] = noise[:, :pairs]
+        rows[:, odd] = noise[:, pairs:]  # the odd one meets zeros in F2
 
-        columns = right.new_zeros(batch, hidden, co, *frame.second)  # [U | R | -R | 0]^T
-        columns[(slice(None), slice(rank), slice(None), *window(centre, (1,) * len(centre)))] = left.mT.reshape(
-            batch, rank, co, *(1,) * len(centre)
-        )
+        columns = right.new_zeros(batch, hidden, co, *frame.second)  # [R | -R | 0 | U]^T
+        tap = window(centre, (1,) * len(centre))
+        columns[(everything, held, everything, *tap)] = left.mT.reshape(batch, rank, co, *(1,) * len(centre))
         scale = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes P's taps as `density` says
         noise = equation.noise(pairs, co, *frame.second).to(right) * scale
-        columns[:, rank : rank + pairs] = noise
-        columns[:, rank + pairs : rank + 2 * pairs] = -noise
+        columns[:, one], columns[:, two] = noise, -noise
 
         mix = _Monarch(equation)
         first, second = mix(rows), mix(columns).transpose(1, 2)

