@@ -11,6 +11,7 @@ from fastmorph.morph import Morphed, morph, restructure
 from fastmorph.operators import deepen
 from fastmorph.plan import Plan
 from fastmorph.problem import Problem
+from fastmorph.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.solvers import Auto, Direct, General, Practical
 from fastmorph.verify import Certificate, verify
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "Certificate",
+    "Chain",
     "Decomposition",
     "Deepen",
     "Direct",
@@ -29,9 +31,12 @@ __all__ = [
     "Plan",
     "Practical",
     "Problem",
+    "Sum",
     "compose",
     "decompose",
     "decompose_many",
+    "decompose_sequence",
+    "decompose_sum",
     "deepen",
     "morph",
     "nn",

@@ -82,7 +82,7 @@ def make_frame(kernel: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]
         return Frame((), (), ())
     if isinstance(kernel_sizes, int) or len(kernel_sizes) != 2:
         raise MorphError(f"kernel_sizes must hold two entries, one per layer, such as (3, 3); got {kernel_sizes!r}.")
-    first, second = (_per_dimension(size, dims) for size in kernel_sizes)
+    first, second = (size_per_dimension(size, dims) for size in kernel_sizes)
     frame = Frame(kernel, first, second)
     if any(n < k for n, k in zip(frame.size, kernel, strict=True)):
         raise MorphError(
@@ -92,7 +92,8 @@ def make_frame(kernel: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]
     return frame
 
 
-def _per_dimension(size: int | Sequence[int], dims: int) -> Size:
+def size_per_dimension(size: int | Sequence[int], dims: int) -> Size:
+    """An int, or one int per spatial dimension, as the latter. Raises MorphError unless all are positive."""
     sizes = (size,) * dims if isinstance(size, int) else tuple(size)
     if len(sizes) != dims or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes):
         raise MorphError(
