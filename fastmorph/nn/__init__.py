@@ -1,0 +1,15 @@
+"""Layers that a morph inserts, each the identity at birth: activations that fade in, and batch norm."""
+
+from fastmorph.nn.activation import PActivation, PReLU
+from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
+from fastmorph.nn.norm import BatchNormLast, identity_batch_norm
+
+__all__ = [
+    "ActivationSchedule",
+    "BatchNormLast",
+    "PActivation",
+    "PReLU",
+    "activation_penalty",
+    "fold_activations",
+    "identity_batch_norm",
+]
