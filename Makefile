@@ -8,7 +8,7 @@ demo: .venv/.ready
 	$(BIN)/fastmorph demo $(DEMO)
 
 test: .venv/.ready lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST)
 
 bench: .venv/.ready
 	$(BIN)/python -m bench $(BENCH)

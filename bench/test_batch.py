@@ -1,4 +1,4 @@
-"""64 equations of 16 channels, 3x3 kernels and 48 hidden channels by one half-step each: in one call, or one after the other."""
+"""64 equations of 16 channels, 3x3 kernels and 48 hidden channels, a half-step each: in one call, or one after the other."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ from bench.conftest import Race
 from bench.race import Contender
 from fastmorph import reference
 from fastmorph.frame import make_frame
+from fastmorph.solvers import Solver
 
 CHANNELS, HIDDEN, SIZES = 48, 144, (3, 3)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-SOLVERS = {"torch": fm.General(max_iter=1), "auto": fm.Auto()}
+SOLVERS: dict[str, Solver] = {"torch": fm.General(max_iter=1), "auto": fm.Auto()}
 ROUNDS = {"numpy": 2, "torch": 6, "auto": 30}
 
 
@@ -30,7 +31,7 @@ def weight(dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(CHANNELS, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def decompose(dtype: torch.dtype, solver: fm.Auto | fm.General) -> fm.Decomposition:
+def decompose(dtype: torch.dtype, solver: Solver) -> fm.Decomposition:
     return fm.decompose(
         weight(dtype), HIDDEN, SIZES, solver=solver, backend="torch", generator=torch.Generator().manual_seed(1)
     )

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-# --- commands ------------------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------------------------
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -146,7 +146,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-# --- what the commands share ---------------------------------------------------------------------------------------------------
+# --- what the commands share --------------------------------------------------------------------------------------------------
 
 
 def need(*modules: str) -> None:
@@ -177,7 +177,7 @@ def make_network(spec: str) -> nn.Module:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Set all parameters and buffers of a network from a file; tied ones may be stored once."""
     found, own = _read_tensors(path), network.state_dict()
-    there = {tensor.data_ptr() for name, tensor in own.items() if name in found}
+    there = {tensor.data_ptr() for name, tensor in own.items() if name in found} - {0}
     faults = [f"it lacks {name}" for name, tensor in own.items() if name not in found and tensor.data_ptr() not in there]
     faults += [f"it has {name}, which the network has not" for name in found if name not in own]
     for name in found.keys() & own.keys():
@@ -238,7 +238,7 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
 
     if arguments.inputs is not None:
         tensors = _read_tensors(arguments.inputs)
-        options = ("--inputs", str(arguments.inputs))
+        options: tuple[str, ...] = ("--inputs", str(arguments.inputs))
         if len(tensors) == 1:
             return Call(tuple(tensors.values()), {}, options)
         numbers = sorted((name for name in tensors if name.isdecimal()), key=int)
@@ -336,7 +336,7 @@ def _described(call: Call) -> str:
     return ", ".join(_shape(t.shape) for t in (*call.args, *call.kwargs.values()))
 
 
-# --- arguments -----------------------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -378,14 +378,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
     verify.add_argument("--child", type=Path, required=True, metavar="FILE", help="the child's state dict")
     _inputs(verify)
-    verify.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    verify.add_argument("--seed", type=_seed, default=0, help="of the random inputs (default: 0)")
 
     command("info", _info, "show versions, devices, and backends")
     return parser
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same child (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same child (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -417,14 +417,19 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be positive")
-    return number
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**63 - 1")
+    return int(text)
 
 
 def _modes(text: str) -> tuple[str, ...]:
     modes = tuple(text.split(","))
     if not set(modes) <= {"eval", "train"}:
-        raise argparse.ArgumentTypeError(f"{text!r} must be eval, train or eval,train")
+        raise argparse.ArgumentTypeError(f"{text!r} is not eval, train or eval,train")
     return modes

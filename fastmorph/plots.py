@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from fastmorph.equation import compose
 
-_TILES = 8  # kernels shown along each side, at most
 _FLOOR = 1e-17  # float64 can be exact; a log scale cannot show 0
+Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def draw(
@@ -23,7 +25,7 @@ def draw(
     parent: Tensor,
     first: Tensor,
     second: Tensor,
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Curve],
     tolerance: float,
 ) -> None:
     """Write a PNG.
@@ -34,54 +36,57 @@ def draw(
         parent: its weight, (Co, Ci, *K).
         first: the first of the two that replace it, (Ch, Ci, *K1).
         second: the second, (Co, Ch, *K2).
-        curves: relative residual after each half-step, by label.
+        curves: by label, numbers of half-steps and the relative residual after each.
         tolerance: the residual that counts as exact.
     """
-    composed = compose(first, second, spatial_dims=parent.ndim - 2)
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    composed = compose(first.double(), second.double(), spatial_dims=parent.ndim - 2)
+    figure: Any = Figure(figsize=(13, 9), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     _residuals(top.subplots(), layer, curves, tolerance)
-    bottom.suptitle(f"The weights of {layer}: one kernel a tile, outputs downwards, inputs across")
-    difference = float((composed - parent).abs().max())
+    bottom.suptitle(
+        f"Some weights of {layer}: a tile is the kernel from one channel (across) to another (down); blue < 0 < red"
+    )
+    difference = float((composed - parent).norm() / parent.norm())
     panels = {
-        "before: the parent's layer": parent,
-        "after: its first layer": first,
-        "after: its second layer": second,
-        f"second after first: the parent's,\nto within {difference:.0e}": composed,
+        "before: the layer of the parent": parent,
+        "after: first of two layers": first,
+        "after: second of two layers": second,
+        f"second after first: as before, to {difference:.0e}": composed,
     }
     for axes, (title, weight) in zip(bottom.subplots(1, len(panels)), panels.items(), strict=True):
         _kernels(axes, title, weight)
     figure.savefig(path, dpi=110)
 
 
-def _residuals(axes: Any, layer: str, curves: Mapping[str, Sequence[float]], tolerance: float) -> None:
-    for (label, values), marker in zip(curves.items(), "*osD^v" * len(curves), strict=False):
-        steps = range(1, len(values) + 1)
-        size = 14 if len(values) == 1 else 5
+def _residuals(axes: Any, layer: str, curves: Mapping[str, Curve], tolerance: float) -> None:
+    styles = itertools.cycle([("*", 14), ("o", 7), (".", 5), ("D", 5)])
+    for (label, (steps, values)), (marker, size) in zip(curves.items(), styles, strict=False):
         axes.plot(steps, np.maximum(values, _FLOOR), marker=marker, markersize=size, linewidth=1.3, label=label)
     axes.axhline(tolerance, color="0.35", linestyle="--", linewidth=1)
-    axes.text(
-        1.0, tolerance, f"below {tolerance:.0e}: exact in float32 ", transform=axes.get_yaxis_transform(), ha="right", va="top"
-    )
+    label = f"below {tolerance:.0e} counts as exact for weights in float32"
+    axes.text(0.5, tolerance / 2, label, transform=axes.get_yaxis_transform(), ha="center", va="top", color="0.25")
     axes.set_yscale("log")
+    axes.set_xlim(left=0)
     axes.set_title(f"Splitting {layer} in two: how far from the parent's weight after each half-step")
-    axes.set_xlabel("half-step (least squares for one of the two kernels)")
-    axes.set_ylabel("relative residual")
+    axes.set_xlabel("half-steps (each solves for one of the two kernels, by least squares)")
+    axes.set_ylabel("relative residual, in float64")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(0.99, 0.08), framealpha=1)
 
 
 def _kernels(axes: Any, title: str, weight: Tensor) -> None:
     """Draw the first kernels as tiles, blue below zero and red above."""
-    tiles = weight[:_TILES, :_TILES].double().numpy()
-    tiles = tiles.reshape(*tiles.shape[:2], tiles.shape[2] if tiles.ndim > 2 else 1, -1)
-    if tiles.shape[3] == 1:  # taps in one dimension lie across
-        tiles = tiles.swapaxes(2, 3)
+    kernels = weight.double().numpy().reshape(*weight.shape[:2], -1, math.prod(weight.shape[3:]))
+    if kernels.shape[3] == 1:  # a kernel of one dimension lies across
+        kernels = kernels.swapaxes(2, 3)
+    tiles = kernels[:16, :4] if kernels.shape[2] == 1 else kernels[:8, :8]
     rows, columns, height, width = tiles.shape
-    gap = [(0, 0), (0, 0), (0, max(1, height // 5)), (0, max(1, width // 5))]
-    image = np.pad(tiles, gap, constant_values=np.nan).transpose(0, 2, 1, 3).reshape(rows * (height + gap[2][1]), -1)
-    image = image[: -gap[2][1], : -gap[3][1]]
+    down, across = height + max(1, height // 5), width + max(1, width // 5)  # with the gap to the next tile
+    image = np.full((rows * down, columns * across), np.nan)
+    for row, column in np.ndindex(rows, columns):
+        image[row * down :, column * across :][:height, :width] = tiles[row, column]
     largest = np.nanquantile(np.abs(image), 0.995) or 1.0
     axes.imshow(image, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     size = "x".join(map(str, weight.shape[2:]))

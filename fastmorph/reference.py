@@ -110,6 +110,77 @@ def general(weight: Array, first: Array, frame: Frame, *, max_iter: int, tol: fl
     return Solved(*equalise(first, second), trace)  # line 8
 
 
+def general_anderson(
+    weight: Array, first: Array, frame: Frame, *, max_iter: int, tol: float, memory: int = 20, growth: float = 1.5
+) -> Solved:
+    """Algorithm 1 with Anderson acceleration of the map F1 -> F1' of one sweep (Walker and Ni 2011).
+
+    Hidden channels of F1 keep norm 1. A step that lets the residual grow by half is taken back, and the memory cleared.
+    """
+    padded, point = pad_to_frame(weight, frame), _unit(first)
+    best = Solved(point, np.zeros((len(weight), len(first), *frame.second)), [np.inf])
+    pairs: list[tuple[Array, Array]] = []  # (F1, F1') of the last sweeps
+    last, trace, half_steps = np.inf, [], 0
+    while half_steps < 2 * max_iter:
+        second = solve_second(padded, point, frame.second)
+        trace.append(relative_residual(padded, point, second))
+        half_steps += 1
+        best = min(best, Solved(point, second, trace[-1:]), key=lambda found: found.trace)
+        if trace[-1] <= tol:
+            break
+        if trace[-1] > growth * last:
+            point, pairs, last = pairs[-1][1], [], np.inf
+            continue
+        last = trace[-1]
+        image = _unit(solve_first(padded, second, frame.first))
+        half_steps += 1
+        pairs = [*pairs[-memory:], (point, image)]
+        moves = np.stack([(b - a).ravel() for a, b in pairs], axis=1)
+        images = np.stack([b.ravel() for _, b in pairs], axis=1)
+        share = np.linalg.lstsq(np.diff(moves), moves[:, -1], rcond=None)[0]
+        point = _unit(image - (np.diff(images) @ share).reshape(image.shape))
+    return Solved(*equalise(best.first, best.second), trace)
+
+
+def general_gauss_newton(weight: Array, first: Array, frame: Frame, *, max_iter: int, tol: float) -> Solved:
+    """Algorithm 1 with F2 eliminated: Levenberg-Marquardt steps on F1 alone (Golub and Pereyra 1973, Kaufman 1975).
+
+    F2 is always the least-squares kernel for F1. A change d of F1 changes the residual by -J d, where J composes d with F2 and
+    takes out what another F2 could absorb. One trial of a step counts as a sweep.
+    """
+    padded, first = pad_to_frame(weight, frame), _unit(first)
+    second = solve_second(padded, first, frame.second)
+    trace, damping = [relative_residual(padded, first, second)], 1e-2
+    for _ in range(max_iter - 1):
+        if trace[-1] <= tol:
+            break
+        (ch, ci), (co, n) = first.shape[:2], (len(padded), volume(frame.size))
+        row_space = np.linalg.svd(dense_system(first, frame.second), full_matrices=False)
+        rows = row_space[2][row_space[1] > 1e-12 * row_space[1][0]]
+        complement = (np.eye(ci * n) - rows.T @ rows).reshape(ci, n, ci * n)
+        onto = dense_system(second.swapaxes(0, 1), frame.first).reshape(-1, co, n)  # F1's (h, w) -> (o, u), at each i
+        jacobian = np.einsum("xou,iuj->ojxi", onto, complement, optimize=True).reshape(co * ci * n, -1)
+        error = (padded - compose(first, second)).reshape(-1)
+        ridge = np.sqrt(damping) * trace[-1] * np.linalg.norm(jacobian, axis=0).max() * np.eye(jacobian.shape[1])
+        step = np.linalg.lstsq(np.vstack([jacobian, ridge]), np.append(error, np.zeros(len(ridge))), rcond=None)[0]
+        step = step.reshape(ch, *frame.first, ci)  # rows of dense_system run over h, then the taps of F1
+        trial = _unit(first + np.moveaxis(step, -1, 1))
+        found = solve_second(padded, trial, frame.second)
+        residual = relative_residual(padded, trial, found)
+        if residual < trace[-1]:
+            first, second, damping = trial, found, damping / 3
+        else:
+            damping *= 4
+        trace.append(min(residual, trace[-1]))
+    return Solved(*equalise(first, second), trace)
+
+
+def _unit(first: Array) -> Array:
+    """F1 with hidden channels of norm 1; F2 takes the scale back."""
+    norms = np.linalg.norm(first.reshape(len(first), -1), axis=1)
+    return first / np.maximum(norms, 1e-30).reshape(-1, *(1,) * (first.ndim - 1))
+
+
 def practical(weight: Array, first: Array, frame: Frame, *, tol: float, max_iter: int = 1) -> Solved:
     """Algorithm 2, practical network morphism: shrink K2 until one sweep of Algorithm 1 is exact, then pad it back.
 

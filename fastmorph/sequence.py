@@ -145,10 +145,11 @@ def decompose_sum(
     for j in range(len(branches)):
         share, offset, kernels, before, steps = answers[j]
         kernels = [kernel.to(tensor.dtype) for kernel in kernels]
-        error = _padded(share, before, reaches[j], dims) - _joined(kernels, dims)
+        whole_kernel = _joined(kernels, dims)
+        off = _relative(_padded(share, before, reaches[j], dims) - whole_kernel, share, dims)
         at = tuple(b - o for b, o in zip(before, offset, strict=True))
-        chains.append(_chain(kernels, at, _relative(error, share, dims), steps, tensor.dtype, restore))
-        missed = missed - _cropped(_joined(kernels, dims), at, content, dims)
+        chains.append(_chain(kernels, at, off, steps, tensor.dtype, restore))
+        missed = missed - _cropped(whole_kernel, at, content, dims)
     residual = _relative(missed, tensor, dims)
     converged = torch.stack([torch.as_tensor(chain.converged) for chain in chains]).all(0)
     return Sum(tuple(chains), restore(residual), restore(converged))

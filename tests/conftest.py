@@ -12,6 +12,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# Tests run side by side, one process a core: threads of their own would only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def kernel_device() -> torch.device:

@@ -39,7 +39,7 @@ class Direct(Solver):
 
     Attributes:
         density: root mean square, in (0, 1], that noise gives to every tap of the kernel that does not hold the weight, relative
-            to what the delta gives to its centre tap. Larger spreads that kernel more evenly; the rounding error grows with it.
+            to what the delta gives to its centre tap. Larger spreads that kernel more evenly; rounding grows with it.
     """
 
     density: float = 0.5

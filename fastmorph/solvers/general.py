@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper: alternating least squares."""
+"""Algorithm 1 of the paper, alternating least squares, and what to run in its place where it stalls."""
 
 from __future__ import annotations
 
@@ -12,22 +12,34 @@ from fastmorph.bounds import half_step_is_exact
 from fastmorph.errors import MorphError
 from fastmorph.frame import Frame, volume
 from fastmorph.half_step import HalfStep, batch_norm
+from fastmorph.solvers.anderson import MEMORY, anderson
 from fastmorph.solvers.base import Equation, Solution, Solver
+from fastmorph.solvers.gauss_newton import gauss_newton
+from fastmorph.solvers.sweeps import History, project
 
 
 @dataclass(frozen=True)
 class General(Solver):
-    """General network morphism (Wei et al. 2016, Algorithm 1).
+    """General network morphism (Wei et al. 2016, Algorithm 1), accelerated unless told not to.
+
+    Where Claim 1 holds for either kernel, one half-step is exact and acceleration has nothing to do. Below it, the paper's
+    alternation stalls, and the accelerations find what it cannot: variable projection with truncated Gauss-Newton steps
+    down to the counting bound, Anderson's a good part of the way there.
+
+    Work is counted in half-steps, the least-squares solutions for one kernel with the other fixed. A sweep is two. A
+    projection of Gauss-Newton's is one, and each of its CG steps counts as two: it has a sweep's products, but no
+    factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
+    sweep; Gauss-Newton: each outer step), NaN for items that had ended.
 
     Attributes:
-        max_iter: sweeps (a half-step for F2, then one for F1) at most.
+        max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
         tol: relative residual that counts as loss 0; None: what is exact for the dtype.
-        acceleration: "anderson", or None for the paper's own algorithm.
+        acceleration: "gauss-newton", "anderson", or None for the paper's own algorithm.
     """
 
     max_iter: int = 400
     tol: float | None = None
-    acceleration: Literal["anderson"] | None = "anderson"
+    acceleration: Literal["gauss-newton", "anderson"] | None = "gauss-newton"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -35,57 +47,65 @@ class General(Solver):
             raise MorphError(f"{name}(max_iter={self.max_iter}): at least one sweep is needed.")
         if self.tol is not None and not self.tol > 0.0:
             raise MorphError(f"{name}(tol={self.tol}): tol must be positive, or None for what is exact for the dtype.")
-        if self.acceleration not in ("anderson", None):
-            raise MorphError(f"{name}(acceleration={self.acceleration!r}): 'anderson' or None.")
+        if self.acceleration not in ("gauss-newton", "anderson", None):
+            raise MorphError(f"{name}(acceleration={self.acceleration!r}): it must be 'gauss-newton', 'anderson' or None.")
 
     def solve(self, equation: Equation) -> Solution:
         """Solve a batch, from the side that one half-step makes exact (Claim 1), if there is one."""
-        frame, (_, co, ci) = equation.frame, equation.sizes
-        if half_step_is_exact(frame, co, ci, equation.hidden, for_second=False) and not half_step_is_exact(
-            frame, co, ci, equation.hidden
-        ):
+        frame, (batch, co, ci) = equation.frame, equation.sizes
+        if batch == 0:
+            second = equation.weight.new_empty(0, co, equation.hidden, *frame.second)
+            trace = History(equation.weight).stacked()
+            return Solution(equation.start(), second, trace, (~trace.isnan()).sum(0))
+        if half_step_is_exact(frame, co, ci, equation.hidden):
+            return self.run(equation, equation.start())
+        if half_step_is_exact(frame, co, ci, equation.hidden, for_second=False):
             return self.run(equation.transposed, equation.transposed.start()).transposed
-        return self.run(equation, equation.start())
+        if self.acceleration is None:
+            return self.run(equation, equation.start())
+        accelerated = gauss_newton if self.acceleration == "gauss-newton" else anderson
+        return accelerated(equation, equation.start(), max_iter=self.max_iter, tol=self._tol(equation.tolerance))
 
     def run(self, equation: Equation, first: torch.Tensor) -> Solution:
         """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""
-        tol = equation.tolerance if self.tol is None else self.tol
-        frame, weight, backend, scale = equation.frame, equation.weight, equation.backend, equation.norm()
-        batch, co, _ = equation.sizes
-        first = first.clone()
-        second = weight.new_zeros(batch, co, equation.hidden, *frame.second)
-        trace: list[torch.Tensor] = []
-        active = torch.arange(batch, device=weight.device)
-        mirrored = weight.transpose(1, 2)
-
-        def record(step: HalfStep, target: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-            residual = batch_norm(step.error(target, step_frame.before, found)) / scale[active]
-            row = weight.new_full((batch,), torch.nan)
-            row[active] = residual
-            trace.append(row)
-            return residual
-
-        for _ in range(self.max_iter):
-            step_frame = frame
-            step = HalfStep(first[active], frame.second, backend)
-            found = step.refined(weight[active], frame.before)
-            second[active] = found
-            # An item that is exact here keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
-            active = active[~(record(step, weight[active], found) <= tol)]
+        tol, backend, scale = self._tol(equation.tolerance), equation.backend, equation.norm()
+        batch, co, ci = equation.sizes
+        history = History(equation.weight)
+        # Of each side: its frame, its target and whether Claim 1 makes its half-step exact. The kernels stand as that side's
+        # second kernel: F2, then F1 transposed.
+        sides = [
+            (equation.frame, equation.weight, half_step_is_exact(equation.frame, co, ci, equation.hidden)),
+            (
+                equation.frame.transposed,
+                equation.weight.transpose(1, 2),
+                half_step_is_exact(equation.frame, co, ci, equation.hidden, for_second=False),
+            ),
+        ]
+        kernels = [equation.weight.new_zeros(batch, co, equation.hidden, *equation.frame.second), first.transpose(1, 2).clone()]
+        active = torch.arange(batch, device=equation.weight.device)
+        for half_step in range(2 * self.max_iter):
+            solved = half_step % 2
+            frame, target, exact = sides[solved]
+            step = HalfStep(kernels[1 - solved][active].transpose(1, 2), frame.second, backend)
+            found, error = project(step, target[active], frame.before, always_refine=exact)
+            kernels[solved][active] = found
+            residual = batch_norm(error) / scale[active]
+            history.add(active, residual)
+            # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
+            active = active[~(residual <= tol)]
             if len(active) == 0:
                 break
-            step_frame = frame.transposed
-            step = HalfStep(second[active].transpose(1, 2), frame.first, backend)
-            found = step.refined(mirrored[active], step_frame.before)
-            first[active] = found.transpose(1, 2)
-            active = active[~(record(step, mirrored[active], found) <= tol)]
-            if len(active) == 0:
-                break
-        history = torch.stack(trace) if trace else weight.new_empty(0, batch)
-        return Solution(first, second, history, (~history.isnan()).sum(0))
+        trace = history.stacked()
+        return Solution(kernels[1].transpose(1, 2), kernels[0], trace, (~trace.isnan()).sum(0))
+
+    def _tol(self, exact: float) -> float:
+        return exact if self.tol is None else self.tol
 
     def cost(self, co: int, ci: int, hidden: int, frame: Frame) -> float:
-        """Gram matrix, Cholesky factor, solution and composition of `max_iter` sweeps; of half a one where that is exact."""
+        """Gram matrix, Cholesky factor, solution and composition of `max_iter` sweeps; of half a one where that is exact.
+
+        Below Claim 1 this is a bound: items stop when they are exact, and CG steps have no factorisation.
+        """
         for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
         second, first = _half_step_cost(co, ci, hidden, frame), _half_step_cost(ci, co, hidden, frame.transposed)
         if for_second or for_first:
@@ -93,23 +113,34 @@ class General(Solver):
         return self.max_iter * (first + second)
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """The Gram matrix and its factor, both kernels and the composition, a few times."""
+        """The Gram matrices and their factors, both kernels and the composition, a few times."""
         n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
-        system = max(min(hidden * m2, ci * n), min(hidden * m1, co * n))
-        return 2 * system**2 + 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
+        second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
+        kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
+        exact = any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+        if exact or self.acceleration is None:
+            return 2 * max(second, first) ** 2 + kernels
+        if self.acceleration == "anderson":
+            return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
+        return 3 * second**2 + 2 * first**2 + 4 * kernels  # an item's factor is kept while another is tried
 
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
     ) -> reference.Solved:
-        """Algorithm 1 by the numpy oracle."""
-        limit = tol if self.tol is None else self.tol
+        """Algorithm 1 by the numpy oracle, accelerated by dense versions of the same methods."""
+        limit = self._tol(tol)
         co, ci = weight.shape[:2]
-        if half_step_is_exact(frame, co, ci, hidden, for_second=False) and not half_step_is_exact(frame, co, ci, hidden):
+        for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+        if for_first and not for_second:
             start = reference.start(draw, hidden, co, frame.second)
             found = reference.general(weight.swapaxes(0, 1), start, frame.transposed, max_iter=self.max_iter, tol=limit)
             return reference.Solved(found.second.swapaxes(0, 1), found.first.swapaxes(0, 1), found.trace)
-        start = reference.start(draw, hidden, ci, frame.first)
-        return reference.general(weight, start, frame, max_iter=self.max_iter, tol=limit)
+        algorithm = {
+            None: reference.general,
+            "anderson": reference.general_anderson,
+            "gauss-newton": reference.general_gauss_newton,
+        }[None if for_second else self.acceleration]
+        return algorithm(weight, reference.start(draw, hidden, ci, frame.first), frame, max_iter=self.max_iter, tol=limit)
 
 
 def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:
