@@ -83,8 +83,12 @@ def smallest_by_counting(frame: Frame, co: int, ci: int) -> int | None:
 
 
 def smallest_direct(frame: Frame, co: int, ci: int) -> int | None:
-    """The smallest C_hid with a closed form for any weight; None if the weight fits into neither kernel."""
-    options = [co] * frame.fits(within_first=True) + [ci] * frame.fits(within_first=False)
+    """The smallest C_hid with a closed form for any weight; None if the weight fits into neither kernel.
+
+    It is the rank that a weight can have as a matrix, (C_out, C_in * |K|) in F1 or (C_out * |K|, C_in) in F2.
+    """
+    taps = volume(frame.kernel)
+    options = [min(co, ci * taps)] * frame.fits(within_first=True) + [min(ci, co * taps)] * frame.fits(within_first=False)
     return min(options, default=None)
 
 

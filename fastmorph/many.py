@@ -77,7 +77,7 @@ def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:
     for index, p in enumerate(problems):
         co, ci = p.weight.shape[1:3]
         # A closed form by low rank takes the rank of what it is solved with: alone, it is what `decompose` would give.
-        lone = index if isinstance(p.solver, Direct) and Direct.role(p.frame, co, ci, p.hidden) is None else None
+        lone = index if isinstance(p.solver, Direct) and Direct.needs_rank(p.frame, co, ci, p.hidden) else None
         key = (co, ci, p.hidden, p.frame, p.weight.dtype, p.weight.device, p.backend.name, p.solver, lone)
         buckets.setdefault(key, []).append(index)
     chunks: list[list[int]] = []

@@ -265,7 +265,7 @@ def test_no_channels_are_refused(name):
 KINDS = ["gelu", "relu", nn.Hardtanh(-2, 2), F.softplus, torch.sin, Snake()]
 
 
-@pytest.mark.parametrize("fn", KINDS, ids=str)
+@pytest.mark.parametrize("fn", KINDS, ids=lambda fn: getattr(fn, "__name__", None) or str(fn))
 def test_copies_pickles_and_state_dicts_round_trip(fn):
     module, x = set_a(PActivation(fn, channels=3), 0.1, 0.2, 0.3), randn(2, 3, 4)
     other = PActivation(copy.deepcopy(fn), channels=3)
@@ -282,7 +282,7 @@ def test_copies_pickles_and_state_dicts_round_trip(fn):
 
 
 @pytest.mark.parametrize("channels", [None, 3])
-@pytest.mark.parametrize("fn", ["gelu", "relu", torch.sin], ids=str)
+@pytest.mark.parametrize("fn", ["gelu", "relu", torch.sin], ids=lambda fn: getattr(fn, "__name__", None) or str(fn))
 def test_compiles_as_one_graph(fn, channels):
     torch.compiler.reset()
     module, x = PActivation(fn, a=0.3, channels=channels), randn(2, 3, 4)

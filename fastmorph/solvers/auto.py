@@ -38,7 +38,8 @@ class Auto(Solver):
         if role is not None:
             name, bound = ("K1", "C_out") if role else ("K2", "C_in")
             fits = f"{name} >= K and " if frame.kernel else ""
-            return Direct(), f"closed form: {fits}C_hid >= {bound}"
+            limit = "the weight's rank" if Direct.needs_rank(frame, co, ci, hidden) else bound
+            return Direct(), f"closed form: {fits}C_hid >= {limit}"
         for for_second, name in ((True, "F2"), (False, "F1")):
             if half_step_is_exact(frame, co, ci, hidden, for_second=for_second):
                 return General(max_iter=1), f"one half-step for {name} is exact (Claim 1)"

@@ -38,8 +38,8 @@ class Direct(Solver):
     Time grows with the number of weights. The condition is perfect: no system is solved.
 
     Attributes:
-        density: root mean square, in (0, 1], that noise gives to every tap of the kernel that does not hold the weight, relative
-            to what the delta gives to its centre tap. Larger spreads that kernel more evenly; rounding grows with it.
+        density: root mean square, in (0, 1], that noise gives to every tap of the kernel that does not hold the weight,
+            relative to what the delta gives to its centre tap. Larger spreads that kernel more evenly; rounding grows with it.
     """
 
     density: float = 0.5
@@ -52,11 +52,18 @@ class Direct(Solver):
     @staticmethod
     def role(frame: Frame, co: int, ci: int, hidden: int) -> bool | None:
         """True: the weight goes into F1; False: into F2; None: exact in neither, except for weights of low rank."""
-        if frame.fits(within_first=True) and hidden >= co:
+        taps = volume(frame.kernel)
+        if frame.fits(within_first=True) and hidden >= min(co, ci * taps):
             return True
-        if frame.fits(within_first=False) and hidden >= ci:
+        if frame.fits(within_first=False) and hidden >= min(ci, co * taps):
             return False
         return None
+
+    @staticmethod
+    def needs_rank(frame: Frame, co: int, ci: int, hidden: int) -> bool:
+        """Whether the weight must be factored by its rank, because neither a unit matrix of C_out nor of C_in fits."""
+        role = Direct.role(frame, co, ci, hidden)
+        return role is None or hidden < (co if role else ci)
 
     def solve(self, equation: Equation) -> Solution:
         """Build a batch of answers."""

@@ -179,17 +179,17 @@ def _directions(equation: Equation, state: _State, enough: Tensor, limit: int) -
         if len(rows) == 0:
             continue
         dtype = work if careful else torch.float32
-        part = state.at(rows)
-        norm = part.residual.view(-1, *(1,) * (part.first.ndim - 1))
+        residual = state.residual[rows]
+        norm = residual.view(-1, *(1,) * (change.ndim - 1))
         # Forcing terms of Eisenstat and Walker, down to what the precision allows and tol can use.
-        forcing = (0.9 * (part.residual / part.before) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
+        forcing = (0.9 * (residual / state.before[rows]) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
         forcing = forcing.maximum(enough[rows])
-        error, first, second, factor = (x.to(dtype) for x in (part.error / norm, part.first, part.second, part.factor))
+        first, second, factor = (x[rows].to(dtype) for x in (state.first, state.second, state.factor))
         factor2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
-        about = Linearised(error, first, second, factor, factor2)
-        radius = (part.radius / part.residual).to(dtype)
+        about = Linearised((state.error[rows] / norm).to(dtype), first, second, factor, factor2)
+        radius = (state.radius[rows] / residual).to(dtype)
         found = direction(equation.backend, about, forcing.to(dtype), radius, most[rows])
-        found = found._replace(change=found.change * norm, length=found.length * part.residual)
+        found = found._replace(change=found.change * norm, length=found.length * residual)
         for into, values in zip(whole, found, strict=True):
             into[rows] = values.to(into.dtype)
     return whole

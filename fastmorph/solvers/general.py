@@ -122,7 +122,7 @@ class General(Solver):
             return 2 * max(second, first) ** 2 + kernels
         if self.acceleration == "anderson":
             return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
-        return 3 * second**2 + 2 * first**2 + 4 * kernels  # an item's factor is kept while another is tried
+        return 4 * second**2 + 2 * first**2 + 4 * kernels  # a factor is kept while another is tried
 
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
