@@ -20,12 +20,13 @@ class Decomposition:
         second: F2, (*B, Co, Ch, *K2), the layer next to the output.
         residual: (*B,) ||G - F2 * F1|| / ||G||, Frobenius, of the kernels as returned (rounded to their dtype), summed in
             float64; the absolute norm where G is zero.
-        iterations: (*B,) half-steps that each item took; 0 for a closed form.
+        iterations: (*B,) half-steps that each item took, see `General` for those of its accelerations; 0 for a closed form.
         converged: (*B,) whether the residual is within what counts as exact for the dtype (`fastmorph.tolerance`).
         solver: the solver that ran, with its settings; for `Auto`, the one it chose.
         reason: why that solver, in a sentence.
-        cost: floating-point operations (multiply and add counted as 2) that the solver was expected to need for all items.
-        trace: (half-steps, *B) relative residual after each half-step, before rounding to the dtype; NaN once an item is done.
+        cost: floating-point operations (multiply and add counted as 2) of all items, from their sizes and `iterations`.
+        trace: (steps, *B) relative residual after each half-step, or each outer step of an acceleration, before rounding to
+            the dtype; NaN once an item is done.
     """
 
     first: Any

@@ -72,7 +72,8 @@ def decompose_sequence(
 
     Args:
         weight: G, (*B, Co, Ci, *K), as in `decompose`.
-        hidden_channels: channels between the kernels, one fewer than there are kernels.
+        hidden_channels: channels between the kernels, one fewer than there are kernels. Each must be enough for the equation
+            that it stands in, whose weight is what the kernels before it left over.
         kernel_sizes: one for each kernel, with sum(Ki - 1) + 1 >= K.
         spatial_dims: as in `decompose`.
         **options: `solver`, `backend`, `generator` and `allow_inexact` of `decompose`, for each equation.

@@ -123,7 +123,7 @@ def _decomposition(
         converged=restore((residual <= tolerance(problem.weight.dtype)).reshape(shape)),
         solver=problem.solver,
         reason=problem.reason,
-        cost=len(residual) * problem.solver.cost(co, ci, problem.hidden, problem.frame),
+        cost=sum(problem.solver.cost(co, ci, problem.hidden, problem.frame, int(steps)) for steps in iterations),
         trace=restore(trace.reshape(len(trace), *shape)),
     )
 

@@ -107,8 +107,8 @@ class Solver(ABC):
         return self, "asked for"
 
     @abstractmethod
-    def cost(self, co: int, ci: int, hidden: int, frame: Frame) -> float:
-        """Expected floating-point operations for one item, multiply and add counted as 2."""
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """Floating-point operations of one item that took so many half-steps, multiply and add counted as 2."""
 
     @abstractmethod
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:

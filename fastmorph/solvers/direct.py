@@ -72,7 +72,7 @@ class Direct(Solver):
             role = self._low_rank_role(equation.weight, equation.hidden, equation.frame, equation.tolerance)
         return self._into_first(equation) if role else self._into_first(equation.transposed).transposed
 
-    def cost(self, co: int, ci: int, hidden: int, frame: Frame) -> float:
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
         """Two mixing stages over both kernels."""
         block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
         return 4.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))

@@ -57,10 +57,9 @@ class Practical(Solver):
                 break
         return Solution(first, second, torch.cat(traces), iterations)
 
-    def cost(self, co: int, ci: int, hidden: int, frame: Frame) -> float:
-        """A sweep at each size of F2, as if none before the last were exact."""
-        sweep = General(self.max_iter, self.tol, acceleration=None)
-        return sum(sweep.cost(co, ci, hidden, inner) for inner in frame.shrinking())
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """As if every half-step were at full size."""
+        return General().cost(co, ci, hidden, frame, half_steps)
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """That of a sweep at full size."""
