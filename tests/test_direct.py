@@ -68,6 +68,33 @@ def test_dense_and_of_equal_spread(co, ci, hidden, kernel, sizes):
     assert float(found.first.std() / found.second.std()) == pytest.approx(1.0, rel=0.25)
 
 
+@pytest.mark.parametrize(("co", "ci"), [(48, 64), (64, 200), (3, 100)])
+def test_the_estimated_residual_is_near_the_true_one(co, ci):
+    """Rounding errors of Co * |N| rows over 16 projections: a standard deviation of sqrt(2 / (16 Co |N|)), 4 % at most here."""
+    weight = torch.randn(2, co, ci, 3, 3)
+    found = fm.decompose(weight, co + 6, generator=torch.Generator().manual_seed(0))
+    case = Case(weight, make_frame((3, 3), (3, 3)), 2)
+    assert float(found.residual.max()) == pytest.approx(oracle_residual(case, found.first, found.second), rel=0.2)
+
+
+def test_the_estimate_sees_a_single_wrong_entry(monkeypatch):
+    """An error of one entry is estimated without variance: signs do not change its square."""
+    weight = torch.randn(40, 50, 3, 3)
+    rounded = fm.solve._rounded
+
+    def spoilt(*arguments):
+        first, second = rounded(*arguments)
+        first[0, 7, 3, 1, 1] += 1.0
+        return first, second
+
+    monkeypatch.setattr(fm.solve, "_rounded", spoilt)
+    with pytest.raises(fm.InexactMorphError) as caught:
+        fm.decompose(weight, 44)
+    answer = caught.value.decomposition
+    case = Case(weight, make_frame((3, 3), (3, 3)), 2)
+    assert float(answer.residual) == pytest.approx(oracle_residual(case, answer.first, answer.second), rel=1e-4)
+
+
 def test_no_channel_is_a_copy_of_another():
     found = fm.decompose(torch.randn(16, 16, 3, 3, dtype=torch.float64), 32, solver=fm.Direct())
     for rows in (found.first.flatten(1), found.second.transpose(0, 1).flatten(1)):

@@ -90,7 +90,8 @@ class Solution(NamedTuple):
 class Solver(ABC):
     """A frozen set of settings that can solve equations."""
 
-    well_conditioned: ClassVar[bool] = False  # whether its kernels may be rounded as they come
+    # A closed form: no system is solved, its kernels may be rounded as they come, and composing them costs more than it does.
+    closed_form: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, equation: Equation) -> Solution:

@@ -43,7 +43,7 @@ class Direct(Solver):
     """
 
     density: float = 0.5
-    well_conditioned: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:
