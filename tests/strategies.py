@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
 from fastmorph import reference
-from fastmorph.frame import Frame, make_frame
+from fastmorph.frame import Frame, make_frame, volume
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,28 @@ def cases(draw, dtype=torch.float64, max_channels=6, fits_first=None):
     return Case(weight, make_frame(k, (k1, k2)) if dims else Frame((), (), ()), dims)
 
 
-def oracle_residual(case: Case, first, second) -> float:
-    """Largest relative residual over the batch, by the numpy reference in float64."""
+def _items(case: Case, first, second):
     numpy = [np.asarray(t.to(torch.float64)) for t in (case.weight, first, second)]
     cut = case.weight.ndim - case.dims - 2
-    flat = [a.reshape(-1, *a.shape[cut:]) for a in numpy]
-    residuals = [
+    return list(zip(*(a.reshape(-1, *a.shape[cut:]) for a in numpy), strict=True))
+
+
+def oracle_residual(case: Case, first, second) -> float:
+    """Largest relative residual over the batch, by the numpy reference in float64."""
+    return max(
         reference.relative_residual(reference.pad_to_frame(weight, case.frame), one, two)
-        for weight, one, two in zip(*flat, strict=True)
-    ]
-    return max(residuals)
+        for weight, one, two in _items(case, first, second)
+    )
+
+
+def agrees(case: Case, first, second):
+    """What a residual told must be: the oracle's, within what two float64 measurements of it can differ by.
+
+    A composition of n products is off by n u |F2| * |F1| at most, in each of the two.
+    """
+    slack = 0.0
+    for weight, one, two in _items(case, first, second):
+        terms = one.shape[0] * volume(case.frame.second)
+        bound = terms * np.finfo(float).eps * np.linalg.norm(reference.compose(abs(one), abs(two)))
+        slack = max(slack, bound / (np.linalg.norm(weight) or 1.0))
+    return pytest.approx(oracle_residual(case, first, second), rel=1e-6, abs=slack)
