@@ -48,7 +48,7 @@ def main() -> int:
         report = json.loads(results.read_text())
 
     measured = measure(report)
-    print(table(measured))
+    print(table(measured, judged=not options.quick))
     if options.quick:
         print("One round each (--quick): the ratios mean nothing.")
     if options.record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,20 +37,52 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inex
     work = torch.float32 if weight.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     noise = Noise(seeds, batches, weight.device, work)
     equation = Equation(weight.to(work), first.hidden, first.frame, weight.dtype, noise, first.backend)
-    solution = _by_reference(equation, problems[0]) if isinstance(first.backend, NumpyBackend) else first.solver.solve(equation)
-    one, two = _rounded(equation, solution, first.solver)
-    residual = _residual(equation, one, two, estimate=first.solver.closed_form)
+    answer = _attempt(equation, first.solver)
+    _, co, ci = equation.sizes
+    for _ in range(first.solver.draws(co, ci, first.hidden, first.frame) - 1):
+        bad = torch.nonzero(~(answer.residual <= tolerance(equation.dtype))).flatten()
+        if len(bad) == 0:
+            break
+        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.solver), bad)
     answers, at = [], 0
     for problem, batch in zip(problems, batches, strict=True):
         part = slice(at, at + batch)
-        answers.append(_decomposition(problem, one[part], two[part], residual[part], solution, part))
+        answers.append(_decomposition(problem, answer, part))
         at += batch
-        if not allow_inexact and not bool((residual[part] <= equation.tolerance).all()):
-            raise InexactMorphError(_inexact(problem, float(residual[part].max()), equation.tolerance), answers[-1])
+        limit, worst = tolerance(equation.dtype), answer.residual[part]
+        if not allow_inexact and not bool((worst <= limit).all()):
+            raise InexactMorphError(_inexact(problem, float(worst.max()), limit), answers[-1])
     return answers
 
 
-def _by_reference(equation: Equation, problem: Checked) -> Solution:
+class _Answer(NamedTuple):
+    """Rounded kernels with their residual (B,), trace (steps, B) and iterations (B,)."""
+
+    first: Tensor
+    second: Tensor
+    residual: Tensor
+    trace: Tensor
+    iterations: Tensor
+
+    def improved(self, other: _Answer, items: Tensor) -> _Answer:
+        """This answer, with another one for some of its items where that is better; the work of both is told."""
+        better = other.residual < self.residual[items]
+        kept = [value.index_copy(0, items[better], new[better]) for value, new in zip(self[:3], other[:3], strict=True)]
+        trace = self.trace.new_full((len(other.trace), len(self.residual)), torch.nan)
+        trace[:, items] = other.trace
+        iterations = self.iterations.index_add(0, items, other.iterations)
+        return _Answer(kept[0], kept[1], kept[2], torch.cat([self.trace, trace]), iterations)
+
+
+def _attempt(equation: Equation, solver: Solver) -> _Answer:
+    numpy = isinstance(equation.backend, NumpyBackend)
+    solution = _by_reference(equation, solver) if numpy else solver.solve(equation)
+    first, second = _rounded(equation, solution, solver)
+    residual = _residual(equation, first, second, estimate=solver.closed_form)
+    return _Answer(first, second, residual, solution.trace, solution.iterations)
+
+
+def _by_reference(equation: Equation, solver: Solver) -> Solution:
     draws: list[np.ndarray] = []  # every item takes its rows of the same draws, as a batch would
 
     def noise_for(item: int) -> reference.Draw:
@@ -64,7 +97,7 @@ def _by_reference(equation: Equation, problem: Checked) -> Solution:
         return draw
 
     found = [
-        problem.solver.reference(weight, equation.hidden, equation.frame, noise_for(item), equation.tolerance)
+        solver.reference(weight, equation.hidden, equation.frame, noise_for(item), equation.tolerance)
         for item, weight in enumerate(equation.weight.cpu().numpy())
     ]
     steps = max((len(f.trace) for f in found), default=0)
@@ -122,12 +155,11 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     return (scale * batch_norm(padded - composed) / equation.norm()).double()
 
 
-def _decomposition(
-    problem: Checked, first: Tensor, second: Tensor, residual: Tensor, solution: Solution, part: slice
-) -> Decomposition:
+def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:
     shape, restore = problem.batch_shape, problem.restore
+    first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
     co, ci = problem.weight.shape[1:3]
-    trace, iterations = solution.trace[:, part], solution.iterations[part]
+    trace, iterations = answer.trace[:, part], answer.iterations[part]
     return Decomposition(
         first=restore(first.reshape(*shape, *first.shape[1:])),
         second=restore(second.reshape(*shape, *second.shape[1:])),

@@ -80,7 +80,7 @@ def test_one_half_step_is_exact_under_claim_1(dtype, bound, case, extra, seed):
         solver=fm.General(max_iter=1),
         generator=torch.Generator().manual_seed(seed),
     )
-    assert bool((found.iterations == 1).all())
+    assert bool((found.iterations <= 5).all())  # 1, unless the noise was nearly singular and drawn again
     case = Case(case.weight.to(dtype), case.frame, case.dims)
     assert oracle_residual(case, found.first, found.second) <= bound
     assert float(found.residual.max()) == agrees(case, found.first, found.second)
@@ -162,6 +162,7 @@ def test_half_step_is_the_reference_to_rounding():
         fm.decompose(weight, 14, solver=fm.General(max_iter=1), backend=b, generator=torch.Generator().manual_seed(3))
         for b in ("torch", "numpy")
     )
+    assert int(one.iterations) == int(two.iterations) == 1
     torch.testing.assert_close(one.first, two.first, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(one.second, two.second, rtol=1e-9, atol=1e-9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +15,6 @@ from fastmorph.backends.torch_backend import TorchBackend
 from fastmorph.bounds import tolerance
 from fastmorph.frame import Frame, volume
 from fastmorph.half_step import batch_norm
-from fastmorph.randomness import Noise
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Equation:
         hidden: C_hid.
         frame: the kernel sizes.
         dtype: what the answer is rounded to.
-        noise: draws standard normal noise: `noise(*shape)` -> (B, *shape), float64 or the working dtype.
+        noise: draws standard normal noise: `noise(*shape)` -> (B, *shape), in the working dtype.
         backend: the linear maps.
     """
 
@@ -34,13 +34,13 @@ class Equation:
     hidden: int
     frame: Frame
     dtype: torch.dtype
-    noise: Noise
+    noise: Callable[..., Tensor]
     backend: TorchBackend
 
     @property
     def tolerance(self) -> float:
-        """Relative residual that counts as exact."""
-        return tolerance(self.dtype)
+        """Relative residual that counts as exact before rounding, which may then add its share."""
+        return tolerance(self.dtype) * (1.0 if self.dtype == self.weight.dtype else 0.1)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -49,8 +49,8 @@ class Equation:
         return b, co, ci
 
     def subset(self, items: Tensor, frame: Frame) -> Equation:
-        """The same equation for some batch items, in another frame; its noise is not for use."""
-        return replace(self, weight=self.weight[items], frame=frame)
+        """The same equation for some batch items, in another frame. Noise is drawn for all, so that items keep their own."""
+        return replace(self, weight=self.weight[items], frame=frame, noise=lambda *shape: self.noise(*shape)[items])
 
     @property
     def transposed(self) -> Equation:
@@ -106,6 +106,10 @@ class Solver(ABC):
     def chosen_for(self, weight: Tensor, hidden: int, frame: Frame, *, allow_inexact: bool) -> tuple[Solver, str]:
         """The solver that will run on `weight` (B, Co, Ci, *K), and why. Raises MorphError if it cannot be exact."""
         return self, "asked for"
+
+    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """How often an item that is not exact may be solved, each time from noise of its own."""
+        return 1
 
     @abstractmethod
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:

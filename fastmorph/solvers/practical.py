@@ -57,6 +57,10 @@ class Practical(Solver):
                 break
         return Solution(first, second, torch.cat(traces), iterations)
 
+    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """Three: almost all noise leads to a well-conditioned answer, and another draw is cheap."""
+        return 3
+
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
         """As if every half-step were at full size."""
         return General().cost(co, ci, hidden, frame, half_steps)
