@@ -47,9 +47,10 @@ def equalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(kernel: Tensor) -> Tensor:
-    """Standard deviation of each item, (B,); unlike Tensor.std, silent for no items."""
-    entries = kernel.flatten(1)
-    return (entries - entries.mean(1, keepdim=True)).square().mean(1).sqrt()
+    """Standard deviation of each item, (B,)."""
+    if len(kernel) == 0:  # Tensor.var warns
+        return kernel.new_zeros(0)
+    return kernel.flatten(1).var(1, correction=0).sqrt()
 
 
 def _floored(covariance: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from fastmorph.backends.torch_backend import TorchBackend, taps_first, taps_last
+from fastmorph.banded import BandedCholesky
 from fastmorph.frame import Size, volume
 
+_ROUNDING = 32  # eps: an error that no refinement makes smaller
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 
 
@@ -28,14 +30,13 @@ class HalfStep:
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
         self.by_rows = first.shape[1] * volume(k2) <= first.shape[2] * volume(self.size)
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
-        self.factor, failed = torch.linalg.cholesky_ex(gram)
-        # (smallest / largest pivot)^2 bounds 1 / condition from above: below n * eps no digit of the answer is sure.
-        pivots = self.factor.diagonal(dim1=-2, dim2=-1)
-        ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
-        self.singular = (failed != 0) | ~(ratio > gram.shape[-1] * torch.finfo(gram.dtype).eps)
+        # Frame rows further apart than K1 - 1 share no kernel: there the columns' Gram matrix is zero, and its factor stays so.
+        blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
+        self.factor = BandedCholesky(gram, blocks, width)
+        self.singular = self.factor.failed
         self.inverse: Tensor | None = None
         if bool(self.singular.any()):
-            self.factor[self.singular] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            self.factor.drop_failed()
             self.inverse = torch.linalg.pinv(backend.dense_system(first[self.singular], k2))
 
     def solve(self, target: Tensor, before: Size) -> Tensor:
@@ -45,10 +46,11 @@ class HalfStep:
         if self.by_rows:
             right = taps_first(self.backend.correlate(target, before, self.first, self.k2))  # (*K2, B, Co, Ch)
             right = right.reshape(volume(self.k2), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
-            second = self._unflatten(torch.cholesky_solve(right, self.factor))
+            second = self._unflatten(self.factor.solve(right))
         else:
-            right = pad(target, before, self.size).reshape(b, co, -1).mT  # (B, Ci*|N|, Co)
-            weights = torch.cholesky_solve(right, self.factor).mT.reshape(b, co, ci, *self.size)
+            dims = range(3, target.ndim)
+            right = pad(target, before, self.size).permute(0, *dims, 2, 1).reshape(b, -1, co)  # (B, |N|*Ci, Co)
+            weights = self.factor.solve(right).view(b, *self.size, ci, co).permute(0, -1, -2, *(d - 2 for d in dims))
             second = self.backend.correlate(weights, (0,) * len(before), self.first, self.k2)
         if self.inverse is not None:
             padded = pad(target[self.singular], before, self.size).flatten(2)
@@ -56,22 +58,23 @@ class HalfStep:
             second[self.singular] = self._unflatten((padded @ self.inverse).mT)
         return second
 
-    def refined(self, target: Tensor, before: Size) -> Tensor:
-        """`solve`, then iterative refinement, item by item, for as long as it halves the residual."""
-        best = self.solve(target, before)
-        error = self.error(target, before, best)
+    def refined(self, second: Tensor, error: Tensor, target: Tensor, before: Size) -> tuple[Tensor, Tensor]:
+        """Iterative refinement of a solution and its error, item by item, for as long as it halves an error above rounding."""
         norm = batch_norm(error)
+        rounding = _ROUNDING * torch.finfo(norm.dtype).eps * batch_norm(target)
         for _ in range(_REFINEMENTS):
-            candidate = best + self.solve(error, (0,) * len(before))
+            if bool((norm <= rounding).all()):
+                break
+            candidate = second + self.solve(error, (0,) * len(self.size))
             candidate_error = self.error(target, before, candidate)
             candidate_norm = batch_norm(candidate_error)
             better, halved = candidate_norm < norm, candidate_norm < 0.5 * norm
-            best = per_item(better, candidate, best)
+            second = per_item(better, candidate, second)
             error = per_item(better, candidate_error, error)
             norm = torch.where(better, candidate_norm, norm)
             if not bool(halved.any()):
                 break
-        return best
+        return second, error
 
     def error(self, target: Tensor, before: Size, second: Tensor) -> Tensor:
         """Target minus composition, (B, Co, Ci, *N)."""

@@ -24,9 +24,10 @@ def draw_seed(generator: Generator) -> int:
 
 
 class Noise:
-    """Standard normal noise for problems of one shape, stacked: `noise(*shape)` -> (B, *shape) in float64.
+    """Standard normal noise for problems of one shape, stacked: `noise(*shape)` -> (B, *shape) in `dtype`.
 
-    Each problem has a stream of its own, so that it gets the same noise alone and among others.
+    Each problem has a stream of its own, so that it gets the same noise alone and among others. It is drawn in float32, which
+    takes a fifth of the time on a CPU: what it is made of does not matter, only that it is full.
     """
 
     def __init__(self, seeds: Sequence[int], batches: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
@@ -36,7 +37,7 @@ class Noise:
     def __call__(self, *shape: int) -> Tensor:
         """The next draw, (B, *shape)."""
         draws = [
-            torch.randn(batch, *shape, generator=generator, device=self.device, dtype=self.dtype)
+            torch.randn(batch, *shape, generator=generator, device=self.device, dtype=torch.float32)
             for batch, generator in zip(self.batches, self.generators, strict=True)
         ]
-        return draws[0] if len(draws) == 1 else torch.cat(draws)
+        return torch.cat(draws).to(self.dtype)

@@ -23,7 +23,7 @@ from fastmorph.solvers.base import Equation, Solution, Solver
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
-_PROBES = 16  # random projections that estimate a residual
+_PROBES = 8  # random projections that estimate a residual
 
 
 def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inexact: bool) -> list[Decomposition]:
@@ -40,7 +40,7 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inex
     answer = _attempt(equation, first.solver)
     _, co, ci = equation.sizes
     for _ in range(first.solver.draws(co, ci, first.hidden, first.frame) - 1):
-        bad = torch.nonzero(~(answer.residual <= tolerance(equation.dtype))).flatten()
+        bad = torch.nonzero(~(answer.residual <= _comfort(equation.dtype))).flatten()
         if len(bad) == 0:
             break
         answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.solver), bad)
@@ -53,6 +53,15 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inex
         if not allow_inexact and not bool((worst <= limit).all()):
             raise InexactMorphError(_inexact(problem, float(worst.max()), limit), answers[-1])
     return answers
+
+
+def _comfort(dtype: torch.dtype) -> float:
+    """A residual above which another draw is worth its while.
+
+    Rounding leaves a residual of |F2| |F1| / |G| times the unit roundoff. Where that factor is large the answer may still be
+    exact, but the child's forward pass would round by as much at every pixel.
+    """
+    return tolerance(dtype) * (0.1 if torch.finfo(dtype).bits >= 32 else 0.5)
 
 
 class _Answer(NamedTuple):
@@ -145,7 +154,7 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     weight, first = equation.weight, first.to(equation.weight.dtype)
     ci = weight.shape[2]
     scale = 1.0
-    if estimate and ci > 2 * _PROBES:
+    if estimate and ci > 4 * _PROBES:
         generator = torch.Generator(weight.device).manual_seed(0)
         signs = torch.randint(2, (_PROBES, ci), generator=generator, device=weight.device).to(weight.dtype) * 2 - 1
         weight, first = (torch.tensordot(kernel, signs, dims=([2], [1])).movedim(-1, 2) for kernel in (weight, first))

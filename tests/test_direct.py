@@ -70,11 +70,11 @@ def test_dense_and_of_equal_spread(co, ci, hidden, kernel, sizes):
 
 @pytest.mark.parametrize(("co", "ci"), [(48, 64), (64, 200), (3, 100)])
 def test_the_estimated_residual_is_near_the_true_one(co, ci):
-    """Rounding errors of Co * |N| rows over 16 projections: a standard deviation of sqrt(2 / (16 Co |N|)), 4 % at most here."""
+    """Rounding errors of Co * |N| rows over 8 projections: a standard deviation of sqrt(2 / (8 Co |N|)), 6 % at most here."""
     weight = torch.randn(2, co, ci, 3, 3)
     found = fm.decompose(weight, co + 6, generator=torch.Generator().manual_seed(0))
     case = Case(weight, make_frame((3, 3), (3, 3)), 2)
-    assert float(found.residual.max()) == pytest.approx(oracle_residual(case, found.first, found.second), rel=0.2)
+    assert float(found.residual.max()) == pytest.approx(oracle_residual(case, found.first, found.second), rel=0.3)
 
 
 def test_the_estimate_sees_a_single_wrong_entry(monkeypatch):

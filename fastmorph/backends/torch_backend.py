@@ -78,15 +78,18 @@ class TorchBackend:
         return out.view(b, volume(k2) * ch, volume(k2) * ch)
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
-        """A^T A, (B, Ci*|N|, Ci*|N|): |K2| shifted copies, added up, of one product over the hidden channels."""
-        b, _, ci = first.shape[:3]
+        """A^T A, (B, |N|*Ci, |N|*Ci), columns ordered tap by tap: |K2| shifted copies of one product over the hidden channels.
+
+        Tap by tap, because channels are then what lies side by side in memory, and the copies are added up at its speed.
+        """
+        b, ch, ci = first.shape[:3]
         k1 = tuple(first.shape[3:])
         n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
-        rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
-        product = torch.bmm(rows.mT, rows).view(b, ci, *k1, ci, *k1)
-        out = first.new_zeros(b, ci, *n, ci, *n)
+        rows = first.permute(0, *range(3, first.ndim), 2, 1).reshape(b, -1, ch)  # (B, |K1|*Ci, Ch)
+        product = torch.bmm(rows, rows.mT).view(b, *k1, ci, *k1, ci)
+        out = first.new_zeros(b, *n, ci, *n, ci)
         for v in taps(k2):
-            out[(slice(None), slice(None), *window(v, k1), slice(None), *window(v, k1))] += product
+            out[(slice(None), *window(v, k1), slice(None), *window(v, k1))] += product
         return out.view(b, ci * volume(n), ci * volume(n))
 
     def dense_system(self, first: Tensor, k2: Size) -> Tensor:

@@ -121,8 +121,8 @@ def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tenso
     """The least-squares F2 for F1, its error, and a factor of the rows' Gram matrix for directions."""
     step = HalfStep(first, equation.frame.second, equation.backend)
     second, error = project(step, weight, equation.frame.before)
-    factor = step.factor
-    if not step.by_rows:
+    factor = step.factor.dense if step.by_rows else None
+    if factor is None:
         factor = ridged_factor(equation.backend.row_gram(first, step.k2))
     elif bool(step.singular.any()):
         factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], step.k2))

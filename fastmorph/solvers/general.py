@@ -17,6 +17,8 @@ from fastmorph.solvers.base import Equation, Solution, Solver
 from fastmorph.solvers.gauss_newton import gauss_newton
 from fastmorph.solvers.sweeps import History, project
 
+_CACHE = 16 * 2**20  # bytes
+
 
 @dataclass(frozen=True)
 class General(Solver):
@@ -58,9 +60,9 @@ class General(Solver):
             trace = History(equation.weight).stacked()
             return Solution(equation.start(), second, trace, (~trace.isnan()).sum(0))
         if half_step_is_exact(frame, co, ci, equation.hidden):
-            return self.run(equation, equation.start())
+            return self._in_parts(equation)
         if half_step_is_exact(frame, co, ci, equation.hidden, for_second=False):
-            return self.run(equation.transposed, equation.transposed.start()).transposed
+            return self._in_parts(equation.transposed).transposed
         if self.acceleration is None:
             return self.run(equation, equation.start())
         accelerated = gauss_newton if self.acceleration == "gauss-newton" else anderson
@@ -69,6 +71,20 @@ class General(Solver):
     def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """Three under Claim 1, which holds for almost all noise: an item with nearly singular noise is soon solved again."""
         return 3 if any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False)) else 1
+
+    def _in_parts(self, equation: Equation) -> Solution:
+        """`run`, on a CPU in parts whose systems stay in cache; the noise is drawn for all at once."""
+        first, (batch, co, ci) = equation.start(), equation.sizes
+        part = max(1, _CACHE // (8 * self.memory(co, ci, equation.hidden, equation.frame)))
+        if equation.weight.device.type != "cpu" or part >= batch:
+            return self.run(equation, first)
+        found = [self.run(equation.subset(rows, equation.frame), first[rows]) for rows in torch.arange(batch).split(part)]
+        steps = max(len(f.trace) for f in found)
+        trace = [torch.nn.functional.pad(f.trace, (0, 0, 0, steps - len(f.trace)), value=torch.nan) for f in found]
+        one, two, iterations = (
+            torch.cat(parts) for parts in zip(*((f.first, f.second, f.iterations) for f in found), strict=True)
+        )
+        return Solution(one, two, torch.cat(trace, 1), iterations)
 
     def run(self, equation: Equation, first: torch.Tensor) -> Solution:
         """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""

@@ -20,8 +20,8 @@ def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool
     near = batch_norm(error) <= torch.finfo(error.dtype).eps ** 0.25 * batch_norm(target)
     if always_refine or bool(near.any()):
         wanted = near | always_refine
-        second = per_item(wanted, step.refined(target, before), second)
-        error = step.error(target, before, second)
+        finer, finer_error = step.refined(second, error, target, before)
+        second, error = per_item(wanted, finer, second), per_item(wanted, finer_error, error)
     return second, error
 
 

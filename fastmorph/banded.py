@@ -1,0 +1,76 @@
+"""Cholesky of block-banded systems.
+
+The Gram matrix A^T A of a half-step couples two places of the frame only where one kernel F1 covers both: along the first
+spatial dimension, frame rows further apart than K1 - 1 meet in zeros, and the factor keeps those zeros. For 3x3 and 3x3
+that is 22/42 of the operations of a dense factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BandedCholesky:
+    """Factor of (B, n, n) matrices in `count` x `count` blocks that are zero further than `width` from the diagonal.
+
+    Attributes:
+        failed: (B,) items that are not positive definite, or whose pivots say that no digit of a solution would be sure.
+    """
+
+    def __init__(self, matrix: Tensor, count: int, width: int) -> None:
+        b, n, _ = matrix.shape
+        self.width = width
+        size = n // count
+        grid = matrix.view(b, count, size, count, size)
+        self.lower: list[list[Tensor]] = []  # row i holds the blocks (i, i - width) to (i, i)
+        self.failed = torch.zeros(b, dtype=torch.bool, device=matrix.device)
+        for i in range(count):
+            row: list[Tensor] = []
+            start = max(0, i - width)
+            for j in range(start, i + 1):
+                block = grid[:, i, :, j]
+                for k in range(max(0, j - width, start), j):
+                    other = self._at(j, k) if j < i else row[k - start]
+                    block = torch.baddbmm(block, row[k - start], other.mT, alpha=-1)
+                if j < i:
+                    row.append(torch.linalg.solve_triangular(self._at(j, j).mT, block, upper=True, left=False))
+                else:
+                    factor, info = torch.linalg.cholesky_ex(block)
+                    self.failed |= info != 0
+                    row.append(factor)
+            self.lower.append(row)
+        pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in self.lower], -1)
+        # (smallest / largest pivot)^2 bounds 1 / condition from above.
+        ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
+        self.failed |= ~(ratio > n * torch.finfo(matrix.dtype).eps)
+
+    def _at(self, i: int, j: int) -> Tensor:
+        return self.lower[i][j - i - 1]  # (i, i) is the last of its row
+
+    @property
+    def dense(self) -> Tensor:
+        """The factor, (B, n, n), where it is one block."""
+        ((only,),) = self.lower
+        return only
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(B, n, m) -> (B, n, m)."""
+        parts = list(right.chunk(len(self.lower), 1))
+        count = len(parts)
+        for i in range(count):
+            for k in range(max(0, i - self.width), i):
+                parts[i] = torch.baddbmm(parts[i], self._at(i, k), parts[k], alpha=-1)
+            parts[i] = torch.linalg.solve_triangular(self._at(i, i), parts[i], upper=False)
+        for i in reversed(range(count)):
+            for k in range(i + 1, min(count, i + self.width + 1)):
+                parts[i] = torch.baddbmm(parts[i], self._at(k, i).mT, parts[k], alpha=-1)
+            parts[i] = torch.linalg.solve_triangular(self._at(i, i).mT, parts[i], upper=True)
+        return torch.cat(parts, 1)
+
+    def drop_failed(self) -> None:
+        """Make failed items harmless: their factor becomes the identity."""
+        for row in self.lower:
+            for block in row[:-1]:
+                block[self.failed] = 0
+            row[-1][self.failed] = torch.eye(row[-1].shape[-1], dtype=row[-1].dtype, device=row[-1].device)
