@@ -147,21 +147,30 @@ def _against_rounded(equation: Equation, first: Tensor, second: Tensor) -> Tenso
 def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bool) -> Tensor:
     """||G - F2 * F1|| / ||G|| of the kernels as returned, (B,) float64.
 
-    Composing costs C_out * C_in * C_hid products, more than a closed form does. To `estimate`, input channels are first
-    added up with random signs: the square of what is left is then right on average (Hutchinson 1990), whatever the error
-    looks like, and for rounding errors, which are many and independent, within a few per cent.
+    Composing costs C_out * C_in * C_hid products, more than a closed form does. To `estimate`, input and output channels are
+    first added up with random signs: the square of what is left is then right on average (Hutchinson 1990), whatever the
+    error looks like, and for rounding errors, which are many and independent, within a few per cent.
     """
-    weight, first = equation.weight, first.to(equation.weight.dtype)
-    ci = weight.shape[2]
-    scale = 1.0
-    if estimate and ci > 4 * _PROBES:
-        generator = torch.Generator(weight.device).manual_seed(0)
-        signs = torch.randint(2, (_PROBES, ci), generator=generator, device=weight.device).to(weight.dtype) * 2 - 1
-        weight, first = (torch.tensordot(kernel, signs, dims=([2], [1])).movedim(-1, 2) for kernel in (weight, first))
-        scale = _PROBES**-0.5
-    composed = TorchBackend().compose(first, second.to(weight.dtype))
+    weight = equation.weight
+    first, second = first.to(weight.dtype), second.to(weight.dtype)
+    scale, generator = 1.0, torch.Generator(weight.device).manual_seed(0)
+    for dim, channels in ((2, weight.shape[2]), (1, weight.shape[1])):
+        if estimate and channels > 4 * _PROBES:
+            signs = 2 * torch.randint(2, (channels, _PROBES), generator=generator, device=weight.device).to(weight.dtype) - 1
+            weight = _added_up(weight, signs, dim)
+            if dim == 2:
+                first = _added_up(first, signs, dim)
+            else:
+                second = _added_up(second, signs, dim)
+            scale /= _PROBES**0.5
+    composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
     return (scale * batch_norm(padded - composed) / equation.norm()).double()
+
+
+def _added_up(kernel: Tensor, signs: Tensor, dim: int) -> Tensor:
+    """Channels along `dim` -> as many sums of them as `signs`, (channels, sums), has."""
+    return torch.tensordot(kernel, signs, dims=([dim], [0])).movedim(-1, dim)
 
 
 def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:

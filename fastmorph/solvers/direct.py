@@ -179,7 +179,7 @@ class _Monarch:
         rows = x.flatten(2)
         mixed = self._stage(rows, 0)
         if self.blocks > 1:  # a single block mixes all there is to mix at once
-            mixed = self._stage(mixed[:, self.order], 1)
+            mixed = self._stage(mixed.index_select(1, self.order), 1)
         return mixed.view(x.shape)
 
     def _stage(self, rows: Tensor, stage: int) -> Tensor:
