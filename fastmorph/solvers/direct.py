@@ -176,18 +176,24 @@ class _Monarch:
         self.order = order
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(2)
-        mixed = self._stage(rows, 0)
+        """P x. Fresh memory costs more than the arithmetic: that of `x`, which is spent, and one buffer take turns."""
+        rows = x.flatten(2).contiguous()
+        mixed = self._stage(rows, torch.empty_like(rows), 0)
         if self.blocks > 1:  # a single block mixes all there is to mix at once
-            mixed = self._stage(mixed.index_select(1, self.order), 1)
+            torch.index_select(mixed, 1, self.order, out=rows)
+            mixed = self._stage(rows, mixed, 1)
         return mixed.view(x.shape)
 
-    def _stage(self, rows: Tensor, stage: int) -> Tensor:
+    def _stage(self, rows: Tensor, out: Tensor, stage: int) -> Tensor:
         q = self.stages[:, stage]
-        body = torch.matmul(q[:, : self.blocks], rows[:, : self.whole].unflatten(1, (self.blocks, self.block))).flatten(1, 2)
-        if self.whole == rows.shape[1]:
-            return body
-        out = torch.cat([body, rows[:, self.whole :]], 1)
+        batch, hidden, columns = rows.shape
+        if self.whole == hidden:
+            blocks = (batch * self.blocks, self.block, columns)
+            torch.bmm(q.reshape(-1, self.block, self.block), rows.view(blocks), out=out.view(blocks))
+            return out
+        body = rows[:, : self.whole].unflatten(1, (self.blocks, self.block))
+        out[:, : self.whole] = torch.matmul(q[:, : self.blocks], body).flatten(1, 2)
+        out[:, self.whole :] = rows[:, self.whole :]
         out[:, -self.block :] = torch.bmm(q[:, -1], out[:, -self.block :])
         return out
 
