@@ -20,7 +20,7 @@ class Decomposition:
         second: F2, (*B, Co, Ch, *K2), the layer next to the output.
         residual: (*B,) ||G - F2 * F1|| / ||G||, Frobenius, of the kernels as returned (rounded to their dtype), summed in
             float64; the absolute norm where G is zero. That of a closed form with more than 32 channels is estimated from
-            8 random projections on each such side, because measuring it would cost more than the solution.
+            8 random sums of the channels on each such side, because measuring it would cost more than the solution.
         iterations: (*B,) half-steps that each item took, see `General` for those of its accelerations; 0 for a closed form.
         converged: (*B,) whether the residual is within what counts as exact for the dtype (`fastmorph.tolerance`).
         solver: the solver that ran, with its settings; for `Auto`, the one it chose.

@@ -40,17 +40,20 @@ def balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def equalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale both kernels to one standard deviation (Algorithm 1, line 8), item by item; a zero kernel keeps its scale."""
+    """Scale both kernels, in place, to one standard deviation (Algorithm 1, line 8), item by item; a zero kernel keeps its."""
     spread1, spread2 = _spread(first), _spread(second)
     scale = torch.where((spread1 > 0) & (spread2 > 0), (spread2 / spread1).sqrt(), torch.ones_like(spread1))
-    return first * scale.view(-1, *(1,) * (first.ndim - 1)), second / scale.view(-1, *(1,) * (second.ndim - 1))
+    return first.mul_(scale.view(-1, *(1,) * (first.ndim - 1))), second.div_(scale.view(-1, *(1,) * (second.ndim - 1)))
 
 
 def _spread(kernel: Tensor) -> Tensor:
     """Standard deviation of each item, (B,)."""
-    if len(kernel) == 0:  # Tensor.var warns
-        return kernel.new_zeros(0)
-    return kernel.flatten(1).var(1, correction=0).sqrt()
+    entries = kernel.flatten(1)
+    mean, power = entries.mean(1), entries.norm(dim=1).square() / max(1, entries.shape[1])
+    variance = power - mean.square()  # quick, and right to all digits that matter unless the mean outweighs the rest
+    if bool((variance <= 1e-6 * power).any()):
+        variance = (entries - mean[:, None]).square().mean(1)
+    return variance.sqrt()
 
 
 def _floored(covariance: Tensor) -> Tensor:

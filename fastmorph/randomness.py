@@ -40,4 +40,4 @@ class Noise:
             torch.randn(batch, *shape, generator=generator, device=self.device, dtype=torch.float32)
             for batch, generator in zip(self.batches, self.generators, strict=True)
         ]
-        return torch.cat(draws).to(self.dtype)
+        return (draws[0] if len(draws) == 1 else torch.cat(draws)).to(self.dtype)

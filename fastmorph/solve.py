@@ -23,7 +23,7 @@ from fastmorph.solvers.base import Equation, Solution, Solver
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
-_PROBES = 8  # random projections that estimate a residual
+_SUMS = 8  # random sums of channels that estimate a residual
 
 
 def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inexact: bool) -> list[Decomposition]:
@@ -148,29 +148,38 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     """||G - F2 * F1|| / ||G|| of the kernels as returned, (B,) float64.
 
     Composing costs C_out * C_in * C_hid products, more than a closed form does. To `estimate`, input and output channels are
-    first added up with random signs: the square of what is left is then right on average (Hutchinson 1990), whatever the
-    error looks like, and for rounding errors, which are many and independent, within a few per cent.
+    first added up with random signs, a few sums each: the square of what is left is then right on average (the count sketch of
+    Charikar, Chen and Farach-Colton 2002), whatever the error looks like, and for rounding errors, which are many and
+    independent, within a few per cent.
     """
     weight = equation.weight
+    _, co, ci = equation.sizes
     first, second = first.to(weight.dtype), second.to(weight.dtype)
-    scale, generator = 1.0, torch.Generator(weight.device).manual_seed(0)
-    for dim, channels in ((2, weight.shape[2]), (1, weight.shape[1])):
-        if estimate and channels > 4 * _PROBES:
-            signs = 2 * torch.randint(2, (channels, _PROBES), generator=generator, device=weight.device).to(weight.dtype) - 1
-            weight = _added_up(weight, signs, dim)
-            if dim == 2:
-                first = _added_up(first, signs, dim)
-            else:
-                second = _added_up(second, signs, dim)
-            scale /= _PROBES**0.5
+    if estimate and ci > 4 * _SUMS:
+        signs = _signs(ci, weight)
+        weight, first = _added_up(weight, signs), _added_up(first, signs)
+    if estimate and co > 4 * _SUMS:
+        signs = _signs(co, weight)
+        weight, second = (_added_up(kernel.transpose(1, 2), signs).transpose(1, 2) for kernel in (weight, second))
     composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
-    return (scale * batch_norm(padded - composed) / equation.norm()).double()
+    return (batch_norm(padded - composed) / equation.norm()).double()
 
 
-def _added_up(kernel: Tensor, signs: Tensor, dim: int) -> Tensor:
-    """Channels along `dim` -> as many sums of them as `signs`, (channels, sums), has."""
-    return torch.tensordot(kernel, signs, dims=([dim], [0])).movedim(-1, dim)
+def _signs(channels: int, like: Tensor) -> Tensor:
+    """Random signs, (1, 1, channels, 1), the same at every call."""
+    generator = torch.Generator(like.device).manual_seed(channels)
+    signs = 2 * torch.randint(2, (channels,), generator=generator, device=like.device) - 1
+    return signs.to(like.dtype).view(1, 1, -1, 1)
+
+
+def _added_up(kernel: Tensor, signs: Tensor) -> Tensor:
+    """Channels of dimension 2, times their signs, in a few sums: (B, C, channels, *K) -> (B, C, sums, *K)."""
+    signed = kernel.flatten(3) * signs if kernel.ndim > 3 else (kernel[..., None] * signs)
+    rest = -signs.numel() % _SUMS
+    if rest:
+        signed = torch.nn.functional.pad(signed, (0, 0, 0, rest))
+    return signed.unflatten(2, (_SUMS, -1)).sum(3).view(*kernel.shape[:2], _SUMS, *kernel.shape[3:])
 
 
 def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:

@@ -28,7 +28,7 @@ class TorchBackend:
         by_tap = taps_first(second)  # (*K2, B, Co, Ch)
         out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
         for v in taps(k2):
-            out[(..., *window(v, k1))] += torch.bmm(by_tap[v], rows).view(b, co, ci, *k1)
+            out[(..., *window(v, k1))].add_(torch.bmm(by_tap[v], rows).view(b, co, ci, *k1))  # += would write it twice
         return out
 
     def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
@@ -89,7 +89,7 @@ class TorchBackend:
         product = torch.bmm(rows, rows.mT).view(b, *k1, ci, *k1, ci)
         out = first.new_zeros(b, *n, ci, *n, ci)
         for v in taps(k2):
-            out[(slice(None), *window(v, k1), slice(None), *window(v, k1))] += product
+            out[(slice(None), *window(v, k1), slice(None), *window(v, k1))].add_(product)
         return out.view(b, ci * volume(n), ci * volume(n))
 
     def dense_system(self, first: Tensor, k2: Size) -> Tensor:
