@@ -214,7 +214,7 @@ def direct(weight: Array, hidden: int, frame: Frame, draw: Draw, density: float)
 
     held = np.zeros((rank, ci, *frame.first))
     held[(..., *window(offset, frame.kernel))] = right
-    spread = right.std() or start(draw, hidden, ci, frame.first).std()
+    spread = np.sqrt(np.mean(right**2)) or (ci * volume(frame.first)) ** -0.5
     s, odd = spread * draw(pairs, ci, *frame.first), spread * draw(single, ci, *frame.first)
     delta = np.zeros((co, rank, *frame.second))
     delta[at(centre)] = left
