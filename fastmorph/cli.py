@@ -11,7 +11,6 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import operator
 import os
 import shlex
 import shutil
@@ -21,17 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastmorph.errors import MorphError
+from fastmorph.networks import CommandError, load_weights, make_network, need, read_tensors, shape_text
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from fastmorph.morph import Step
     from fastmorph.plan import Plan
     from fastmorph.verify import Certificate
-
-
-class CommandError(Exception):
-    """A command cannot be carried out; the message says why and what to do, in a sentence."""
 
 
 class Call(NamedTuple):
@@ -149,80 +145,6 @@ def _version(package: str) -> str:
 # --- what the commands share --------------------------------------------------------------------------------------------------
 
 
-def need(*modules: str) -> None:
-    """Raise CommandError, with the remedy, if one of these modules is not installed."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f"{' and '.join(missing)} cannot be imported; install with pip install 'fastmorph-torch[demo]'.")
-
-
-def make_network(spec: str) -> nn.Module:
-    """Call the factory that "package.module:factory" names; the current directory is searched last."""
-    from torch import nn
-
-    module, _, factory = spec.partition(":")
-    if not module or not factory:
-        raise CommandError(f"--model {spec} must read package.module:factory.")
-    if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
-        sys.path.append(os.getcwd())
-    try:
-        network = operator.attrgetter(factory)(importlib.import_module(module))()
-    except Exception as error:
-        raise CommandError(f"--model {spec} failed with {type(error).__name__}: {error}.") from error
-    if not isinstance(network, nn.Module):
-        raise CommandError(f"--model {spec} must return a torch.nn.Module, not a {type(network).__name__}.")
-    return network
-
-
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Set all parameters and buffers of a network from a file; tied ones may be stored once."""
-    found, own = _read_tensors(path), network.state_dict()
-    there = {tensor.data_ptr() for name, tensor in own.items() if name in found} - {0}
-    faults = [f"it lacks {name}" for name, tensor in own.items() if name not in found and tensor.data_ptr() not in there]
-    faults += [f"it has {name}, which the network has not" for name in found if name not in own]
-    for name in found.keys() & own.keys():
-        held, wanted = found[name], own[name]
-        if held.shape != wanted.shape:
-            faults.append(f"{name} is {_shape(held.shape)} there and {_shape(wanted.shape)} in the network")
-        elif not _casts_exactly(held, wanted):
-            faults.append(f"{name} is {held.dtype} there and would be rounded to {wanted.dtype}")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CommandError(f"{path} does not fit the network: {', '.join(faults[:3])}{more}.")
-    network.load_state_dict(found, strict=False)  # what it may lack is tied to what it has
-
-
-def _casts_exactly(held: Tensor, wanted: Tensor) -> bool:
-    import torch
-
-    return torch.promote_types(held.dtype, wanted.dtype) == wanted.dtype
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors in a safetensors file or one that `torch.save` wrote, without running anything stored in it."""
-    import torch
-
-    with path.open("rb"):  # a file that cannot be opened is told from one that cannot be read
-        pass
-    try:
-        if path.suffix == ".safetensors":
-            need("safetensors")
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except CommandError:
-        raise
-    except Exception as error:
-        raise CommandError(
-            f"{path} is not a whole {'safetensors file' if path.suffix == '.safetensors' else 'PyTorch file of tensors alone'} "
-            "(name safetensors files *.safetensors; files that hold other Python objects are never unpickled)."
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise CommandError(f"{path} must hold a state dict, a name and a tensor each; save model.state_dict().")
-    return dict(found)
-
-
 def _plan(path: Path) -> Plan:
     from fastmorph.plan import Plan
 
@@ -237,7 +159,7 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
     import torch
 
     if arguments.inputs is not None:
-        tensors = _read_tensors(arguments.inputs)
+        tensors = read_tensors(arguments.inputs)
         options: tuple[str, ...] = ("--inputs", str(arguments.inputs))
         if len(tensors) == 1:
             return Call(tuple(tensors.values()), {}, options)
@@ -295,10 +217,10 @@ def print_steps(steps: Iterable[Step]) -> None:
     """A table of what each morph did."""
     rows = [("layer", "weight before", "weights after", "residual", "ms", "how")]
     for step in steps:
-        after = " and ".join(map(_shape, step.after))
+        after = " and ".join(map(shape_text, step.after))
         residual = float(step.decomposition.residual.max())
         how = step.decomposition.reason
-        rows.append((step.layer, _shape(step.before), after, f"{residual:.1e}", f"{step.milliseconds:.1f}", how))
+        rows.append((step.layer, shape_text(step.before), after, f"{residual:.1e}", f"{step.milliseconds:.1f}", how))
     print_table(rows)
 
 
@@ -328,12 +250,8 @@ def _program() -> list[str]:
     return [os.path.relpath(sys.executable) if inside else sys.executable, "-m", "fastmorph"]
 
 
-def _shape(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "()"
-
-
 def _described(call: Call) -> str:
-    return ", ".join(_shape(t.shape) for t in (*call.args, *call.kwargs.values()))
+    return ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------------------

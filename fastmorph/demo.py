@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fastmorph as fm
-from fastmorph.cli import Call, CommandError, print_table, verify_command, write_child
+from fastmorph.cli import Call, print_table, verify_command, write_child
+from fastmorph.networks import CommandError
 
 _MODES = ("eval", "train")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -210,8 +210,8 @@ def test_demo_names_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_crepe_keeps_its_pitch(tmp_path: Path) -> None:
-    from fastmorph.cli import CommandError
     from fastmorph.demo import crepe_network, crepe_weights, pitch, sine_frames
+    from fastmorph.networks import CommandError
 
     try:
         weights = crepe_weights()
@@ -382,7 +382,7 @@ def test_morph_passes_refusals_on(files: Files, tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_stored_once_and_read_back(tmp_path: Path) -> None:
-    from fastmorph.cli import load_weights
+    from fastmorph.networks import load_weights
 
     def tied() -> nn.Sequential:
         network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
