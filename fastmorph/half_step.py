@@ -18,6 +18,7 @@ from fastmorph.backends.torch_backend import TorchBackend, taps_first, taps_last
 from fastmorph.banded import BandedCholesky
 from fastmorph.frame import Size, volume
 
+_MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 
@@ -32,6 +33,8 @@ class HalfStep:
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
         # Frame rows further apart than K1 - 1 share no kernel: there the columns' Gram matrix is zero, and its factor stays so.
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
+        if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
+            blocks, width = 1, 0
         self.factor = BandedCholesky(gram, blocks, width)
         self.singular = self.factor.failed
         self.inverse: Tensor | None = None
