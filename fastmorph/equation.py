@@ -104,4 +104,7 @@ def decompose(
         backend=backend,
         allow_inexact=allow_inexact,
     )
-    return solve_alike([problem], [draw_seed(generator)], allow_inexact=allow_inexact)[0]
+    found, error = solve_alike([problem], [draw_seed(generator)])[0]
+    if error is not None and not allow_inexact:
+        raise error
+    return found

@@ -55,11 +55,11 @@ def decompose_many(
     answers: dict[int, Decomposition] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
         for chunk in _chunks(checked, memory_budget):
-            try:
-                found = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk], allow_inexact=allow_inexact)
-            except InexactMorphError as error:
-                raise InexactMorphError(f"among problems {chunk}: {error}", error.decomposition) from None
-            answers.update(zip(chunk, found, strict=True))
+            solved = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk])
+            for index, (found, error) in zip(chunk, solved, strict=True):
+                if error is not None and not allow_inexact:
+                    raise InexactMorphError(f"problem {index}: {error}", found)
+                answers[index] = found
             bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]
 

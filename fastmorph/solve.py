@@ -26,10 +26,10 @@ _LARGEST_CORRECTION = 8192
 _SUMS = 8  # random sums of channels that estimate a residual
 
 
-def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inexact: bool) -> list[Decomposition]:
-    """Solve problems that share sizes, dtype, device, backend and solver as one batch; results in order.
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition, InexactMorphError | None]]:
+    """Solve problems that share sizes, dtype, device, backend and solver as one batch.
 
-    Raises InexactMorphError, with the first decomposition that is not exact, unless `allow_inexact`.
+    Returns, in order, each answer with the error to raise if it is not exact and has to be.
     """
     first = problems[0]
     weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
@@ -44,14 +44,14 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int], *, allow_inex
         if len(bad) == 0:
             break
         answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.solver), bad)
-    answers, at = [], 0
+    answers: list[tuple[Decomposition, InexactMorphError | None]] = []
+    at, limit = 0, tolerance(equation.dtype)
     for problem, batch in zip(problems, batches, strict=True):
         part = slice(at, at + batch)
-        answers.append(_decomposition(problem, answer, part))
+        found, residual = _decomposition(problem, answer, part), answer.residual[part]
+        exact = bool((residual <= limit).all())
+        answers.append((found, None if exact else InexactMorphError(_inexact(problem, float(residual.max()), limit), found)))
         at += batch
-        limit, worst = tolerance(equation.dtype), answer.residual[part]
-        if not allow_inexact and not bool((worst <= limit).all()):
-            raise InexactMorphError(_inexact(problem, float(worst.max()), limit), answers[-1])
     return answers
 
 
