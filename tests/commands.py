@@ -1,0 +1,37 @@
+"""Commands run in this process."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+
+from fastmorph.cli import main
+
+FILES = ("parent.safetensors", "child.safetensors", "plan.toml", "certificate.json", "morph.png")
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def fastmorph(*words: object) -> Ran:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main(list(map(str, words)))
+        except SystemExit as stopped:  # argparse
+            status = int(stopped.code or 0)
+    return Ran(status, out.getvalue(), err.getvalue())
+
+
+def refuses(ran: Ran, *expected: str) -> None:
+    """Exit status 2, nothing on stdout, and one line on stderr that says this."""
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("fastmorph")
+    assert len(ran.err.splitlines()) == 1
+    for text in expected:
+        assert text in ran.err
