@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,10 +25,10 @@ def draw_seed(generator: Generator) -> int:
 
 
 class Noise:
-    """Standard normal noise for problems of one shape, stacked: `noise(*shape)` -> (B, *shape) in `dtype`.
+    """Noise of mean 0 and variance 1 for problems of one shape, stacked: `noise(*shape)` -> (B, *shape) in `dtype`.
 
-    Each problem has a stream of its own, so that it gets the same noise alone and among others. It is drawn in float32, which
-    takes a fifth of the time on a CPU: what it is made of does not matter, only that it is full.
+    Each problem has a stream of its own, so that it gets the same noise alone and among others. It is uniform, of 16 bits: what
+    it is made of does not matter, only that it is full, and four numbers from one draw take a fifth of the time of normal ones.
     """
 
     def __init__(self, seeds: Sequence[int], batches: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
@@ -36,8 +37,11 @@ class Noise:
 
     def __call__(self, *shape: int) -> Tensor:
         """The next draw, (B, *shape)."""
-        draws = [
-            torch.randn(batch, *shape, generator=generator, device=self.device, dtype=torch.float32)
-            for batch, generator in zip(self.batches, self.generators, strict=True)
-        ]
-        return (draws[0] if len(draws) == 1 else torch.cat(draws)).to(self.dtype)
+        size = math.prod(shape)
+        draws = []
+        for batch, generator in zip(self.batches, self.generators, strict=True):
+            words = torch.empty(-(-batch * size // 4), dtype=torch.int64, device=self.device)
+            words.random_(-(2**63), None, generator=generator)
+            draws.append(words.view(torch.int16)[: batch * size].view(batch, *shape))
+        levels = draws[0] if len(draws) == 1 else torch.cat(draws)
+        return levels.to(self.dtype).add_(0.5).mul_(12.0**0.5 / 2**16)  # no level is zero

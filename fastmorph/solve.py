@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -120,13 +122,14 @@ def _by_reference(equation: Equation, solver: Solver) -> Solution:
 
 
 def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Tensor, Tensor]:
-    """Equal standard deviations, and the answer's dtype."""
+    """Equal standard deviations (a closed form has seen to its own), and the answer's dtype."""
     first, second = solution.first, solution.second
-    if equation.dtype == first.dtype:
-        return equalise(first, second)
     if not solver.closed_form:
-        first, second = balance(first, second)
-    first, second = equalise(first, second)
+        if equation.dtype != first.dtype:
+            first, second = balance(first, second)
+        first, second = equalise(first, second)
+    if equation.dtype == first.dtype:
+        return first, second
     if torch.finfo(equation.dtype).bits < 32:
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, where it can make up for it.
         first = first.to(equation.dtype).to(first.dtype)
@@ -156,30 +159,33 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     _, co, ci = equation.sizes
     first, second = first.to(weight.dtype), second.to(weight.dtype)
     if estimate and ci > 4 * _SUMS:
-        signs = _signs(ci, weight)
-        weight, first = _added_up(weight, signs), _added_up(first, signs)
+        weight, first = _added_up(weight), _added_up(first)
     if estimate and co > 4 * _SUMS:
-        signs = _signs(co, weight)
-        weight, second = (_added_up(kernel.transpose(1, 2), signs).transpose(1, 2) for kernel in (weight, second))
+        weight, second = (_added_up(kernel.transpose(1, 2)).transpose(1, 2) for kernel in (weight, second))
     composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
     return (batch_norm(padded - composed) / equation.norm()).double()
 
 
-def _signs(channels: int, like: Tensor) -> Tensor:
-    """Random signs, (1, 1, channels, 1), the same at every call."""
-    generator = torch.Generator(like.device).manual_seed(channels)
-    signs = 2 * torch.randint(2, (channels,), generator=generator, device=like.device) - 1
-    return signs.to(like.dtype).view(1, 1, -1, 1)
+def _added_up(kernel: Tensor) -> Tensor:
+    """Channels of dimension 2, times random signs, in a few sums: (B, C, channels, *K) -> (B, C, sums, *K).
+
+    Taps lie side by side with channels in memory, so that runs of `sums` channels with their taps are added up whole.
+    """
+    batch, outer, channels, *size = kernel.shape
+    runs = kernel.flatten(2).split(_SUMS * math.prod(size), 2)
+    signs = _signs(channels, math.prod(size), kernel.dtype, kernel.device).split(_SUMS * math.prod(size))
+    out = runs[0] * signs[0]
+    for run, sign in zip(runs[1:], signs[1:], strict=True):
+        out[:, :, : len(sign)].addcmul_(run, sign)
+    return out.view(batch, outer, _SUMS, *size)
 
 
-def _added_up(kernel: Tensor, signs: Tensor) -> Tensor:
-    """Channels of dimension 2, times their signs, in a few sums: (B, C, channels, *K) -> (B, C, sums, *K)."""
-    signed = kernel.flatten(3) * signs if kernel.ndim > 3 else (kernel[..., None] * signs)
-    rest = -signs.numel() % _SUMS
-    if rest:
-        signed = torch.nn.functional.pad(signed, (0, 0, 0, rest))
-    return signed.unflatten(2, (_SUMS, -1)).sum(3).view(*kernel.shape[:2], _SUMS, *kernel.shape[3:])
+@lru_cache(maxsize=64)
+def _signs(channels: int, taps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random sign for each channel, the same at every call, repeated for its taps: (channels * taps,)."""
+    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels)) - 1
+    return signs.repeat_interleave(taps).to(device, dtype)
 
 
 def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:

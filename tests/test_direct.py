@@ -10,10 +10,8 @@ from strategies import Case, cases, oracle_residual
 
 import fastmorph as fm
 from fastmorph.bounds import freedom, smallest_by_counting, smallest_exact
-from fastmorph.frame import Frame, make_frame
-from fastmorph.randomness import Noise
-from fastmorph.solvers.base import Equation
-from fastmorph.solvers.direct import _Monarch
+from fastmorph.frame import make_frame
+from fastmorph.solvers.direct import _Mixing
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -61,11 +59,14 @@ def test_exact_in_both_roles_with_any_number_of_extras(dtype, bound, role, case,
 def test_dense_and_of_equal_spread(co, ci, hidden, kernel, sizes):
     """With four extra channels at least 97 % of each kernel's entries count, and both spreads agree within 25 %."""
     weight = torch.randn(co, ci, *kernel, dtype=torch.float64)
-    found = fm.decompose(weight, hidden, sizes, spatial_dims=len(kernel), generator=torch.Generator().manual_seed(0))
-    assert isinstance(found.solver, fm.Direct)
-    for factor in (found.first, found.second):
-        assert float((factor.abs() > 1e-3 * factor.std()).double().mean()) >= 0.97
-    assert float(found.first.std() / found.second.std()) == pytest.approx(1.0, rel=0.25)
+    for g in (weight, weight.abs()):
+        found = fm.decompose(g, hidden, sizes, spatial_dims=len(kernel), generator=torch.Generator().manual_seed(0))
+        assert isinstance(found.solver, fm.Direct)
+        for factor in (found.first, found.second):
+            assert float((factor.abs() > 1e-3 * factor.std()).double().mean()) >= 0.97
+        assert float(found.first.std() / found.second.std()) == pytest.approx(1.0, rel=0.25)
+        power = [float(factor.square().mean()) for factor in (found.first, found.second)]
+        assert power[0] == pytest.approx(power[1], rel=1e-10)
 
 
 @pytest.mark.parametrize(("co", "ci"), [(48, 64), (64, 200), (3, 100)])
@@ -112,15 +113,15 @@ def test_density_sets_the_outer_taps():
         assert float(outer / centre) == pytest.approx(density / (1 + density**2) ** 0.5, rel=0.15)  # the centre has both
 
 
+@pytest.mark.parametrize("pairs", [0, 1, 2, 5, 20])
 @pytest.mark.parametrize("hidden", [1, 2, 7, 8, 9, 30, 64, 67])
-def test_the_mixing_matrix_is_orthogonal_and_full(hidden):
-    noise = Noise([0], [2], torch.device("cpu"), torch.float64)
-    weight = torch.randn(2, 1, 1, dtype=torch.float64)
-    mix = _Monarch(Equation(weight, hidden, Frame((), (), ()), torch.float64, noise, fm.backends.TorchBackend()))
-    p = mix(torch.eye(hidden, dtype=torch.float64).expand(2, hidden, hidden))
-    torch.testing.assert_close(p @ p.mT, torch.eye(hidden, dtype=torch.float64).expand(2, -1, -1), rtol=0, atol=1e-13)
-    whole = mix.whole  # the few channels beyond whole blocks reach most others, not all
-    assert bool((p[:, :, :whole] != 0).all())
+def test_the_mixing_matrix_is_orthogonal_and_spreads_the_noise(hidden, pairs):
+    noisy = min(2 * pairs, hidden // 2 * 2)
+    eye = torch.eye(hidden, dtype=torch.float64).expand(2, hidden, hidden)
+    scale = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    p = _Mixing(hidden, noisy, eye)(eye.clone(), scale) / scale[:, None, None]
+    torch.testing.assert_close(p @ p.mT, eye, rtol=0, atol=1e-13)
+    assert noisy == 0 or bool((p[:, :, :noisy] != 0).any(-1).all())
 
 
 @QUICK

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmorph.frame import Size, taps, volume, window
 
+_LITTLE = 2**15  # numbers
+
 
 class TorchBackend:
     """Plain PyTorch. Other backends replace the maps they have kernels for."""
@@ -22,13 +24,17 @@ class TorchBackend:
         k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
         if volume(k1) < volume(k2):  # loop over the smaller kernel: the transposed equation swaps the two
             return self.compose(second.transpose(1, 2), first.transpose(1, 2)).transpose(1, 2)
-        b, _, ci = first.shape[:3]
+        b, ch, ci = first.shape[:3]
         co = second.shape[1]
         rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
-        by_tap = taps_first(second)  # (*K2, B, Co, Ch)
+        by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, volume(k2), co, ch)  # (B, |K2|, Co, Ch)
         out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
-        for v in taps(k2):
-            out[(..., *window(v, k1))].add_(torch.bmm(by_tap[v], rows).view(b, co, ci, *k1))  # += would write it twice
+        # As many taps at once as fit into little memory: for small kernels a product costs no more than its launch.
+        some = max(1, _LITTLE // max(1, b * co * rows.shape[2]))
+        for at, v in enumerate(taps(k2)):
+            if at % some == 0:
+                products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(b, min(some, volume(k2) - at), co, ci, *k1)
+            out[(..., *window(v, k1))].add_(products[:, at % some])  # += would write it twice
         return out
 
     def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:

@@ -6,8 +6,8 @@ With e = C_hid - r extra channels, m = e // 2 of them in pairs,
 
 where S and R are noise, I is a delta kernel that puts G where the frame has it, and P is orthogonal over the hidden channels.
 F2 * F1 = I * G + R * S - R * S = G whatever S, R and P are. P mixes the three groups, so that no entry stays zero and no
-channel stays a copy of another. It is two block-orthogonal stages with a permutation between them (a Monarch matrix): the
-blocks are about sqrt(C_hid) wide, so that mixing costs C_hid^1.5 a column where a dense P would cost C_hid^2.
+channel stays a copy of another. It is block-diagonal, so that mixing costs little more than the memory that it touches: blocks
+of a few channels where each gets noise, about sqrt(C_hid) wide where the extra channels are too few for that.
 
 r = C_out and [I; G] in general; where C_hid is smaller than that, G = U V by a singular value decomposition, with r its rank.
 The other role, the weight in F2, is the same on the transposed equation.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from fastmorph import reference
 from fastmorph.bounds import numerical_rank
 from fastmorph.errors import MorphError
 from fastmorph.frame import Frame, volume, window
+from fastmorph.half_step import batch_norm
 from fastmorph.solvers.base import Equation, Solution, Solver
 
 _SMALLEST_BLOCK = 8  # below this a block is dense anyway and a product of its size costs only its launch
@@ -73,12 +75,12 @@ class Direct(Solver):
         return self._into_first(equation) if role else self._into_first(equation.transposed).transposed
 
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
-        """Two mixing stages over both kernels."""
+        """Mixing of both kernels."""
         block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
-        return 4.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))
+        return 2.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """Each kernel before and after a stage."""
+        """Each kernel before and after mixing."""
         return 3 * hidden * (ci * volume(frame.first) + co * volume(frame.second)) + co * ci * volume(frame.size)
 
     def reference(
@@ -109,40 +111,39 @@ class Direct(Solver):
         return min(ranks, key=lambda role: ranks[role])
 
     def _into_first(self, equation: Equation) -> Solution:
-        """F1 = P [V; S; S], F2 = [U | R | -R] P^T for G = U V."""
+        """F1 = P [S; S; V], F2 = [R | -R | U] P^T for G = U V."""
         (batch, co, ci), hidden, frame = equation.sizes, equation.hidden, equation.frame
         left, right = _factors(equation)  # (B, Co, r), (B, r, Ci, *K)
         rank = right.shape[1]
         pairs, single = divmod(hidden - rank, 2)
         centre = tuple((k - 1) // 2 for k in frame.second)
         offset = tuple(b - c for b, c in zip(frame.before, centre, strict=True))
+        everything, one, two = slice(None), slice(pairs), slice(pairs, 2 * pairs)
+        odd, held = slice(2 * pairs, hidden - rank), slice(hidden - rank, hidden)
 
-        # The extra channels come first, so that they lie in whole blocks of P, which spread them over all channels.
-        one, two, odd, held = (
-            slice(pairs),
-            slice(pairs, 2 * pairs),
-            slice(2 * pairs, hidden - rank),
-            slice(hidden - rank, hidden),
-        )
-        everything = slice(None)
-
-        rows = right.new_zeros(batch, hidden, ci, *frame.first)  # [S; S; s; V]
-        rows[(everything, held, everything, *window(offset, frame.kernel))] = right
-        spread = right.flatten(1).square().mean(1).sqrt()
-        spread = torch.where(spread > 0, spread, torch.full_like(spread, (ci * volume(frame.first)) ** -0.5))
-        noise = equation.noise(pairs + single, ci, *frame.first).to(right) * _column(spread, rows.ndim)
+        power = right.flatten(1).square().mean(1)  # of an entry of V, (B,)
+        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * volume(frame.first))))
+        noise = equation.noise(pairs + single, ci, *frame.first) * _column(power.sqrt(), right.ndim)
+        rows = right.new_empty(batch, hidden, ci, *frame.first)
         rows[:, one] = rows[:, two] = noise[:, :pairs]
         rows[:, odd] = noise[:, pairs:]  # the odd one meets zeros in F2
+        if frame.first != frame.kernel:
+            rows[:, held] = 0
+        rows[(everything, held, everything, *window(offset, frame.kernel))] = right
 
-        columns = right.new_zeros(batch, hidden, co, *frame.second)  # [R | -R | 0 | U]^T
+        scale = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
+        noise = equation.noise(pairs, co, *frame.second) * scale
+        columns = right.new_empty(batch, hidden, co, *frame.second)  # F2's, transposed
+        columns[:, one], columns[:, two] = noise, -noise
+        columns[:, 2 * pairs :] = 0
         tap = window(centre, (1,) * len(centre))
         columns[(everything, held, everything, *tap)] = left.mT.reshape(batch, rank, co, *(1,) * len(centre))
-        scale = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes P's taps as `density` says
-        noise = equation.noise(pairs, co, *frame.second).to(right) * scale
-        columns[:, one], columns[:, two] = noise, -noise
 
-        mix = _Monarch(equation)
-        first, second = mix(rows), mix(columns).transpose(1, 2)
+        # P keeps norms: scaled here, the kernels come out with one root mean square.
+        norm, entries = batch_norm(rows), ci * volume(frame.first) / (co * volume(frame.second))
+        balance = torch.where(norm > 0, (batch_norm(columns) / norm * entries**0.5).sqrt(), torch.ones_like(norm))
+        mix = _Mixing(hidden, 2 * pairs, right)
+        first, second = mix(rows, balance), mix(columns, 1 / balance).transpose(1, 2)
         none = torch.zeros(batch, dtype=torch.int64, device=right.device)
         return Solution(first, second, right.new_empty(0, batch), none)
 
@@ -160,42 +161,47 @@ def _factors(equation: Equation) -> tuple[Tensor, Tensor]:
     return u[:, :, :rank], right
 
 
-class _Monarch:
-    """A random orthogonal P over the hidden channels, (B, Ch, *any) -> (B, Ch, *any)."""
+class _Mixing:
+    """An orthogonal P over the hidden channels, the first `noisy` of which are noise in both kernels.
 
-    def __init__(self, equation: Equation) -> None:
-        hidden = equation.hidden
-        self.block = min(hidden, max(_SMALLEST_BLOCK, math.isqrt(hidden - 1) + 1))
+    It is block-diagonal: each block mixes the channels of one remainder modulo the number of blocks, all by one matrix. Where
+    noise is too rare for each block to get some, a block over the first channels spreads it first, one to each block at least.
+    """
+
+    def __init__(self, hidden: int, noisy: int, like: Tensor) -> None:
+        smallest = min(hidden, _SMALLEST_BLOCK)
+        self.noise_first = hidden > smallest and noisy * smallest < hidden
+        if self.noise_first:
+            smallest = max(smallest, math.isqrt(hidden - 1) + 1)  # as wide as there are blocks, or wider
+        self.block = next((n for n in range(smallest, 2 * smallest) if hidden % n == 0), smallest)
         self.blocks = hidden // self.block
         self.whole = self.blocks * self.block  # what is left over is mixed by one more block, over the last channels
-        extra = int(self.whole < hidden)
-        shape = (2, self.blocks + extra, self.block, self.block)
-        self.stages = torch.linalg.qr(equation.noise(*shape).to(equation.weight))[0]  # (B, 2, blocks, block, block)
-        order = torch.arange(hidden, device=equation.weight.device)
-        order[: self.whole] = order[: self.whole].view(self.blocks, self.block).T.flatten()
-        self.order = order
+        self.q = _orthogonal(self.block).to(like)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """P x. Fresh memory costs more than the arithmetic: that of `x`, which is spent, and one buffer take turns."""
-        rows = x.flatten(2).contiguous()
-        mixed = self._stage(rows, torch.empty_like(rows), 0)
-        if self.blocks > 1:  # a single block mixes all there is to mix at once
-            torch.index_select(mixed, 1, self.order, out=rows)
-            mixed = self._stage(rows, mixed, 1)
+    def __call__(self, x: Tensor, scale: Tensor) -> Tensor:
+        """P x, times the scale (B,) of each item: (B, Ch, *any) -> (B, Ch, *any).
+
+        Fresh memory costs more than the arithmetic: that of `x`, which is spent, and one buffer take turns.
+        """
+        rows = x.flatten(2)
+        batch, _, columns = rows.shape
+        if self.noise_first:
+            rows[:, : self.block] = torch.matmul(self.q, rows[:, : self.block])
+        mixed = torch.empty_like(rows)
+        across = (batch, self.block, self.blocks * columns)
+        body, into = rows[:, : self.whole].view(across), mixed[:, : self.whole].view(across)
+        torch.bmm(self.q * scale.view(-1, 1, 1), body, out=into)
+        if self.whole < rows.shape[1]:
+            mixed[:, self.whole :] = rows[:, self.whole :] * scale.view(-1, 1, 1)
+            mixed[:, -self.block :] = torch.matmul(self.q, mixed[:, -self.block :])
         return mixed.view(x.shape)
 
-    def _stage(self, rows: Tensor, out: Tensor, stage: int) -> Tensor:
-        q = self.stages[:, stage]
-        batch, hidden, columns = rows.shape
-        if self.whole == hidden:
-            blocks = (batch * self.blocks, self.block, columns)
-            torch.bmm(q.reshape(-1, self.block, self.block), rows.view(blocks), out=out.view(blocks))
-            return out
-        body = rows[:, : self.whole].unflatten(1, (self.blocks, self.block))
-        out[:, : self.whole] = torch.matmul(q[:, : self.blocks], body).flatten(1, 2)
-        out[:, self.whole :] = rows[:, self.whole :]
-        out[:, -self.block :] = torch.bmm(q[:, -1], out[:, -self.block :])
-        return out
+
+@lru_cache(maxsize=64)
+def _orthogonal(size: int) -> Tensor:
+    """One orthogonal matrix without zeros for each size: P may be any, for S and R are random already."""
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return torch.linalg.qr(noise)[0]
 
 
 def _column(values: Tensor, ndim: int) -> Tensor:
