@@ -20,6 +20,7 @@ from fastmorph.frame import Size, volume
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
+_SOME = 2**17  # numbers that may be copied
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 
 
@@ -99,9 +100,14 @@ def pad(target: Tensor, before: Size, size: Size) -> Tensor:
     return torch.nn.functional.pad(target, widths) if any(widths) else target
 
 
-def batch_norm(tensor: Tensor) -> Tensor:
-    """Frobenius norm of each batch item, (B, ...) -> (B,)."""
-    return tensor.flatten(1).norm(dim=1)
+def batch_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
+    if dtype is None or dtype == tensor.dtype or not tensor.numel():
+        return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
+    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
+    dims = tuple(range(1, tensor.ndim))
+    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]
+    return torch.stack(parts).norm(dim=0)
 
 
 def per_item(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

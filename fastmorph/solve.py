@@ -13,18 +13,15 @@ from torch import Tensor
 
 from fastmorph import reference
 from fastmorph.backends import NumpyBackend, TorchBackend
-from fastmorph.bounds import half_step_is_exact, tolerance
+from fastmorph.bounds import tolerance
 from fastmorph.decomposition import Decomposition
 from fastmorph.errors import InexactMorphError
-from fastmorph.frame import volume
 from fastmorph.gauge import balance, equalise
 from fastmorph.half_step import HalfStep, batch_norm, pad
 from fastmorph.problem import Checked
 from fastmorph.randomness import Noise
-from fastmorph.solvers.base import Equation, Solution, Solver
+from fastmorph.solvers.base import Equation, Solution, Solver, working_dtype
 
-# A Gram matrix of more rows than this is not built merely to take one of two roundings back.
-_LARGEST_CORRECTION = 8192
 _SUMS = 8  # random sums of channels that estimate a residual
 
 
@@ -36,9 +33,10 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple
     first = problems[0]
     weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
     batches = [len(p.weight) for p in problems]
-    work = torch.float32 if weight.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    work = working_dtype(weight.device)
     noise = Noise(seeds, batches, weight.device, work)
-    equation = Equation(weight.to(work), first.hidden, first.frame, weight.dtype, noise, first.backend)
+    given = weight if first.solver.closed_form else weight.to(work)
+    equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend)
     answer = _attempt(equation, first.solver)
     _, co, ci = equation.sizes
     for _ in range(first.solver.draws(co, ci, first.hidden, first.frame) - 1):
@@ -109,7 +107,7 @@ def _by_reference(equation: Equation, solver: Solver) -> Solution:
 
     found = [
         solver.reference(weight, equation.hidden, equation.frame, noise_for(item), equation.tolerance)
-        for item, weight in enumerate(equation.weight.cpu().numpy())
+        for item, weight in enumerate(equation.weight.to(equation.work).cpu().numpy())
     ]
     steps = max((len(f.trace) for f in found), default=0)
     trace = torch.tensor([[*f.trace, *[torch.nan] * (steps - len(f.trace))] for f in found], dtype=torch.float64)
@@ -128,23 +126,13 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
         if equation.dtype != first.dtype:
             first, second = balance(first, second)
         first, second = equalise(first, second)
-    if equation.dtype == first.dtype:
-        return first, second
-    if torch.finfo(equation.dtype).bits < 32:
-        # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, where it can make up for it.
+    if equation.corrected:
+        # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
         first = first.to(equation.dtype).to(first.dtype)
-        second = _against_rounded(equation, first, second)
+        step = HalfStep(first, equation.frame.second, equation.backend)
+        error = step.error(equation.weight.to(first.dtype), equation.frame.before, second)
+        second = second + step.solve(error, (0,) * len(equation.frame.before))
     return first.to(equation.dtype), second.to(equation.dtype)
-
-
-def _against_rounded(equation: Equation, first: Tensor, second: Tensor) -> Tensor:
-    frame, (_, co, ci) = equation.frame, equation.sizes
-    equations = ci * volume(frame.size)
-    if not half_step_is_exact(frame, co, ci, equation.hidden) or equations > _LARGEST_CORRECTION:
-        return second
-    step = HalfStep(first, frame.second, equation.backend)
-    error = step.error(equation.weight, frame.before, second)
-    return second + step.solve(error, (0,) * len(frame.before))
 
 
 def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bool) -> Tensor:
@@ -157,28 +145,27 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     """
     weight = equation.weight
     _, co, ci = equation.sizes
-    first, second = first.to(weight.dtype), second.to(weight.dtype)
     if estimate and ci > 4 * _SUMS:
-        weight, first = _added_up(weight), _added_up(first)
+        weight, first = _added_up(weight, 2, equation.work), _added_up(first, 2, equation.work)
     if estimate and co > 4 * _SUMS:
-        weight, second = (_added_up(kernel.transpose(1, 2)).transpose(1, 2) for kernel in (weight, second))
+        weight, second = _added_up(weight, 1, equation.work), _added_up(second, 1, equation.work)
+    weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
     composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
     return (batch_norm(padded - composed) / equation.norm()).double()
 
 
-def _added_up(kernel: Tensor) -> Tensor:
-    """Channels of dimension 2, times random signs, in a few sums: (B, C, channels, *K) -> (B, C, sums, *K).
-
-    Taps lie side by side with channels in memory, so that runs of `sums` channels with their taps are added up whole.
-    """
-    batch, outer, channels, *size = kernel.shape
-    runs = kernel.flatten(2).split(_SUMS * math.prod(size), 2)
-    signs = _signs(channels, math.prod(size), kernel.dtype, kernel.device).split(_SUMS * math.prod(size))
-    out = runs[0] * signs[0]
-    for run, sign in zip(runs[1:], signs[1:], strict=True):
-        out[:, :, : len(sign)].addcmul_(run, sign)
-    return out.view(batch, outer, _SUMS, *size)
+def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K), without a copy of the kernel."""
+    channels, taps = kernel.shape[dim], kernel.shape[3:]
+    # One sign a tap: where channels and taps lie side by side in memory, they are then one run of products.
+    signs = _signs(channels, math.prod(taps), dtype, kernel.device).view(channels, *(1,) * (2 - dim), *taps)
+    runs = zip(kernel.split(_SUMS, dim), signs.split(_SUMS), strict=True)
+    run, sign = next(runs)
+    out = run * sign
+    for run, sign in runs:
+        out.narrow(dim, 0, len(sign)).addcmul_(run, sign)
+    return out
 
 
 @lru_cache(maxsize=64)

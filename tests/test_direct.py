@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -65,8 +69,6 @@ def test_dense_and_of_equal_spread(co, ci, hidden, kernel, sizes):
         for factor in (found.first, found.second):
             assert float((factor.abs() > 1e-3 * factor.std()).double().mean()) >= 0.97
         assert float(found.first.std() / found.second.std()) == pytest.approx(1.0, rel=0.25)
-        power = [float(factor.square().mean()) for factor in (found.first, found.second)]
-        assert power[0] == pytest.approx(power[1], rel=1e-10)
 
 
 @pytest.mark.parametrize(("co", "ci"), [(48, 64), (64, 200), (3, 100)])
@@ -139,6 +141,32 @@ def test_low_rank_weights_need_no_more_channels_than_their_rank(case, rank, seed
     if rank > 1:
         with pytest.raises(fm.MorphError, match=f"rank {rank}"):
             fm.decompose(weight, rank - 1, case.sizes, spatial_dims=case.dims)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("co", "ci", "hidden"), [(768, 1024, 1032), (1024, 512, 520)])  # the weight into F1, and into F2
+def test_a_wide_layer_takes_inputs_and_outputs_and_a_tenth(co, ci, hidden):
+    """Its own process: what other tests have held would hide a peak."""
+    script = f"""
+import torch, fastmorph as fm
+def status(key):  # in bytes
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+torch.set_num_threads(1)
+fm.decompose(torch.randn(64, 64, 3, 3), 72)
+weight = torch.randn({co}, {ci}, 3, 3)
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+resident = status("VmRSS")
+found = fm.decompose(weight, {hidden})
+assert isinstance(found.solver, fm.Direct)
+made, held = (4 * sum(t.numel() for t in kernels) for kernels in ([found.first, found.second], [weight]))
+print(status("VmHWM") - resident, made, held)
+"""
+    # Every tensor of a size is its own mapping: what is freed is gone, whatever the allocator would keep.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken, made, held = map(int, done.stdout.split())
+    assert made <= taken <= made + 0.1 * (made + held)
 
 
 def test_direct_refuses_what_fits_into_neither_kernel():

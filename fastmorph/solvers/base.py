@@ -12,9 +12,17 @@ from torch import Tensor
 
 from fastmorph import reference
 from fastmorph.backends.torch_backend import TorchBackend
-from fastmorph.bounds import tolerance
+from fastmorph.bounds import half_step_is_exact, tolerance
 from fastmorph.frame import Frame, volume
 from fastmorph.half_step import batch_norm
+
+# A Gram matrix of more rows than this is not built merely to take one of two roundings back.
+_LARGEST_CORRECTION = 8192
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Equation:
     """A batch of equations of one shape.
 
     Attributes:
-        weight: G, (B, Co, Ci, *K), in the dtype that the solver works in.
+        weight: G, (B, Co, Ci, *K), in the dtype that the solver works in; for a closed form, in its own.
         hidden: C_hid.
         frame: the kernel sizes.
         dtype: what the answer is rounded to.
@@ -40,7 +48,22 @@ class Equation:
     @property
     def tolerance(self) -> float:
         """Relative residual that counts as exact before rounding, which may then add its share."""
-        return tolerance(self.dtype) * (1.0 if self.dtype == self.weight.dtype else 0.1)
+        return tolerance(self.dtype) * (1.0 if self.dtype == self.work else 0.1)
+
+    @property
+    def work(self) -> torch.dtype:
+        """The dtype to work in."""
+        return working_dtype(self.weight.device)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether F2 is solved again against F1 as rounded: for the short dtypes, where Claim 1 lets it make up for that."""
+        _, co, ci = self.sizes
+        return (
+            torch.finfo(self.dtype).bits < 32
+            and half_step_is_exact(self.frame, co, ci, self.hidden)
+            and ci * volume(self.frame.size) <= _LARGEST_CORRECTION
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -65,7 +88,7 @@ class Equation:
 
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
-        norm = batch_norm(self.weight)
+        norm = batch_norm(self.weight, self.work)
         return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 

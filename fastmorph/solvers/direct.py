@@ -16,6 +16,7 @@ The other role, the weight in F2, is the same on the transposed equation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -30,6 +31,8 @@ from fastmorph.frame import Frame, volume, window
 from fastmorph.half_step import batch_norm
 from fastmorph.solvers.base import Equation, Solution, Solver
 
+# Numbers in the working memory of one range of channels: what stays in a CPU's cache, and what fills another device.
+_NUMBERS_CPU, _NUMBERS = 2**17, 2**24
 _SMALLEST_BLOCK = 8  # below this a block is dense anyway and a product of its size costs only its launch
 
 
@@ -37,7 +40,9 @@ _SMALLEST_BLOCK = 8  # below this a block is dense anyway and a product of its s
 class Direct(Solver):
     """Closed form, exact to rounding where K1 >= K and C_hid >= C_out, or K2 >= K and C_hid >= C_in; else by low rank.
 
-    Time grows with the number of weights. The condition is perfect: no system is solved.
+    Time grows with the number of weights. The condition is perfect: no system is solved. Memory, besides the weight and both
+    kernels in its dtype: a few ranges of channels, 1 MB each on a CPU, 128 MB elsewhere; for the short dtypes, where F2 is
+    corrected, and for low rank, the working copies of a half-step and of a singular value decomposition.
 
     Attributes:
         density: root mean square, in (0, 1], that noise gives to every tap of the kernel that does not hold the weight,
@@ -80,8 +85,8 @@ class Direct(Solver):
         return 2.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """Each kernel before and after mixing."""
-        return 3 * hidden * (ci * volume(frame.first) + co * volume(frame.second)) + co * ci * volume(frame.size)
+        """Both kernels; besides them, some ranges of channels of a fixed size, and the factors of a weight of low rank."""
+        return hidden * (ci * volume(frame.first) + co * volume(frame.second)) + 2 * co * ci * volume(frame.size)
 
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
@@ -111,54 +116,84 @@ class Direct(Solver):
         return min(ranks, key=lambda role: ranks[role])
 
     def _into_first(self, equation: Equation) -> Solution:
-        """F1 = P [S; S; V], F2 = [R | -R | U] P^T for G = U V."""
+        """F1 = P [S; S; V], F2 = [R | -R | U] P^T for G = U V, a range of channels at a time."""
         (batch, co, ci), hidden, frame = equation.sizes, equation.hidden, equation.frame
-        left, right = _factors(equation)  # (B, Co, r), (B, r, Ci, *K)
+        left, right = _factors(equation)  # (B, Co, r) or None for a unit matrix, (B, r, Ci, *K)
         rank = right.shape[1]
-        pairs, single = divmod(hidden - rank, 2)
+        pairs, extras = (hidden - rank) // 2, hidden - rank  # an odd extra channel meets zeros in F2
         centre = tuple((k - 1) // 2 for k in frame.second)
-        offset = tuple(b - c for b, c in zip(frame.before, centre, strict=True))
-        everything, one, two = slice(None), slice(pairs), slice(pairs, 2 * pairs)
-        odd, held = slice(2 * pairs, hidden - rank), slice(hidden - rank, hidden)
+        within = window(tuple(b - c for b, c in zip(frame.before, centre, strict=True)), frame.kernel)
+        everything, one, two, odd = slice(None), slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
 
-        power = right.flatten(1).square().mean(1)  # of an entry of V, (B,)
+        power = batch_norm(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
         power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * volume(frame.first))))
-        noise = equation.noise(pairs + single, ci, *frame.first) * _column(power.sqrt(), right.ndim)
-        rows = right.new_empty(batch, hidden, ci, *frame.first)
-        rows[:, one] = rows[:, two] = noise[:, :pairs]
-        rows[:, odd] = noise[:, pairs:]  # the odd one meets zeros in F2
-        if frame.first != frame.kernel:
-            rows[:, held] = 0
-        rows[(everything, held, everything, *window(offset, frame.kernel))] = right
+        spread = _column(power.sqrt(), right.ndim)
+        density = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
+        # P keeps norms: scaled by this, the kernels come out with one root mean square, as far as noise has its expectation.
+        power1 = power * (extras * volume(frame.first) + rank * volume(frame.kernel)) / volume(frame.first)
+        power2 = (rank + 2 * pairs * co * volume(frame.second) * density**2) / (co * volume(frame.second))
+        balance = (power2 / power1) ** 0.25
 
-        scale = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
-        noise = equation.noise(pairs, co, *frame.second) * scale
-        columns = right.new_empty(batch, hidden, co, *frame.second)  # F2's, transposed
-        columns[:, one], columns[:, two] = noise, -noise
-        columns[:, 2 * pairs :] = 0
-        tap = window(centre, (1,) * len(centre))
-        columns[(everything, held, everything, *tap)] = left.mT.reshape(batch, rank, co, *(1,) * len(centre))
+        def rows(part: slice) -> Tensor:
+            """[S; S; s; V] for some input channels."""
+            channels = part.stop - part.start
+            noise = equation.noise(extras - pairs, channels, *frame.first) * spread
+            out = noise.new_empty(batch, hidden, channels, *frame.first)
+            out[:, one] = out[:, two] = noise[:, :pairs]
+            out[:, odd] = noise[:, pairs:]
+            if frame.first != frame.kernel:
+                out[:, extras:] = 0
+            out[(everything, slice(extras, None), everything, *within)] = right[:, :, part]
+            return out
 
-        # P keeps norms: scaled here, the kernels come out with one root mean square.
-        norm, entries = batch_norm(rows), ci * volume(frame.first) / (co * volume(frame.second))
-        balance = torch.where(norm > 0, (batch_norm(columns) / norm * entries**0.5).sqrt(), torch.ones_like(norm))
-        mix = _Mixing(hidden, 2 * pairs, right)
-        first, second = mix(rows, balance), mix(columns, 1 / balance).transpose(1, 2)
+        def columns(part: slice) -> Tensor:
+            """[R | -R | 0 | U]^T for some output channels."""
+            channels = part.stop - part.start
+            noise = equation.noise(pairs, channels, *frame.second) * density
+            out = noise.new_empty(batch, hidden, channels, *frame.second)
+            out[:, one], out[:, two] = noise, -noise
+            out[:, 2 * pairs :] = 0
+            tap = out[(everything, slice(extras, None), everything, *centre)]  # (B, r, channels)
+            if left is None:
+                tap[:, part].diagonal(dim1=1, dim2=2).fill_(1)
+            else:
+                tap.copy_(left[:, part].mT)
+            return out
+
+        mix = _Mixing(hidden, 2 * pairs, power)
+        dtype = equation.work if equation.corrected else equation.dtype
+        first = _mixed(rows, mix, balance, (batch, hidden, ci, *frame.first), dtype)
+        second = _mixed(columns, mix, 1 / balance, (batch, hidden, co, *frame.second), dtype)
         none = torch.zeros(batch, dtype=torch.int64, device=right.device)
-        return Solution(first, second, right.new_empty(0, batch), none)
+        return Solution(first, second.transpose(1, 2), power.new_empty(0, batch), none)
 
 
-def _factors(equation: Equation) -> tuple[Tensor, Tensor]:
-    """G = U V: (B, Co, r) and (B, r, Ci, *K), with U = I and V = G where C_hid allows."""
+def _factors(equation: Equation) -> tuple[Tensor | None, Tensor]:
+    """G = U V: (B, Co, r) and (B, r, Ci, *K), with U = I (told as None) and V = G where C_hid allows."""
     weight, hidden = equation.weight, equation.hidden
-    batch, co, _ = equation.sizes
+    co = equation.sizes[1]
     if hidden >= co:
-        return torch.eye(co, dtype=weight.dtype, device=weight.device).expand(batch, co, co), weight
-    u, s, vh = torch.linalg.svd(weight.flatten(2), full_matrices=False)
-    ranks = numerical_rank(weight.flatten(2), 0.5 * equation.tolerance)
+        return None, weight
+    u, s, vh = torch.linalg.svd(weight.to(equation.work).flatten(2), full_matrices=False)
+    ranks = numerical_rank(weight.to(equation.work).flatten(2), 0.5 * equation.tolerance)
     rank = max(1, min(hidden, int(ranks.max()) if len(ranks) else 0))
-    right = (s[:, :rank, None] * vh[:, :rank]).view(batch, rank, *weight.shape[2:])
+    right = (s[:, :rank, None] * vh[:, :rank]).view(-1, rank, *weight.shape[2:])
     return u[:, :, :rank], right
+
+
+def _mixed(
+    unmixed: Callable[[slice], Tensor], mix: _Mixing, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """P times all of `unmixed`, (B, Ch, C, *K) rounded to `dtype`, in ranges of C whose working memory stays small."""
+    most = _NUMBERS_CPU if scale.device.type == "cpu" else _NUMBERS
+    width = max(1, most // max(1, shape[0] * shape[1] * math.prod(shape[3:])))
+    if width >= shape[2] and dtype == scale.dtype:
+        return mix(unmixed(slice(0, shape[2])), scale)
+    out = scale.new_empty(shape, dtype=dtype)
+    for start in range(0, shape[2], width):
+        part = slice(start, min(start + width, shape[2]))
+        out[:, :, part] = mix(unmixed(part), scale)
+    return out
 
 
 class _Mixing:

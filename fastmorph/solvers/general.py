@@ -33,6 +33,9 @@ class General(Solver):
     factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
     sweep; Gauss-Newton: each outer step), NaN for items that had ended.
 
+    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and some
+    copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
+
     Attributes:
         max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
         tol: relative residual that counts as loss 0; None: what is exact for the dtype.
