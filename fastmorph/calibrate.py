@@ -54,7 +54,7 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
     moments = [_Moments() for _ in norms]
     handles = [norm.register_forward_pre_hook(each.add) for norm, each in zip(norms, moments, strict=True)]
     try:
-        with _eval_mode(model):
+        with eval_mode(model):
             for batch in batches:
                 model(*(batch if isinstance(batch, tuple) else (batch,)))
     finally:
@@ -67,7 +67,8 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each module's own mode is put back after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

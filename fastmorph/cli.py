@@ -25,7 +25,7 @@ from fastmorph.networks import CommandError, load_weights, make_network, need, r
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastmorph.morph import Step
+    from fastmorph.morphing import Step
     from fastmorph.plan import Plan
     from fastmorph.verify import Certificate
 
@@ -73,15 +73,15 @@ def _morph(arguments: argparse.Namespace) -> int:
     need("safetensors")
     parent = make_network(arguments.model)
     load_weights(parent, arguments.weights)
+    plan = _plan(arguments.plan)
     call = _call(arguments, parent, needed=False)
     command = verify_command(arguments.model, arguments.weights, arguments.out, call, arguments.modes, arguments.tolerance)
-    plan = _plan(arguments.plan)
     _, certificate = write_child(
         parent,
         plan,
         arguments.out,
         call,
-        seed=arguments.seed,
+        seed=0 if arguments.seed is None and plan.seed is None else arguments.seed,
         modes=arguments.modes,
         tolerance=arguments.tolerance,
         progress=not arguments.quiet,
@@ -98,9 +98,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     parent = make_network(arguments.model)
     load_weights(parent, arguments.parent)
-    child = fm.restructure(parent, _plan(arguments.plan))
+    plan, call = _plan(arguments.plan), _call(arguments, parent)
+    child = fm.restructure(parent, plan, example_inputs=call.args or None)
     load_weights(child, arguments.child)
-    call = _call(arguments, parent)
     certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
     print(certificate)
     return 0 if certificate else 1
@@ -170,7 +170,7 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
             raise CommandError("the networks need inputs: give --input-shape, once for each input, or --inputs.")
         return Call((), {}, ())
     dtypes = [p.dtype for p in network.parameters() if p.is_floating_point()]
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed or 0)
     dtype = dtypes[0] if dtypes else torch.get_default_dtype()
     made = tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
     options = tuple(word for shape in arguments.input_shape for word in ("--input-shape", ",".join(map(str, shape))))
@@ -183,21 +183,22 @@ def write_child(
     out: Path,
     call: Call,
     *,
-    seed: int,
+    seed: int | None,
     modes: Sequence[str],
     tolerance: float | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, Certificate | None]:
     """Morph, print what was done, and write child.safetensors, plan.toml and, where there are inputs, certificate.json.
 
-    Returns the child and the certificate, which may not hold; None without inputs.
+    `seed` decides the child; None: the plan's own does. Returns the child and the certificate, which may not hold; None without
+    inputs.
     """
     import torch
     from safetensors.torch import save_model
 
     import fastmorph as fm
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     grown = fm.morph(parent, plan, example_inputs=call.args or None, verify=False, generator=generator, progress=progress)
     print_steps(grown.steps)
     before, after = (sum(p.numel() for p in network.parameters()) for network in (parent, grown.model))
@@ -218,9 +219,7 @@ def print_steps(steps: Iterable[Step]) -> None:
     rows = [("layer", "weight before", "weights after", "residual", "ms", "how")]
     for step in steps:
         after = " and ".join(map(shape_text, step.after))
-        residual = float(step.decomposition.residual.max())
-        how = step.decomposition.reason
-        rows.append((step.layer, shape_text(step.before), after, f"{residual:.1e}", f"{step.milliseconds:.1f}", how))
+        rows.append((step.layer, shape_text(step.before), after, f"{step.residual:.1e}", f"{step.milliseconds:.1f}", step.how))
     print_table(rows)
 
 
@@ -288,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     morph.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the morphs, in TOML")
     morph.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     _inputs(morph)
-    _common(morph)
+    _common(morph, default=None)
 
     verify = command("verify", _verify, "check that a child on disk computes what its parent computes")
     _network(verify)
@@ -302,8 +301,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same child (default: 0)")
+def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
+    of_plan = "" if default == 0 else "the plan's, else "
+    parser.add_argument("--seed", type=_seed, default=default, help=f"the same seed gives the same child (default: {of_plan}0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from fastmorph.errors import MorphError
 
 _DIMS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_TRANSPOSED: dict[type[nn.Module], int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 # Modules whose own forward reads a sublayer's weight instead of calling it: the sublayer cannot become two.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _HOOKS = (
@@ -34,7 +35,7 @@ class Layer:
 
     Attributes:
         name: its dotted name.
-        module: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.
+        module: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, or their transposed kin where asked for.
         dims: its number of spatial dimensions.
     """
 
@@ -64,10 +65,10 @@ class Layer:
         weight = self.module.weight.detach()
         return weight.reshape(self.groups, -1, *weight.shape[1:])
 
-    def padding(self) -> list[tuple[int, int]]:
-        """Padding before and after each spatial dimension, in input pixels."""
+    def padding(self, kernel: tuple[int, ...] | None = None) -> list[tuple[int, int]]:
+        """Padding before and after each spatial dimension, in input pixels; as it would be for another kernel size."""
         given, sides = self.module.padding, []
-        for dim, (size, dilation) in enumerate(zip(self.kernel, self.module.dilation, strict=True)):
+        for dim, (size, dilation) in enumerate(zip(kernel or self.kernel, self.module.dilation, strict=True)):
             if given == "same":  # PyTorch puts the odd one behind
                 total = dilation * (size - 1)
                 sides.append((total // 2, total - total // 2))
@@ -76,8 +77,10 @@ class Layer:
         return sides
 
 
-def find_layer(model: nn.Module, name: str) -> Layer:
+def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Layer:
     """The layer called `name`, if replacing it can preserve what the model computes.
+
+    Transposed convolutions are found where the caller can do with them.
 
     Raises MorphError, with the layer, the cause and the remedy.
     """
@@ -89,9 +92,10 @@ def find_layer(model: nn.Module, name: str) -> Layer:
     module = modules[name]
     if type(model).__name__ == "OptimizedModule":
         raise _refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
-    kind = next((base for base in _DIMS if isinstance(module, base)), None)
+    kinds = _DIMS | _TRANSPOSED if transposed else _DIMS
+    kind = next((base for base in kinds if isinstance(module, base)), None)
     if kind is None:
-        raise _refusal(name, f"it is a {type(module).__name__}", "name an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d")
+        raise _refusal(name, f"it is a {type(module).__name__}", f"name one of {', '.join(f'nn.{k.__name__}' for k in kinds)}")
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         raise _refusal(
@@ -113,7 +117,7 @@ def find_layer(model: nn.Module, name: str) -> Layer:
             name, f"{type(module).__name__} has a forward of its own", f"replace it by an equivalent plain nn.{kind.__name__}"
         )
     _check_surroundings(model, name, module, modules)
-    return Layer(name, module, _DIMS[kind])
+    return Layer(name, module, kinds[kind])
 
 
 def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -172,13 +176,18 @@ def _owners(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, str, nn.
                 yield owner_name, attribute, owner
 
 
-def replace_layer(model: nn.Module, layer: Layer, new: nn.Module) -> nn.Module:
-    """Put `new` wherever `model` has the layer, with its hooks and mode; returns the model (`new` if it was the layer)."""
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `model` has `old`, with its hooks and mode; returns the model (`new` if it was `old`).
+
+    `old` keeps none of its hooks, so that it may stand inside `new`.
+    """
+    bare = nn.Module()
     for hooks in _HOOKS:
-        setattr(new, hooks, getattr(layer.module, hooks))
-    new.train(layer.module.training)
-    if layer.module is model:
+        setattr(new, hooks, getattr(old, hooks))
+        setattr(old, hooks, getattr(bare, hooks))
+    new.train(old.training)
+    if old is model:
         return new
-    for _, attribute, owner in list(_owners(model, layer.module)):
+    for _, attribute, owner in list(_owners(model, old)):
         owner._modules[attribute] = new
     return model

@@ -1,40 +1,27 @@
-"""Running morphs on a model: restructure a copy, solve the equations, set the weights, calibrate, verify."""
+"""Running a plan: one transaction on a copy of the parent, with its equations, statistics, optimizer and certificate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from fastmorph.calibrate import calibrate_norms
-from fastmorph.decomposition import Decomposition
-from fastmorph.deepen import Deepen
-from fastmorph.equation import decompose
-from fastmorph.errors import InexactMorphError, MorphError
-from fastmorph.layers import Layer
+from fastmorph.errors import MorphError
+from fastmorph.lineage import Lineage
+from fastmorph.morphing import Morphing, Operator, Step
+from fastmorph.optimizers import carry_over, check_optimizer, rebound
 from fastmorph.plan import Plan
-from fastmorph.problem import Problem
-from fastmorph.randomness import Generator
+from fastmorph.randomness import Generator, draw_seed
+from fastmorph.recorded import certify, record
 from fastmorph.solvers import Auto, Solver
 from fastmorph.verify import Certificate
 from fastmorph.verify import verify as verify_models
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one morph did: the layer, its weight's shape before, those of its two weights after, and how they were found."""
-
-    layer: str
-    before: tuple[int, ...]
-    after: tuple[tuple[int, ...], ...]
-    decomposition: Decomposition
-    milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -43,90 +30,129 @@ class Morphed:
 
     Attributes:
         model: the child.
-        optimizer: None.
+        optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
         certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
-        history: a plan that replays the morphs.
-        steps: what each morph did.
+        history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
+            same settings on the same machine, but for what `calibrate` batches decided.
+        steps: what each operator did.
     """
 
     model: nn.Module
-    optimizer: None
+    optimizer: Optimizer | None
     certificate: Certificate | None
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
 
+    def rebind(self, scheduler: Any) -> Any:
+        """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
+
+        Raises MorphError if there is no optimizer, or one of other parameter groups.
+        """
+        if self.optimizer is None:
+            raise MorphError("there is no optimizer to drive; pass the parent's to morph(..., optimizer=).")
+        return rebound(scheduler, self.optimizer)
+
 
 def morph(
     model: nn.Module,
-    plan: Plan | Sequence[Deepen],
+    plan: Plan | Sequence[Operator],
     *,
     example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
     calibrate: Iterable[Any] | None = None,
     verify: bool = True,
+    consume: bool = False,
+    memory_budget: int = 2**31,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
     progress: bool = False,
 ) -> Morphed:
-    """Apply a plan to a copy of `model`; the model itself is never touched.
+    """Apply a plan to a copy of `model`, all of it or, where anything fails, none.
 
     Args:
-        model: the parent.
-        plan: morphs, in order.
-        example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on.
+        model: the parent. It is not touched, unless it is consumed.
+        plan: morphs, in order; each names layers as those before it left them.
+        example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
+            follow channels through the model.
+        optimizer: the parent's, an SGD, Adam, AdamW, RMSprop, Adagrad, or any without state; it is not touched. Its options,
+            moments and step counts are carried over, each moment as its weight: `Morphed.optimizer`.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
             nearly exact in train mode, where a BatchNorm uses the batch's own.
         verify: whether to compare parent and child on `example_inputs`.
+        consume: make the child out of the parent itself, layer by layer, each old tensor freed as soon as its successor is
+            there, so that no more than the child and one layer's old weights and solver are held at a time. Whatever fails
+            then leaves the parent half done, and of `optimizer` only what does not change. The child is compared with the
+            parent's recorded outputs, in its own dtype alone.
+        memory_budget: see `decompose_many`.
         solver: see `decompose`.
         backend: see `decompose`.
-        generator: see `decompose`; the same seed gives the same child.
+        generator: see `decompose`; one seed is drawn from it, which decides the child. None: the plan's seed, if it has one.
         allow_inexact: keep a child that is not exact instead of raising.
-        progress: show a progress bar.
+        progress: show progress bars.
 
     Raises:
         MorphError: a layer cannot be morphed, or the certificate does not hold.
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    child = _copy(model)
-    steps = []
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
+    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
+    before = record(model, given) if consume and verify and given is not None else None
+    morphing = Morphing(
+        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
+        seed=seed,
+        example_inputs=plan.example_inputs(model) if given is None else given,
+        consume=consume,
+        solving={
+            "solver": solver,
+            "backend": backend,
+            "allow_inexact": allow_inexact,
+            "memory_budget": memory_budget,
+            "progress": progress,
+        },
+    )
     for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
-        began = perf_counter()
-        child, layer, new, problem = operator.restructure(child)
-        found = _solve(problem, layer, solver=solver, backend=backend, generator=generator, allow_inexact=allow_inexact)
-        _set_weights(new, found)
-        shapes = tuple(tuple(new.get_submodule(name).weight.shape) for name in ("first", "second"))
-        steps.append(Step(operator.layer, tuple(layer.module.weight.shape), shapes, found, 1e3 * (perf_counter() - began)))
+        morphing.apply(operator)
+    morphing.settle()
+    child = morphing.model
     if calibrate is not None:
-        norms = [child.get_submodule(op.layer).get_submodule("norm") for op in plan if op.norm is not None]
-        calibrate_norms(child, norms, calibrate)
+        there = set(child.modules())
+        calibrate_norms(child, [norm for norm in morphing.norms if norm in there], calibrate)
     certificate = None
-    if verify and example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        certificate = verify_models(model, child, *inputs)
+    if verify and given is not None:
+        certificate = verify_models(model, child, *given) if before is None else certify(before, child, given)
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
-    return Morphed(child, None, certificate, plan, tuple(steps))
+    carried = None if optimizer is None else carry_over(optimizer, child, morphing.lineage, consume=consume)
+    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(morphing.steps))
 
 
-def restructure(model: nn.Module, plan: Plan | Sequence[Deepen]) -> nn.Module:
+def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_inputs: Any = None) -> nn.Module:
     """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
 
     Args:
-        model: the parent, or any network of its architecture; it is not touched.
+        model: the parent, or any network of its architecture, on the meta device too; it is not touched.
         plan: the plan that made the child, or `Morphed.history`.
+        example_inputs: as in `morph`, for operators that follow channels through the model; None: those whose shapes and
+            dtypes the plan has recorded.
 
     Raises:
         MorphError: a layer cannot be morphed.
     """
-    child = _copy(model)
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    inputs = plan.example_inputs(model) if given is None else given
+    morphing = Morphing(*_copied(model), example_inputs=inputs, with_weights=False)
     for operator in plan:
-        child = operator.restructure(child)[0]
-    return child
+        morphing.apply(operator)
+    return morphing.model
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
     computed = [
         (name, key)
         for name, module in model.named_modules()
@@ -138,22 +164,5 @@ def _copy(model: nn.Module) -> nn.Module:
             f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
             f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
         )
-    return deepcopy(model)
-
-
-def _solve(problem: Problem, layer: Layer, **options: Any) -> Decomposition:
-    arguments = (problem.weight, problem.hidden_channels, problem.kernel_sizes)
-    of = f"layer {layer.name!r}" + (f" (each of its {layer.groups} groups)" if layer.groups > 1 else "")
-    try:
-        return decompose(*arguments, spatial_dims=problem.spatial_dims, **options)
-    except InexactMorphError as error:
-        raise InexactMorphError(f"{of}: {error}", error.decomposition) from None
-    except MorphError as error:
-        raise MorphError(f"{of}: {error}") from None
-
-
-@torch.no_grad()
-def _set_weights(new: nn.Module, found: Decomposition) -> None:
-    for name, kernels in (("first", found.first), ("second", found.second)):
-        weight: Tensor = new.get_submodule(name).weight  # type: ignore[assignment]
-        weight.copy_(kernels.reshape(weight.shape))  # groups join the output channels
+    child = deepcopy(model)
+    return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))

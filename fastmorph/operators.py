@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastmorph.deepen import Deepen
+from fastmorph.grow_kernel import GrowKernel
+from fastmorph.insert_subnet import InsertSubnet
 from fastmorph.morph import morph
+from fastmorph.subnet import Activation, Subnet
+from fastmorph.widen import Widen
 
 
 def deepen(
@@ -17,7 +21,7 @@ def deepen(
     *,
     hidden_channels: int | None = None,
     kernel_sizes: Sequence[int | Sequence[int]] | None = None,
-    activation: str | nn.Module | Callable[[Tensor], Tensor] | None = None,
+    activation: Activation = None,
     norm: str | None = None,
     **common: Any,
 ) -> nn.Module:
@@ -31,7 +35,7 @@ def deepen(
         kernel_sizes: (K1, K2), each an int or one int per spatial dimension; None: the layer's own and 3 (1 where it has 1).
         activation: inserted between the two as its P-activation with a = 1 (see `fastmorph.nn.PActivation`); None: none.
         norm: "batch" inserts a BatchNorm between the two that is the identity in eval mode; None: none.
-        **common: `solver`, `backend`, `generator`, `allow_inexact` and `calibrate` of `morph`.
+        **common: options of `morph`: `solver`, `backend`, `generator`, `allow_inexact`, `calibrate`, ...
 
     Returns:
         The child: `layer` is an nn.Sequential with submodules first, norm, activation, second, and in front of them pad or
@@ -42,3 +46,67 @@ def deepen(
         InexactMorphError: the equation was not solved exactly.
     """
     return morph(model, [Deepen(layer, hidden_channels, kernel_sizes, activation, norm)], **common).model
+
+
+def widen(
+    model: nn.Module,
+    channels: Mapping[str, int],
+    *,
+    example_inputs: Any = None,
+    fill: str = "pair",
+    **common: Any,
+) -> nn.Module:
+    """Give layers more output channels, and all that reads them as many inputs, so that the network computes the same.
+
+    Args:
+        model: the parent; it is not touched.
+        channels: {layer: number of output channels}, in the order in which they are widened.
+        example_inputs: a tensor, or a tuple of the model's positional arguments, on which channels are followed through it.
+        fill: how new channels cancel in what reads them, see `Widen`.
+        **common: options of `morph`.
+
+    Raises:
+        MorphError: a layer cannot be widened exactly, with the cause and the remedy.
+    """
+    plan = [Widen(layer, number, fill) for layer, number in channels.items()]
+    return morph(model, plan, example_inputs=example_inputs, **common).model
+
+
+def grow_kernel(model: nn.Module, kernel_sizes: Mapping[str, Any], **common: Any) -> nn.Module:
+    """Enlarge kernels with zeros around them, and the padding with them.
+
+    Args:
+        model: the parent; it is not touched.
+        kernel_sizes: {layer: kernel size, an int or one int per spatial dimension}, for nn.Conv1d to 3d with any settings, and
+            nn.ConvTranspose1d to 3d, which grow by even numbers.
+        **common: options of `morph`.
+
+    Returns:
+        The child. A layer stays what it is, under its name, where it pads as much before as behind (or "same"), with zeros or
+        replicated values; else it is an nn.Sequential with submodules pad, widen_pad, conv.
+
+    Raises:
+        MorphError: the layer cannot be morphed, with the cause and the remedy.
+    """
+    return morph(model, [GrowKernel(layer, size) for layer, size in kernel_sizes.items()], **common).model
+
+
+def insert_subnet(model: nn.Module, layer: str, subnet: Subnet, **common: Any) -> nn.Module:
+    """Replace a layer by several in a row, or by branches that sum; or put a residual block behind it.
+
+    Args:
+        model: the parent; it is not touched.
+        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding.
+        subnet: an `fm.Sequential`, `fm.Stacked` or `fm.Residual`.
+        **common: options of `morph`.
+
+    Returns:
+        The child. A Sequential is an nn.Sequential with submodules layer0, norm0, activation0, layer1, ...; a Stacked is a
+        `fastmorph.nn.branches.Branches` of such, nn.Identity for a Skip; a Residual is an nn.Sequential of the layer itself
+        (layer) and the block (residual).
+
+    Raises:
+        MorphError: the layer cannot be morphed, with the cause and the remedy.
+        InexactMorphError: an equation was not solved exactly.
+    """
+    return morph(model, [InsertSubnet(layer, subnet)], **common).model

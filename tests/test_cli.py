@@ -184,6 +184,23 @@ def test_morph_writes_a_child_that_verify_accepts(files: Files, tmp_path: Path) 
     assert again.out in ran.out, "the same inputs, so the same certificate"
 
 
+def test_morph_takes_plans_of_every_kind_and_replays_what_it_wrote(files: Files, tmp_path: Path) -> None:
+    branches = fm.Stacked([fm.Sequential([(8, 5, "relu"), (6, 1, "relu"), (None, 1)]), fm.Sequential([(None, 1)])])
+    block = fm.InsertSubnet("2", fm.Residual(4))
+    fm.Plan([fm.GrowKernel("0", 5), fm.InsertSubnet("0", branches), block, fm.Deepen("2.layer")]).save(files.plan)
+    shape = ("--input-shape", "1,2,4,4")
+    ran = morph(files, tmp_path / "one", *shape, "--seed", 3)
+    assert (ran.status, ran.err) == (0, "")
+    words = shlex.split(ran.out.splitlines()[-1])
+    assert fastmorph(*words[words.index("verify") :]).status == 0
+    written = files._replace(plan=tmp_path / "one" / "plan.toml")
+    assert fm.Plan.load(written.plan).inputs == (((1, 2, 4, 4), "float32"),)
+    assert morph(written, tmp_path / "two").status == 0
+    one, two = (safetensors.load_file(tmp_path / name / "child.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 def test_morph_without_inputs_says_that_nothing_was_verified(files: Files, tmp_path: Path) -> None:
     ran = morph(files, tmp_path / "out")
     assert ran.status == 0

@@ -178,7 +178,8 @@ def test_a_tied_bias_stays_tied(network):
 
 
 def test_the_seed_decides_the_child(network):
-    one, two, other = (fm.deepen(network, "stem", generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    generators = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    one, two, other = (fm.deepen(network, "stem", hidden_channels=12, generator=generator) for generator in generators)
     assert torch.equal(one.stem.first.weight, two.stem.first.weight)
     assert not torch.equal(one.stem.first.weight, other.stem.first.weight)
 
@@ -197,6 +198,14 @@ def test_defaults(channels, first):
     depthwise = fm.deepen(nn.Conv2d(8, 8, 3, groups=8), "", kernel_sizes=(2, 2))
     assert depthwise.first.out_channels % 8 == 0
     assert depthwise.second.groups == 8
+
+
+def test_an_activation_module_is_copied_into_each_child():
+    fn = nn.PReLU()
+    plan = fm.Plan([fm.Deepen("", activation=fn)])
+    one, two = (fm.morph(nn.Linear(3, 3).double(), plan).model for _ in range(2))
+    assert one.activation.fn.weight is not two.activation.fn.weight
+    assert (fn.weight.dtype, one.activation.fn.weight.dtype) == (torch.float32, torch.float64)
 
 
 # --- batch norm ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""Normalisation layers: batch and instance norm keep channels apart, layer and group norm mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from fastmorph.graph.flow import Flow, only_along, varying_dims
+from fastmorph.graph.record import chain
+from fastmorph.graph.rules.pointwise import combined
+from fastmorph.graph.rules.reduce import mixed, normalised
+from fastmorph.graph.tracer import Call, Tracer
+
+
+def batch_norm(tracer: Tracer, call: Call) -> list[Flow]:
+    """(N, C, *): per channel; weight, bias and statistics are the channels'."""
+    x = call["input"]
+    tracer.note("batch_norm", call.args.get("training"), call.args.get("eps", call.args.get("epsilon")))
+    out = _affine(tracer, tracer.flow(x), x.shape, 1, call.args, ("weight", "bias", "running_mean", "running_var"))
+    if call.args.get("training") is not False and call.args.get("running_mean") is None:
+        dims = [0, *range(2, x.ndim)]
+        slots = [mixed(tracer, s, dims, "normalises over them", fair=out.opaque) for s in out.slots]
+        kept = [slot for slot, left in zip(out.slots, slots, strict=True) if left is not None]
+        out = Flow(tuple(kept), out.opaque)
+    outs = len(call.out) if isinstance(call.out, tuple | list) else 1
+    return [out, *[Flow()] * (outs - 1)]
+
+
+def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, Any], names: Iterable[str]) -> Flow:
+    """Tie a norm's vectors to the channels along `dim`; returns the output's flow."""
+    slots = flow.along(dim) or (flow.uniform if shape[dim] == 1 else [])
+    vectors = [(name, args[name]) for name in names if args.get(name) is not None]
+    for name, vector in vectors:
+        label = tracer.flow(vector).slots
+        if flow.opaque:
+            tracer.record.write(label)
+        if name in ("bias", "running_mean"):
+            tracer.record.shift(label)
+        for slot in slots:
+            view = slot.movedim(dim, -1)
+            for own in label:
+                tracer.record.tie(view, own)
+        if not slots:
+            tracer.block(label, "scales data that belong to no layer, e.g. the model's input")
+    if slots:
+        vector = only_along(slots[0], dim, shape[dim])
+        if vector is not None:
+            tracer.record.sites.append((tracer.stack[-1], vector))
+    return flow
+
+
+def group_norm(tracer: Tracer, call: Call) -> list[Flow]:
+    """(N, C, *) in groups of channels: groups get wider only all together, or there will be more of them."""
+    x, groups = call["input"], call["group"]
+    tracer.note("group_norm", call["eps"])
+    flow = _affine(tracer, tracer.flow(x), x.shape, 1, call.args, ("weight", "bias"))
+    kept: list[Tensor] = []
+    for slot in flow.slots:
+        if not varying_dims(slot):
+            kept.append(slot)
+            continue
+        vector = only_along(slot, 1, x.shape[1])
+        if vector is None:
+            tracer.block([slot], "normalises over them")
+            continue
+        kept.append(slot)
+        lines = vector.reshape(groups, -1)
+        normalised(tracer, lines, "num_groups", chain(lines))
+    tracer.record.unsafe(kept)
+    return [Flow(tuple(kept), flow.opaque), Flow(), Flow()]
+
+
+def layer_norm(tracer: Tracer, call: Call) -> list[Flow]:
+    """Over the last dimensions."""
+    x = call["input"]
+    count = len(call["normalized_shape"])
+    tracer.note(call.name, call["eps"])
+    flow = tracer.flow(x)
+    if count == 1:
+        flow = _affine(tracer, flow, x.shape, -1, call.args, ("weight", "bias"))
+    else:
+        for vector in (call.args.get("weight"), call.args.get("bias")):
+            if vector is not None:
+                combined(tracer, [(flow, tuple(x.shape)), (tracer.flow(vector), tuple(vector.shape))], x.ndim)
+    dims = range(x.ndim - count, x.ndim)
+    for slot in flow.varying:
+        mixed(tracer, slot, dims, "normalises over them", fair=flow.opaque)
+    tracer.record.unsafe(flow.varying)
+    outs = len(call.out) if isinstance(call.out, tuple | list) else 1
+    return [flow, *[Flow()] * (outs - 1)]

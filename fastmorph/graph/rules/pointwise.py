@@ -1,0 +1,106 @@
+"""Elementwise operators: channels at one position are tied, whatever the function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmorph.graph.flow import Flow, aligned, varying_dims
+from fastmorph.graph.rules.move import lonely, merged
+from fastmorph.graph.tracer import Call, Tracer
+
+# Those that PyTorch does not tag as pointwise.
+EXTRA = (
+    *("hardswish", "_prelu_kernel", "prelu", "rrelu_with_noise", "log_sigmoid_forward", "floor_divide", "copy", "dropout"),
+    *("native_dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "view_as_real", "_assert_tensor_metadata"),
+)
+# Those that make zero of zero, as far as they take one tensor, or one that is zero.
+_KEEP_ZERO = (
+    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish", "tanh", "_prelu_kernel", "prelu"),
+    *("mul", "neg", "abs", "sign", "sqrt", "square", "native_dropout", "softshrink", "hardshrink", "copy", "erf", "sin"),
+)
+
+
+def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
+    """All operands at one position, in broadcasting's sense."""
+    out = call.out if isinstance(call.out, Tensor) else call.out[0]
+    tracer.note(call.name, *call.numbers)
+    tensors = [t for t in call.tensors if t.numel()]
+    if call.name == "copy":
+        tensors = tensors[1:]
+    flow = combined(tracer, [(tracer.flow(t), tuple(t.shape)) for t in tensors], out.ndim)
+    zero_bound = call.name in ("hardtanh", "clamp") and _bounds_hold_zero(call)
+    flows = [tracer.flow(tensor) for tensor in tensors]
+    if call.name in ("add", "sub"):
+        tracer.record.shift(slot for known in flows if not known.opaque for slot in known.varying)
+        keeps_zero = len(flows) == 2 and all(known.varying for known in flows)
+    elif call.name == "div":
+        keeps_zero = not flows[-1].varying
+    else:
+        keeps_zero = call.name in _KEEP_ZERO or zero_bound
+    if not keeps_zero:
+        tracer.record.unsafe(flow.varying)
+    if _stays_linear(tracer, call, tensors):
+        flow = Flow(flow.slots, flow.opaque, True)
+    return [flow] * (1 if isinstance(call.out, Tensor) else len(call.out))
+
+
+def _bounds_hold_zero(call: Call) -> bool:
+    low, high = (call.args.get(a, call.args.get(b)) for a, b in (("min", "min_val"), ("max", "max_val")))
+    return (low is None or low <= 0) and (high is None or high >= 0)
+
+
+def _stays_linear(tracer: Tracer, call: Call, tensors: list[Tensor]) -> bool:
+    """Whether the result is linear in the parameter that its labels belong to."""
+    flows = [tracer.flow(tensor) for tensor in tensors]
+    if call.name == "neg" or (call.name in ("mul", "div") and len(flows) == 1):
+        return flows[0].linear
+    if call.name == "mul":
+        # The labels are the first operand's; with columns that cancel there, any other factor that is equal for copies will do.
+        return flows[0].linear or (flows[1].linear and not flows[0].slots)
+    if call.name == "div":
+        held = [varying_dims(aligned(slot, call.out.ndim)) for slot in flows[0].varying]
+        return flows[0].linear and all(
+            any(varying_dims(aligned(slot, call.out.ndim)) & dims for dims in held) for slot in flows[1].varying
+        )
+    return False
+
+
+def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim: int) -> Flow:
+    """The flow of tensors, given as flows and shapes, that meet position by position in one of `ndim` dimensions."""
+    opaque = any(flow.opaque for flow, _ in operands)
+    labelled = [flow for flow, _ in operands if flow.slots]
+    if len(labelled) == 1 and not opaque:  # a weight's slots stay as they are, in the order of its dimensions
+        return Flow(tuple(aligned(slot, ndim) for slot in labelled[0].slots), opaque)
+    shapes = [(1,) * (ndim - len(shape)) + shape for _, shape in operands]
+    labels = [[aligned(slot, ndim) for slot in flow.varying] for flow, _ in operands]
+    slots = []
+    for own in labels:
+        for slot in own:
+            dims = varying_dims(slot)
+            rivals = [
+                shape
+                for (flow, _), shape, others in zip(operands, shapes, labels, strict=True)
+                if flow.opaque and not any(varying_dims(other) & dims for other in others)
+            ]
+            if any(shape[dim] > 1 for shape in rivals for dim in dims):
+                tracer.block([slot], "combines them with data that differ from channel to channel and belong to no layer")
+            else:
+                slots.append(slot)
+    if opaque:
+        tracer.record.write(slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)
+    kept = merged(tracer, slots)
+    single = lonely(tracer, [flow for flow, _ in operands], bool(kept))
+    return Flow(tuple(kept + [aligned(slot, ndim) for slot in single]), opaque)
+
+
+def constant(tracer: Tracer, call: Call) -> Flow:
+    """A new tensor that holds one number everywhere."""
+    tracer.note(call.name, *(value for name, value in call.args.items() if name in ("fill_value", "value", "s")))
+    return Flow(opaque=False)
+
+
+def data(tracer: Tracer, call: Call) -> Flow:
+    """A new tensor that holds anything, whatever it was made from: a size, a range, random numbers."""
+    tracer.note(call.name)
+    return Flow(opaque=bool(torch.Size(call.out.shape).numel() > 1))

@@ -1,0 +1,143 @@
+"""A copy of a model without weights: its structure, with tensors that have a shape and no memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fastmorph.errors import MorphError
+from fastmorph.graph.record import Record
+from fastmorph.graph.rules import rule_of
+from fastmorph.graph.tracer import Tracer
+
+
+class Skeleton:
+    """The structure of a model, that can be resized and traced at no cost; the model is not touched.
+
+    Attributes:
+        model: a copy whose parameters and buffers are fake tensors.
+        names: every name of every parameter and buffer, the first one first, by the first one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values: dict[str, Tensor] = {}
+        self.names: dict[str, list[str]] = {}
+        memo: dict[int, Any] = {}
+        first: dict[int, str] = {}
+        for name, tensor in _tensors(model):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._fake(tensor)
+                first[id(tensor)] = name
+                self._values[name] = tensor.detach()
+            self.names.setdefault(first[id(tensor)], []).append(name)
+        self.model: nn.Module = copy.deepcopy(model, memo)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        fake = self._mode.from_tensor(tensor.detach())
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def copy(self) -> Skeleton:
+        """Another one that can be resized on its own."""
+        new = copy.copy(self)
+        new._values = dict(self._values)
+        new.model = copy.deepcopy(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
+        return new
+
+    def resize(self, name: str, shape: tuple[int, ...]) -> None:
+        """Give a parameter or buffer, under all its names, another shape."""
+        old = _get(self.model, name)
+        with self._mode:
+            new: Tensor = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        for other in self.names[name]:
+            owner, key = _owner(self.model, other)
+            (owner._parameters if key in owner._parameters else owner._buffers)[key] = new
+        self._values.pop(name, None)
+
+    def trace(self, inputs: tuple[Any, ...]) -> Record:
+        """Run the model on inputs of these shapes and follow its channels.
+
+        Where some parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too.
+        """
+        record = self._run(inputs, train=False)
+        if all(name in record.used for name, _ in self.model.named_parameters()):
+            return record
+        return record
+
+    def _run(self, inputs: tuple[Any, ...], *, train: bool) -> Record:
+        tracer = Tracer(rule_of)
+        for name in self.names:
+            tensor = _get(self.model, name)
+            tracer.add_leaf(name, tensor, self._values.get(name))
+        self.model.train(train)
+        hooks = _follow_modules(self.model, tracer.stack)
+        given = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        try:
+            with _plain_attention(), torch.random.fork_rng([]), torch.no_grad(), self._mode, tracer:
+                result = self.model(*given)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise MorphError(
+                f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
+                "rewrite that part so that it depends on shapes alone."
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                tracer.record.result.append(tuple(leaf.shape))
+                tracer.record.block(tracer.flow(leaf).slots, "they are the model's output")
+        return tracer.record
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, key = _owner(model, name)
+    tensor = owner._parameters.get(key)
+    found = owner._buffers.get(key) if tensor is None else tensor
+    assert found is not None
+    return found
+
+
+def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
+    """Hooks that keep the name of the module that runs on top of the stack."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    return hooks
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention in operators that have rules."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

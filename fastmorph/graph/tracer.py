@@ -1,0 +1,204 @@
+"""Runs a model once, without computing anything, and follows every channel through every operator.
+
+The run is one of PyTorch's fake tensors, which have shapes and no values, so that it is fast whatever the model's size, and so
+that a forward which branches on values is noticed rather than followed along one branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fastmorph.errors import MorphError
+from fastmorph.graph.flow import DATA, FIXED, FREE, UNIFORM, Flow, compress, leaf
+from fastmorph.graph.record import Record
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator.
+
+    Attributes:
+        name: e.g. "add" for aten::add.Tensor and for aten::add_.Tensor.
+        func: the operator.
+        args: its arguments by name, as given or by default.
+        out: what it returned.
+    """
+
+    name: str
+    func: Any
+    args: dict[str, Any]
+    out: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, those in lists too."""
+        return [leaf for leaf in pytree.tree_leaves(list(self.args.values())) if isinstance(leaf, Tensor)]
+
+    def on(self, tensor: Tensor, **others: Any) -> Any:
+        """What the operator returns for another first argument (and others)."""
+        args = {**self.args, **others}
+        keywords = {argument.name for argument in self.func._schema.arguments if argument.kwarg_only}
+        positional = [value for name, value in args.items() if name not in keywords]
+        return self.func(tensor, *positional[1:], **{name: value for name, value in args.items() if name in keywords})
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """Everything among the arguments that is no tensor."""
+        return tuple(_plain(value) for value in self.args.values() if not isinstance(value, Tensor))
+
+
+Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
+
+
+class Tracer(TorchDispatchMode):
+    """Follows channels while it is the innermost mode; `module` is the name of the module that runs."""
+
+    def __init__(self, rule_of: Callable[[Any, str], Rule]) -> None:
+        super().__init__()
+        self.record = Record()
+        self.stack: list[str] = [""]
+        self._rule_of = rule_of
+        self._flows: dict[int, Flow] = {}
+        self._names: dict[int, str] = {}
+        self._values: dict[int, Tensor] = {}
+        self._poison: dict[int, tuple[list[Tensor], str]] = {}
+        self._kept: list[Tensor] = []  # so that no id is used twice
+
+    @property
+    def module(self) -> str:
+        """The module that runs, as errors name it."""
+        return repr(self.stack[-1]) if self.stack[-1] else "the model itself"
+
+    def add_leaf(self, name: str, tensor: Tensor, value: Tensor) -> None:
+        """Register a parameter or buffer under its name, with what it holds."""
+        starts = [self.record.add_axis(name, dim, size, parameter=True).start for dim, size in enumerate(tensor.shape)]
+        self._names[id(tensor)] = name
+        self._values[id(tensor)] = value
+        self.set(tensor, leaf(tensor.shape, starts))
+
+    def flow(self, tensor: Tensor) -> Flow:
+        """What is known about a tensor."""
+        if id(tensor) not in self._flows:  # made outside of the traced run, so that it has values
+            self.set(tensor, DATA if tensor.numel() > 1 and not _same_everywhere(tensor) else UNIFORM)
+        return self._flows[id(tensor)]
+
+    def set(self, tensor: Tensor, flow: Flow) -> None:
+        """Set what is known about a tensor."""
+        self._kept.append(tensor)
+        self._flows[id(tensor)] = flow
+
+    def value(self, tensor: Tensor) -> Tensor | None:
+        """A tensor's values, where they are known: of a constant, a parameter or a buffer."""
+        if type(tensor) is Tensor:
+            return tensor
+        return self._values.get(id(tensor), getattr(tensor, "constant", None))
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer; None for other tensors."""
+        return self._names.get(id(tensor))
+
+    def poison(self, tensor: Tensor, labels: list[Tensor], cause: str) -> None:
+        """Block atoms if anything reads this tensor."""
+        self._kept.append(tensor)
+        self._poison[id(tensor)] = (labels, cause)
+
+    def block(self, labels: Sequence[Tensor], does: str) -> None:
+        """Block atoms because the module that runs does something with them."""
+        self.record.block(labels, f"{self.module} {does}")
+
+    def note(self, *entry: Any) -> None:
+        """What a run of the widened model must do as well."""
+        self.record.journal.append((self.stack[-1], *entry))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, then follow it."""
+        out = func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            self._follow(func, args, kwargs or {}, out)
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        if func.namespace == "prim":
+            return
+        call = _call(func, args, kwargs, out)
+        for tensor in call.tensors:
+            if id(tensor) in self._names:
+                self.record.used.add(self._names[id(tensor)])
+            if id(tensor) in self._poison:
+                self.record.block(*self._poison[id(tensor)])
+        try:
+            flows = self._rule_of(func, call.name)(self, call)
+        except Exception as error:
+            raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
+        outputs = [item for item in pytree.tree_leaves(out) if isinstance(item, Tensor)]
+        if isinstance(flows, Flow):
+            flows = [flows]
+        for tensor, flow in zip(outputs, [*(flows or []), *[DATA] * len(outputs)], strict=False):
+            if any(tensor is given for given in call.tensors):
+                self._write(tensor, flow, replaces=call.name in ("copy", "fill", "zero"))
+            else:
+                self.set(tensor, flow)
+
+    def _write(self, tensor: Tensor, flow: Flow, *, replaces: bool) -> None:
+        """What is known after a write in place, also about every other view of the same memory."""
+        before = self.flow(tensor)
+        self.set(tensor, flow)
+        if not replaces and len(before.slots) == len(flow.slots):  # what is tied needs no second label
+            return
+        views = {id(t): t for t in self._kept if t is not tensor and _memory(t) == _memory(tensor)}
+        known = [*((view, self.flow(view)) for view in views.values()), (tensor, flow)]
+        if len(known) == 1 or not any(item.slots for _, item in known):
+            return
+        if any(len(item.slots) > 1 for _, item in known):
+            self.block([slot for _, item in known for slot in item.slots], "writes them into a part of a tensor")
+            return
+        memory = torch.full((storage_size(tensor),), FREE)
+        for item, its in known:
+            label = its.slots[0] if its.slots else torch.tensor(FIXED if its.opaque else FREE)
+            memory.as_strided(item.shape, item.stride(), item.storage_offset()).copy_(label.expand(item.shape))
+        for item, _ in known:
+            label = memory.as_strided(item.shape, item.stride(), item.storage_offset()).clone()
+            self.set(item, Flow((compress(label),)))
+
+
+def storage_size(tensor: Tensor) -> int:
+    """How many elements the memory behind a tensor holds."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _same_everywhere(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and bool((tensor == tensor.flatten()[0]).all())
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    named = {
+        argument.name: given.get(argument.name, argument.default_value)
+        for argument in func._schema.arguments
+        if argument.name in given or argument.has_default_value()
+    }
+    name = func._schema.name.split("::")[1]
+    if func._schema.is_mutable and name.endswith("_"):
+        name = name[:-1]
+    return Call(name, func, named, out)
+
+
+def _plain(value: Any) -> Any:
+    """A number or a nest of them, as it can be compared."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value if not isinstance(item, Tensor))
+    return value

@@ -1,0 +1,55 @@
+"""Where a child's parameters come from: what an optimizer needs to know to go on with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Ancestry:
+    """One parameter's past.
+
+    Attributes:
+        ancestor: the parent's parameter whose optimizer options it has.
+        linear: maps, in order, that take a first moment (a momentum, an average of gradients) of the ancestor to the
+            parameter's; None if there is no way: the moment starts afresh.
+        square: the same for second moments (averages or sums of squared gradients).
+    """
+
+    ancestor: nn.Parameter
+    linear: tuple[Map, ...] | None = ()
+    square: tuple[Map, ...] | None = ()
+
+
+class Lineage:
+    """The ancestry of each parameter of a model that is being morphed."""
+
+    def __init__(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Start from (child's parameter, parent's parameter) pairs of equal values."""
+        self._of = {child: Ancestry(parent) for child, parent in pairs}
+        self.ancestors = {past.ancestor for past in self._of.values()}
+
+    def __getitem__(self, parameter: nn.Parameter) -> Ancestry | None:
+        """The ancestry of a parameter; None for one that is not of this model."""
+        return self._of.get(parameter)
+
+    def replaced(self, old: nn.Parameter, new: nn.Parameter, linear: Map | None, square: Map | None) -> None:
+        """Let `new` take the place of `old`."""
+        past = self._of.pop(old, None)
+        if past is not None:
+            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square))
+
+    def joined(self, new: nn.Parameter, near: nn.Parameter) -> None:
+        """Let `new`, unless it is known, share the options of `near` and start afresh."""
+        past = self._of.get(near)
+        if past is not None and new not in self._of:
+            self._of[new] = Ancestry(past.ancestor, None, None)
+
+
+def _then(maps: tuple[Map, ...] | None, new: Map | None) -> tuple[Map, ...] | None:
+    return None if maps is None or new is None else (*maps, new)
