@@ -2,6 +2,7 @@
 
 from fastmorph import nn
 from fastmorph.bounds import tolerance
+from fastmorph.certificate import Certificate
 from fastmorph.decomposition import Decomposition
 from fastmorph.deepen import Deepen
 from fastmorph.equation import compose, decompose
@@ -16,7 +17,7 @@ from fastmorph.problem import Problem
 from fastmorph.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.solvers import Auto, Direct, General, Practical
 from fastmorph.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
-from fastmorph.verify import Certificate, verify
+from fastmorph.verify import verify
 from fastmorph.widen import Widen
 
 __version__ = "0.1.0"

@@ -25,9 +25,9 @@ from fastmorph.networks import CommandError, load_weights, make_network, need, r
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastmorph.certificate import Certificate
     from fastmorph.morphing import Step
     from fastmorph.plan import Plan
-    from fastmorph.verify import Certificate
 
 
 class Call(NamedTuple):

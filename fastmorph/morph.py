@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from fastmorph.calibrate import calibrate_norms
+from fastmorph.certificate import Certificate
 from fastmorph.errors import MorphError
 from fastmorph.lineage import Lineage
 from fastmorph.morphing import Morphing, Operator, Step
@@ -20,7 +21,6 @@ from fastmorph.plan import Plan
 from fastmorph.randomness import Generator, draw_seed
 from fastmorph.recorded import certify, record
 from fastmorph.solvers import Auto, Solver
-from fastmorph.verify import Certificate
 from fastmorph.verify import verify as verify_models
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from fastmorph.calibrate import eval_mode
+from fastmorph.certificate import TOLERANCES, Certificate, coarsest_dtype, compare
 from fastmorph.errors import MorphError
-from fastmorph.verify import _TOLERANCES, Certificate, _coarsest_dtype, _compare, _copy, _flatten, _isolated
+from fastmorph.outputs import copied, flatten, isolated
 
 Outputs = dict[tuple[object, ...], Any]
 
@@ -16,9 +17,9 @@ Outputs = dict[tuple[object, ...], Any]
 def record(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
     """The flattened outputs of the model itself, in eval mode and in its own dtype. Raises MorphError if it cannot run."""
     try:
-        with eval_mode(model), _isolated(False):
-            outputs = model(*(_copy(leaf, False) for leaf in inputs))
-            return {path: _copy(leaf, False) for path, leaf in _flatten(outputs)}
+        with eval_mode(model), isolated(False):
+            outputs = model(*(copied(leaf, False) for leaf in inputs))
+            return {path: copied(leaf, False) for path, leaf in flatten(outputs)}
     except Exception as error:
         raise MorphError(f"the model could not be run on example_inputs: {type(error).__name__}: {error}.") from error
 
@@ -26,10 +27,10 @@ def record(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
 def certify(before: Outputs, child: nn.Module, inputs: tuple[Any, ...]) -> Certificate:
     """Compare the child with what was recorded, in its own dtype alone: without the parent there are no float64 copies."""
     after = record(child, inputs)
-    dtype = _coarsest_dtype(child, child, list(inputs))
-    if dtype not in _TOLERANCES:
+    dtype = coarsest_dtype(child, child, list(inputs))
+    if dtype not in TOLERANCES:
         raise MorphError(f"there is no default tolerance for {dtype}: pass verify=False.")
-    rows = tuple(_compare(before, after, {}, "eval", dtype, _TOLERANCES[dtype][0]))
+    rows = tuple(compare(before, after, {}, "eval", dtype, TOLERANCES[dtype][0]))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")
-    return Certificate(rows, dtype, ("eval",), _TOLERANCES[dtype][0])
+    return Certificate(rows, dtype, ("eval",), TOLERANCES[dtype][0])

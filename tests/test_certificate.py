@@ -13,7 +13,8 @@ import torch
 from pairs import Call, X, family, returning
 from torch import Tensor, nn
 
-from fastmorph.verify import Certificate, Row, verify
+from fastmorph.certificate import Certificate, Row
+from fastmorph.verify import verify
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """Layers that a morph inserts, each the identity at birth: activations that fade in, and batch norm."""
 
 from fastmorph.nn.activation import PActivation, PReLU
+from fastmorph.nn.branches import Branches
 from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
 from fastmorph.nn.norm import BatchNormLast, identity_batch_norm
 
 __all__ = [
     "ActivationSchedule",
     "BatchNormLast",
+    "Branches",
     "PActivation",
     "PReLU",
     "activation_penalty",
