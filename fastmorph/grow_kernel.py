@@ -2,7 +2,8 @@
 
 The new taps are zero, so that every output stays as it is while the layer sees a larger field to learn from. Where the map is
 padded by as much before as behind, the layer stays the module that it is, with another kernel_size and padding, and so do the
-names in the state dict; else it becomes an nn.Sequential of padding modules (pad, widen_pad) and itself (conv).
+names in the state dict; else, and where the layer padded nothing, so that code around it may do so by its size, it becomes an
+nn.Sequential of padding modules (pad, widen_pad) and itself (conv), which shows the old sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fastmorph.errors import MorphError
 from fastmorph.frame import Size, size_per_dimension
-from fastmorph.layers import Layer
+from fastmorph.layers import Layer, sizes_of
 from fastmorph.morphing import Morphing
 from fastmorph.padding import frame_padding
 from fastmorph.subnet import frozen_size
@@ -47,12 +48,16 @@ class GrowKernel:
         def surround(tensor: Tensor) -> Tensor:
             return pad(tensor, widths)
 
+        shown, pads_nothing = sizes_of(conv), not any(a or b for a, b in layer.padding())
         morphing.replace(conv.weight, surround(conv.weight.detach()), linear=surround, square=surround)
         conv.kernel_size, conv.padding, conv.padding_mode = size, padding, mode
         # What PyTorch keeps of the padding for the modes other than zeros, last dimension first.
         conv._reversed_padding_repeated_twice = [width for pair in reversed(layer.padding()) for width in pair]
-        if modules:
-            morphing.replace_module(conv, nn.Sequential(OrderedDict([*modules.items(), ("conv", conv)])), near=conv.weight)
+        # Before a layer that pads nothing, code around it may pad, by its kernel_size: that goes on to see the old one.
+        if modules or (pads_nothing and not isinstance(conv, _ConvTransposeNd)):
+            whole = nn.Sequential(OrderedDict([*modules.items(), ("conv", conv)]))
+            vars(whole).update(shown)
+            morphing.replace_module(conv, whole, near=conv.weight)
 
     def _size(self, layer: Layer) -> Size:
         if not layer.dims:

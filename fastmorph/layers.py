@@ -17,6 +17,10 @@ _DIMS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, n
 _TRANSPOSED: dict[type[nn.Module], int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 # Modules whose own forward reads a sublayer's weight instead of calling it: the sublayer cannot become two.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -176,11 +180,19 @@ def _owners(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, str, nn.
                 yield owner_name, attribute, owner
 
 
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """A layer's constructor arguments, as its attributes have them."""
+    return {name: vars(module)[name] for name in _SIZES if name in vars(module)}
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` wherever `model` has `old`, with its hooks and mode; returns the model (`new` if it was `old`).
 
-    `old` keeps none of its hooks, so that it may stand inside `new`.
+    `old` keeps none of its hooks, so that it may stand inside `new`. Sizes of `old` (stride, kernel_size, ...) can be read off
+    `new`, unless it says otherwise: a forward that computes a padding from them gets what it got.
     """
+    for size, value in sizes_of(old).items():
+        vars(new).setdefault(size, value)
     bare = nn.Module()
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))

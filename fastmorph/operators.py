@@ -83,7 +83,7 @@ def grow_kernel(model: nn.Module, kernel_sizes: Mapping[str, Any], **common: Any
 
     Returns:
         The child. A layer stays what it is, under its name, where it pads as much before as behind (or "same"), with zeros or
-        replicated values; else it is an nn.Sequential with submodules pad, widen_pad, conv.
+        replicated values; else, and where it pads nothing, it is an nn.Sequential with submodules pad, widen_pad, conv.
 
     Raises:
         MorphError: the layer cannot be morphed, with the cause and the remedy.
@@ -102,7 +102,7 @@ def insert_subnet(model: nn.Module, layer: str, subnet: Subnet, **common: Any) -
 
     Returns:
         The child. A Sequential is an nn.Sequential with submodules layer0, norm0, activation0, layer1, ...; a Stacked is a
-        `fastmorph.nn.branches.Branches` of such, nn.Identity for a Skip; a Residual is an nn.Sequential of the layer itself
+        `fastmorph.nn.Branches` of such, nn.Identity for a Skip; a Residual is an nn.Sequential of the layer itself
         (layer) and the block (residual).
 
     Raises:
