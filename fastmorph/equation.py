@@ -74,6 +74,7 @@ def decompose(
     spatial_dims: int = 2,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
+    precision: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
 ) -> Decomposition:
@@ -86,13 +87,16 @@ def decompose(
             `spatial_dims` is 0.
         spatial_dims: number of spatial dimensions, 0 (linear layers) to 3.
         solver: `Auto()`, `Direct()`, `General()` or `Practical()`.
-        backend: "numpy" (the float64 reference), "torch" or "triton"; None chooses.
+        backend: "numpy" (the float64 reference), "torch" or "triton"; None chooses: "triton" on CUDA devices, if installed.
+        precision: how products are taken: "float64", or for weights of 32 bits or fewer, in float32: "ieee" in full, with
+            backend "triton" also "tf32x3" (as three of tf32) or "tf32" (exact for the short dtypes only). None: float64, but
+            "tf32x3" for the closed form by kernel.
         generator: source of the noise that the free entries start from (torch or numpy); None: torch's global one. The same
             seed gives the same answer.
         allow_inexact: return an answer that is not exact instead of raising.
 
     Returns:
-        A Decomposition with kernels of the weight's kind, dtype and device, solved in float64 whatever the dtype.
+        A Decomposition with kernels of the weight's kind, dtype and device, solved as `precision` says.
 
     Raises:
         MorphError: unusable input, or no exact answer exists for this many hidden channels.
@@ -102,6 +106,7 @@ def decompose(
         Problem(weight, hidden_channels, kernel_sizes, spatial_dims),
         solver=solver,
         backend=backend,
+        precision=precision,
         allow_inexact=allow_inexact,
     )
     found, error = solve_alike([problem], [draw_seed(generator)])[0]

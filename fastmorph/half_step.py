@@ -14,20 +14,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmorph.backends.torch_backend import TorchBackend, taps_first, taps_last
-from fastmorph.banded import BandedCholesky
+from fastmorph.backends.torch_backend import TorchBackend, batch_norm, pad, taps_first, taps_last
 from fastmorph.frame import Size, volume
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
-_SOME = 2**17  # numbers that may be copied
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 
 
 class HalfStep:
-    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets."""
+    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets.
 
-    def __init__(self, first: Tensor, k2: Size, backend: TorchBackend) -> None:
+    Attributes:
+        singular: (B,) items whose Gram matrix is numerically singular.
+    """
+
+    def __init__(self, first: Tensor, k2: Size, backend: TorchBackend, *, wait: bool = True) -> None:
+        """`wait=False` never waits for the device, as a CUDA graph asks; singular items are then not solved, only told."""
         self.first, self.k2, self.backend = first, k2, backend
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
         self.by_rows = first.shape[1] * volume(k2) <= first.shape[2] * volume(self.size)
@@ -36,10 +39,12 @@ class HalfStep:
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
         if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
-        self.factor = BandedCholesky(gram, blocks, width)
+        self.factor = backend.factor(gram, blocks, width)
         self.singular = self.factor.failed
         self.inverse: Tensor | None = None
-        if bool(self.singular.any()):
+        if not wait:
+            self.factor.drop_failed()
+        elif bool(self.singular.any()):
             self.factor.drop_failed()
             self.inverse = torch.linalg.pinv(backend.dense_system(first[self.singular], k2))
 
@@ -62,52 +67,39 @@ class HalfStep:
             second[self.singular] = self._unflatten((padded @ self.inverse).mT)
         return second
 
-    def refined(self, second: Tensor, error: Tensor, target: Tensor, before: Size) -> tuple[Tensor, Tensor]:
-        """Iterative refinement of a solution and its error, item by item, for as long as it halves an error above rounding."""
-        norm = batch_norm(error)
+    def refined(
+        self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Iterative refinement of a solution, its error and the norm of that, item by item, while it halves the error."""
         rounding = _ROUNDING * torch.finfo(norm.dtype).eps * batch_norm(target)
         for _ in range(_REFINEMENTS):
             if bool((norm <= rounding).all()):
                 break
-            candidate = second + self.solve(error, (0,) * len(self.size))
-            candidate_error = self.error(target, before, candidate)
-            candidate_norm = batch_norm(candidate_error)
-            better, halved = candidate_norm < norm, candidate_norm < 0.5 * norm
-            second = per_item(better, candidate, second)
-            error = per_item(better, candidate_error, error)
-            norm = torch.where(better, candidate_norm, norm)
-            if not bool(halved.any()):
+            last = norm
+            second, error, norm = self.refine(second, error, norm, target, before)
+            if not bool((norm < 0.5 * last).any()):
                 break
-        return second, error
+        return second, error, norm
 
-    def error(self, target: Tensor, before: Size, second: Tensor) -> Tensor:
-        """Target minus composition, (B, Co, Ci, *N)."""
-        return pad(target, before, self.size) - self.backend.compose(self.first, second)
+    def refine(
+        self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of iterative refinement, for the items that it brings nearer."""
+        candidate = second + self.solve(error, (0,) * len(self.size))
+        candidate_error, candidate_norm = self.error(target, before, candidate)
+        better = candidate_norm < norm
+        error = per_item(better, candidate_error, error)
+        return per_item(better, candidate, second), error, torch.where(better, candidate_norm, norm)
+
+    def error(self, target: Tensor, before: Size, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Target minus composition, (B, Co, Ci, *N), and its norm (B,)."""
+        return self.backend.error(target, before, self.first, second)
 
     def _unflatten(self, rows: Tensor) -> Tensor:
         """(B, |K2|*Ch, Co) -> (B, Co, Ch, *K2)."""
         b, _, co = rows.shape
         by_tap = rows.view(b, volume(self.k2), -1, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
         return taps_last(by_tap.reshape(*self.k2, b, co, -1))
-
-
-def pad(target: Tensor, before: Size, size: Size) -> Tensor:
-    """Put a kernel (B, Co, Ci, *K) into a frame of `size`, behind `before` zeros."""
-    kernel = target.shape[3:]
-    widths: list[int] = []
-    for k, b, n in reversed(list(zip(kernel, before, size, strict=True))):
-        widths += [b, n - k - b]
-    return torch.nn.functional.pad(target, widths) if any(widths) else target
-
-
-def batch_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
-    if dtype is None or dtype == tensor.dtype or not tensor.numel():
-        return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
-    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
-    dims = tuple(range(1, tensor.ndim))
-    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]
-    return torch.stack(parts).norm(dim=0)
 
 
 def per_item(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

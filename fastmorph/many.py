@@ -23,6 +23,7 @@ def decompose_many(
     *,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
+    precision: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
     memory_budget: int = 2**31,
@@ -37,6 +38,7 @@ def decompose_many(
         problems: what to solve.
         solver: see `decompose`; `Auto` chooses for each problem.
         backend: see `decompose`.
+        precision: see `decompose`.
         generator: see `decompose`; one seed is drawn for each problem, in order.
         allow_inexact: see `decompose`.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
@@ -50,7 +52,7 @@ def decompose_many(
         MorphError: a problem is unusable; the message says which. Nothing is solved then.
         InexactMorphError: an answer is not exact; the message says which, and the error carries the answer.
     """
-    checked = [_check(index, problem, solver, backend, allow_inexact) for index, problem in enumerate(problems)]
+    checked = [_check(index, problem, solver, backend, precision, allow_inexact) for index, problem in enumerate(problems)]
     seeds = [draw_seed(generator) for _ in checked]
     answers: dict[int, Decomposition] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
@@ -64,9 +66,11 @@ def decompose_many(
     return [answers[index] for index in range(len(checked))]
 
 
-def _check(index: int, problem: Problem, solver: Solver, backend: str | None, allow_inexact: bool) -> Checked:
+def _check(
+    index: int, problem: Problem, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool
+) -> Checked:
     try:
-        return check(problem, solver=solver, backend=backend, allow_inexact=allow_inexact)
+        return check(problem, solver=solver, backend=backend, precision=precision, allow_inexact=allow_inexact)
     except MorphError as error:
         raise MorphError(f"problem {index}: {error}") from None
 

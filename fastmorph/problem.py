@@ -48,7 +48,7 @@ class Checked:
     reason: str
 
 
-def check(problem: Problem, *, solver: Solver, backend: str | None, allow_inexact: bool) -> Checked:
+def check(problem: Problem, *, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool) -> Checked:
     """Refuse, in a sentence, what cannot be solved, and choose the solver.
 
     Raises MorphError.
@@ -70,7 +70,7 @@ def check(problem: Problem, *, solver: Solver, backend: str | None, allow_inexac
         bad = int((~torch.isfinite(weight)).sum())
         raise MorphError(f"weight has {bad} entries that are NaN or infinite; no composition of finite kernels equals them.")
     flat = weight.reshape(-1, *weight.shape[cut:])
-    chosen = find_backend(backend, weight)
+    chosen = find_backend(backend, weight, precision)
     solver, reason = _choose(solver, flat, hidden, frame, allow_inexact=allow_inexact)
     return Checked(flat, weight.shape[:cut], hidden, frame, restore, chosen, solver, reason)
 

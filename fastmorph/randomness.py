@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -34,14 +35,31 @@ class Noise:
     def __init__(self, seeds: Sequence[int], batches: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.batches, self.device, self.dtype = batches, device, dtype
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.items: Tensor | None = None
+
+    def of(self, items: Tensor) -> Noise:
+        """The same streams for some items of the batch: noise is drawn for all, so that items keep their own."""
+        part = copy(self)
+        part.items = items if self.items is None else self.items[items]
+        return part
 
     def __call__(self, *shape: int) -> Tensor:
         """The next draw, (B, *shape)."""
         size = math.prod(shape)
-        draws = []
-        for batch, generator in zip(self.batches, self.generators, strict=True):
-            words = torch.empty(-(-batch * size // 4), dtype=torch.int64, device=self.device)
-            words.random_(-(2**63), None, generator=generator)
-            draws.append(words.view(torch.int16)[: batch * size].view(batch, *shape))
-        levels = draws[0] if len(draws) == 1 else torch.cat(draws)
-        return levels.to(self.dtype).add_(0.5).mul_(12.0**0.5 / 2**16)  # no level is zero
+        levels = [
+            self._words(generator, -(-batch * size // 4)).view(torch.int16)[: batch * size].view(batch, *shape)
+            for batch, generator in zip(self.batches, self.generators, strict=True)
+        ]
+        return self._joined(levels).to(self.dtype).add_(0.5).mul_(12.0**0.5 / 2**16)  # no level is zero
+
+    def seeds(self) -> Tensor:
+        """A seed for each item, (B,) int64: the next draw of each stream."""
+        return self._joined([self._words(g, batch) for batch, g in zip(self.batches, self.generators, strict=True)])
+
+    def _words(self, generator: torch.Generator, count: int) -> Tensor:
+        """Random words of 64 bits."""
+        return torch.empty(count, dtype=torch.int64, device=self.device).random_(-(2**63), None, generator=generator)
+
+    def _joined(self, draws: list[Tensor]) -> Tensor:
+        drawn = draws[0] if len(draws) == 1 else torch.cat(draws)
+        return drawn if self.items is None else drawn[self.items]

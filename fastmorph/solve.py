@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fastmorph import reference
 from fastmorph.backends import NumpyBackend, TorchBackend
+from fastmorph.backends.torch_backend import batch_norm, pad
 from fastmorph.bounds import tolerance
 from fastmorph.decomposition import Decomposition
 from fastmorph.errors import InexactMorphError
 from fastmorph.gauge import balance, equalise
-from fastmorph.half_step import HalfStep, batch_norm, pad
+from fastmorph.half_step import HalfStep
 from fastmorph.problem import Checked
 from fastmorph.randomness import Noise
-from fastmorph.solvers.base import Equation, Solution, Solver, working_dtype
+from fastmorph.solvers.base import Equation, Solution, Solver
 
 _SUMS = 8  # random sums of channels that estimate a residual
 
@@ -33,7 +34,7 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple
     first = problems[0]
     weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
     batches = [len(p.weight) for p in problems]
-    work = working_dtype(weight.device)
+    work = first.backend.working_dtype(weight.device)
     noise = Noise(seeds, batches, weight.device, work)
     given = weight if first.solver.closed_form else weight.to(work)
     equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend)
@@ -130,7 +131,7 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
         first = first.to(equation.dtype).to(first.dtype)
         step = HalfStep(first, equation.frame.second, equation.backend)
-        error = step.error(equation.weight.to(first.dtype), equation.frame.before, second)
+        error, _ = step.error(equation.weight.to(first.dtype), equation.frame.before, second)
         second = second + step.solve(error, (0,) * len(equation.frame.before))
     return first.to(equation.dtype), second.to(equation.dtype)
 

@@ -6,18 +6,35 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastmorph.frame import Size, taps, volume, window
+from fastmorph.banded import BandedCholesky
+from fastmorph.frame import Frame, Size, taps, volume, window
 
 _LITTLE = 2**15  # numbers
+_SOME = 2**17  # numbers that may be copied
+PRECISIONS = ("float64", "ieee", "tf32x3", "tf32")
 
 
 class TorchBackend:
-    """Plain PyTorch. Other backends replace the maps they have kernels for."""
+    """Plain PyTorch. Other backends replace the maps they have kernels for.
+
+    Attributes:
+        name: what `backend=` calls it.
+        precision: of products, one of `PRECISIONS`, or None to choose.
+    """
 
     name = "torch"
+
+    def __init__(self, precision: str | None = None) -> None:
+        self.precision = precision
+
+    def working_dtype(self, device: torch.device) -> torch.dtype:
+        """What the solvers work in: float64 unless told otherwise, or float32 on Apple's GPUs, which have no float64."""
+        return torch.float64 if self.precision in (None, "float64") and device.type != "mps" else torch.float32
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
@@ -33,9 +50,17 @@ class TorchBackend:
         some = max(1, _LITTLE // max(1, b * co * rows.shape[2]))
         for at, v in enumerate(taps(k2)):
             if at % some == 0:
-                products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(b, min(some, volume(k2) - at), co, ci, *k1)
+                products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(
+                    b, min(some, volume(k2) - at), co, ci, *k1
+                )
             out[(..., *window(v, k1))].add_(products[:, at % some])  # += would write it twice
         return out
+
+    def error(self, target: Tensor, before: Size, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """T - F2 * F1, (B, Co, Ci, *N), where the target (B, Co, Ci, *K) stands behind `before` zeros, and its norm (B,)."""
+        composed = self.compose(first, second)
+        error = pad(target, before, tuple(composed.shape[3:])) - composed
+        return error, batch_norm(error)
 
     def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
         """Adjoint of `compose` in F2: sum over i, w of T[o, i, v + w] * F1[h, i, w], -> (B, Co, Ch, *K2).
@@ -98,6 +123,27 @@ class TorchBackend:
             out[(slice(None), *window(v, k1), slice(None), *window(v, k1))].add_(product)
         return out.view(b, ci * volume(n), ci * volume(n))
 
+    def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
+        """Cholesky factor of the lower triangle of (B, n, n), of so many block rows, zero further than `width` blocks away."""
+        return BandedCholesky(gram, blocks, width)
+
+    def anderson_step(self, image: Tensor, move: Tensor, images: Tensor, moves: Tensor) -> Tensor:
+        """The image less the combination of `images` whose combination of `moves` is nearest to `move`.
+
+        image (B, ...) of n numbers; move (B, n); images and moves (B, m, n) -> (B, ...).
+        """
+        share = torch.linalg.pinv(moves.mT) @ move[:, :, None]  # (B, m, 1)
+        return image - (images.mT @ share).view(image.shape)
+
+    def direct(
+        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The closed form by one kernel, both factors in the weight's dtype; None where there is no such kernel.
+
+        `seeds()` draws a seed for each item, (B,) int64; `density` is that of `Direct`.
+        """
+        return None
+
     def dense_system(self, first: Tensor, k2: Size) -> Tensor:
         """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
         b, ch, ci = first.shape[:3]
@@ -118,3 +164,22 @@ def taps_last(kernel: Tensor) -> Tensor:
     """(*K, B, O, I) -> (B, O, I, *K), a view."""
     dims = kernel.ndim - 3
     return kernel.permute(dims, dims + 1, dims + 2, *range(dims))
+
+
+def pad(target: Tensor, before: Size, size: Size) -> Tensor:
+    """Put a kernel (B, Co, Ci, *K) into a frame of `size`, behind `before` zeros."""
+    kernel = target.shape[3:]
+    widths: list[int] = []
+    for k, b, n in reversed(list(zip(kernel, before, size, strict=True))):
+        widths += [b, n - k - b]
+    return torch.nn.functional.pad(target, widths) if any(widths) else target
+
+
+def batch_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
+    if dtype is None or dtype == tensor.dtype or not tensor.numel():
+        return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
+    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
+    dims = tuple(range(1, tensor.ndim))
+    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]
+    return torch.stack(parts).norm(dim=0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.half_step import HalfStep, batch_norm, per_item
+from fastmorph.half_step import HalfStep, per_item
 from fastmorph.solvers.base import Equation, Solution
 from fastmorph.solvers.sweeps import History, project, unit
 
@@ -50,8 +50,8 @@ def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) ->
     best_first, best_second = first.clone(), weight.new_zeros(b, co, equation.hidden, *frame.second)
     best, used = never.clone(), torch.zeros_like(items)
     while len(state.items):
-        second, error = project(HalfStep(state.first, frame.second, equation.backend), weight[state.items], frame.before)
-        residual = batch_norm(error) / scale[state.items]
+        second, _, norm = project(HalfStep(state.first, frame.second, equation.backend), weight[state.items], frame.before)
+        residual = norm / scale[state.items]
         history.add(state.items, residual)
         used[state.items] = state.used.add_(1)
         better = residual < best[state.items]
@@ -89,8 +89,7 @@ def _sweep(equation: Equation, state: _State, second: Tensor, residual: Tensor) 
     known = torch.isfinite(state.residual)[:, None]  # whether there is a sweep to take the difference from
     images = _pushed(state.images, (image - state.image).flatten(1) * known)
     moves = _pushed(state.moves, (move - state.move) * known)
-    share = torch.linalg.pinv(moves.mT) @ move[:, :, None]  # (B, 20, 1)
-    first = unit(image - (images.mT @ share).view(image.shape))
+    first = unit(equation.backend.anderson_step(image, move, images, moves))
     return state._replace(
         first=first, image=image, move=move, images=images, moves=moves, residual=residual, used=state.used + 1
     )

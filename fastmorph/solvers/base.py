@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -11,18 +10,13 @@ import torch
 from torch import Tensor
 
 from fastmorph import reference
-from fastmorph.backends.torch_backend import TorchBackend
+from fastmorph.backends.torch_backend import TorchBackend, batch_norm
 from fastmorph.bounds import half_step_is_exact, tolerance
 from fastmorph.frame import Frame, volume
-from fastmorph.half_step import batch_norm
+from fastmorph.randomness import Noise
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,7 @@ class Equation:
         hidden: C_hid.
         frame: the kernel sizes.
         dtype: what the answer is rounded to.
-        noise: draws standard normal noise: `noise(*shape)` -> (B, *shape), in the working dtype.
+        noise: draws noise of variance 1: `noise(*shape)` -> (B, *shape), in the working dtype.
         backend: the linear maps.
     """
 
@@ -42,7 +36,7 @@ class Equation:
     hidden: int
     frame: Frame
     dtype: torch.dtype
-    noise: Callable[..., Tensor]
+    noise: Noise
     backend: TorchBackend
 
     @property
@@ -53,7 +47,7 @@ class Equation:
     @property
     def work(self) -> torch.dtype:
         """The dtype to work in."""
-        return working_dtype(self.weight.device)
+        return self.backend.working_dtype(self.weight.device)
 
     @property
     def corrected(self) -> bool:
@@ -72,8 +66,8 @@ class Equation:
         return b, co, ci
 
     def subset(self, items: Tensor, frame: Frame) -> Equation:
-        """The same equation for some batch items, in another frame. Noise is drawn for all, so that items keep their own."""
-        return replace(self, weight=self.weight[items], frame=frame, noise=lambda *shape: self.noise(*shape)[items])
+        """The same equation for some batch items, in another frame."""
+        return replace(self, weight=self.weight[items], frame=frame, noise=self.noise.of(items))
 
     @property
     def transposed(self) -> Equation:

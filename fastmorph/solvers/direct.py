@@ -19,16 +19,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastmorph import reference
+from fastmorph.backends.torch_backend import batch_norm
 from fastmorph.bounds import numerical_rank
 from fastmorph.errors import MorphError
 from fastmorph.frame import Frame, volume, window
-from fastmorph.half_step import batch_norm
 from fastmorph.solvers.base import Equation, Solution, Solver
 
 # Numbers in the working memory of one range of channels: what stays in a CPU's cache, and what fills another device.
@@ -77,6 +77,13 @@ class Direct(Solver):
         role = self.role(equation.frame, *equation.sizes[1:], equation.hidden)
         if role is None:
             role = self._low_rank_role(equation.weight, equation.hidden, equation.frame, equation.tolerance)
+        elif not self.needs_rank(equation.frame, *equation.sizes[1:], equation.hidden):
+            weight = equation.weight.to(equation.work) if equation.corrected else equation.weight
+            found = equation.backend.direct(
+                weight, equation.hidden, equation.frame, equation.noise.seeds, density=self.density, into_first=role
+            )
+            if found is not None:
+                return Solution(*found, *_no_steps(equation))
         return self._into_first(equation) if role else self._into_first(equation.transposed).transposed
 
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
@@ -123,7 +130,8 @@ class Direct(Solver):
         pairs, extras = (hidden - rank) // 2, hidden - rank  # an odd extra channel meets zeros in F2
         centre = tuple((k - 1) // 2 for k in frame.second)
         within = window(tuple(b - c for b, c in zip(frame.before, centre, strict=True)), frame.kernel)
-        everything, one, two, odd = slice(None), slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
+        everything: Any = slice(None)
+        one, two, odd = slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
 
         power = batch_norm(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
         power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * volume(frame.first))))
@@ -164,8 +172,14 @@ class Direct(Solver):
         dtype = equation.work if equation.corrected else equation.dtype
         first = _mixed(rows, mix, balance, (batch, hidden, ci, *frame.first), dtype)
         second = _mixed(columns, mix, 1 / balance, (batch, hidden, co, *frame.second), dtype)
-        none = torch.zeros(batch, dtype=torch.int64, device=right.device)
-        return Solution(first, second.transpose(1, 2), power.new_empty(0, batch), none)
+        return Solution(first, second.transpose(1, 2), *_no_steps(equation))
+
+
+def _no_steps(equation: Equation) -> tuple[Tensor, Tensor]:
+    """Trace and iterations of a closed form."""
+    batch, device = len(equation.weight), equation.weight.device
+    trace = torch.empty(0, batch, dtype=equation.work, device=device)
+    return trace, torch.zeros(batch, dtype=torch.int64, device=device)
 
 
 def _factors(equation: Equation) -> tuple[Tensor | None, Tensor]:

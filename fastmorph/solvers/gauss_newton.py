@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmorph.backends.torch_backend import batch_norm
 from fastmorph.bounds import freedom
-from fastmorph.half_step import HalfStep, batch_norm, per_item
+from fastmorph.half_step import HalfStep, per_item
 from fastmorph.solvers.base import Equation, Solution
 from fastmorph.solvers.steihaug import MOST_STEPS, Direction, Linearised, direction, ridged_factor
 from fastmorph.solvers.sweeps import History, project, unit
@@ -79,8 +80,8 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
     rest = (~(residual <= tol)).nonzero().flatten()
     if len(rest):  # the nearest F2 for G', so far: now for G
         step = HalfStep(first[rest], equation.frame.second, equation.backend)
-        found, error = project(step, weight[rest], equation.frame.before, always_refine=True)
-        last = batch_norm(error) / scale[rest]
+        found, _, norm = project(step, weight[rest], equation.frame.before, always_refine=True)
+        last = norm / scale[rest]
         second[rest] = per_item(last < residual[rest], found, second[rest])
         history.add(rest, last.minimum(residual[rest]))
         used[rest] += 1
@@ -95,8 +96,7 @@ def _start(equation: Equation, noise: Tensor) -> _State:
     second = backend.correlate(weight, frame.before, noise, frame.second)
     mirrored = backend.correlate(weight.transpose(1, 2), frame.before, second.transpose(1, 2), frame.first)
     first = unit(unit(mirrored.transpose(1, 2)) + _NOISE * unit(noise))
-    second, error, factor = _projected(equation, weight, first)
-    residual = batch_norm(error)
+    second, error, residual, factor = _projected(equation, weight, first)
     items = torch.arange(b, device=weight.device)
     no = torch.zeros_like(items, dtype=torch.bool)
     return _State(
@@ -117,16 +117,16 @@ def _start(equation: Equation, noise: Tensor) -> _State:
     )
 
 
-def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The least-squares F2 for F1, its error, and a factor of the rows' Gram matrix for directions."""
+def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The least-squares F2 for F1, its error with its norm, and a factor of the rows' Gram matrix for directions."""
     step = HalfStep(first, equation.frame.second, equation.backend)
-    second, error = project(step, weight, equation.frame.before)
+    second, error, norm = project(step, weight, equation.frame.before)
     factor = step.factor.dense if step.by_rows else None
     if factor is None:
         factor = ridged_factor(equation.backend.row_gram(first, step.k2))
     elif bool(step.singular.any()):
         factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], step.k2))
-    return second, error, factor
+    return second, error, norm, factor
 
 
 def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _State:
@@ -144,9 +144,8 @@ def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _
             break
         shape = (-1, *(1,) * (first.ndim - 1))
         trial = unit(first[open_rows] + taken[open_rows].view(shape) * found.change[open_rows])
-        trial_second, trial_error, trial_factor = _projected(equation, state.weight[open_rows], trial)
+        trial_second, trial_error, trial_residual, trial_factor = _projected(equation, state.weight[open_rows], trial)
         state.used[open_rows] += 1
-        trial_residual = batch_norm(trial_error)
         better = trial_residual < residual[open_rows]
         rows = open_rows[better]
         first[rows], second[rows], error[rows] = trial[better], trial_second[better], trial_error[better]

@@ -11,7 +11,7 @@ from fastmorph import reference
 from fastmorph.bounds import half_step_is_exact
 from fastmorph.errors import MorphError
 from fastmorph.frame import Frame, volume
-from fastmorph.half_step import HalfStep, batch_norm
+from fastmorph.half_step import HalfStep
 from fastmorph.solvers.anderson import MEMORY, anderson
 from fastmorph.solvers.base import Equation, Solution, Solver
 from fastmorph.solvers.gauss_newton import gauss_newton
@@ -33,8 +33,8 @@ class General(Solver):
     factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
     sweep; Gauss-Newton: each outer step), NaN for items that had ended.
 
-    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and some
-    copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
+    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and
+    some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
 
     Attributes:
         max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
@@ -110,9 +110,9 @@ class General(Solver):
             solved = half_step % 2
             frame, target, exact = sides[solved]
             step = HalfStep(kernels[1 - solved][active].transpose(1, 2), frame.second, backend)
-            found, error = project(step, target[active], frame.before, always_refine=exact)
+            found, _, norm = project(step, target[active], frame.before, always_refine=exact)
             kernels[solved][active] = found
-            residual = batch_norm(error) / scale[active]
+            residual = norm / scale[active]
             history.add(active, residual)
             # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
             active = active[~(residual <= tol)]

@@ -5,24 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmorph.backends.torch_backend import batch_norm
 from fastmorph.frame import Size
-from fastmorph.half_step import HalfStep, batch_norm, per_item
+from fastmorph.half_step import HalfStep, per_item
 
 
-def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool = False) -> tuple[Tensor, Tensor]:
-    """The least-squares second kernel, (B, Co, Ch, *K2), and what it leaves of the target, (B, Co, Ci, *N).
+def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The least-squares second kernel, (B, Co, Ch, *K2), what it leaves of the target, (B, Co, Ci, *N), and the norm of that.
 
     Refinement takes back what the Gram matrix's condition cost. Against a residual that is far above rounding this cannot
     be seen, so only items that are near an exact answer are refined, unless `always_refine`.
     """
     second = step.solve(target, before)
-    error = step.error(target, before, second)
-    near = batch_norm(error) <= torch.finfo(error.dtype).eps ** 0.25 * batch_norm(target)
+    error, norm = step.error(target, before, second)
+    near = norm <= torch.finfo(error.dtype).eps ** 0.25 * batch_norm(target)
     if always_refine or bool(near.any()):
         wanted = near | always_refine
-        finer, finer_error = step.refined(second, error, target, before)
+        finer, finer_error, finer_norm = step.refined(second, error, norm, target, before)
         second, error = per_item(wanted, finer, second), per_item(wanted, finer_error, error)
-    return second, error
+        norm = torch.where(wanted, finer_norm, norm)
+    return second, error, norm
 
 
 def unit(first: Tensor) -> Tensor:

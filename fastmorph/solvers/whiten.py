@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.half_step import batch_norm
+from fastmorph.backends.torch_backend import batch_norm
 
 _PASSES = 2  # whitening one side colours the other a little; a third pass gained nothing
 

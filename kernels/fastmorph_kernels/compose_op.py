@@ -1,24 +1,14 @@
-"""The registered operators and the validated functions in front of them.
-
-An operator runs its Triton kernel on CUDA tensors. On CPU tensors it runs the same kernel where Triton's interpreter is
-on (`TRITON_INTERPRET=1`), and plain PyTorch elsewhere. Triton is imported at the first call that needs it: on a machine
-without it, CPU tensors still work.
-"""
+"""The composition as a registered operator, and the validated function in front of it."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import itertools
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Precision = Literal["ieee", "tf32", "tf32x3"]
-"""How float32 products are taken: `ieee` in full, `tf32` with 10 bits of mantissa, `tf32x3` as three of those."""
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .support import Precision, accumulator, check_precision, check_tensors, interprets, six_dimensional
+from .tiling import choose, packed
 
 
 def compose(first: Tensor, second: Tensor, *, precision: Precision = "ieee") -> Tensor:
@@ -42,27 +32,24 @@ def compose(first: Tensor, second: Tensor, *, precision: Precision = "ieee") -> 
         TypeError: the dtypes differ or are not supported.
         ValueError: the shapes do not fit, the devices differ, or `precision` is unknown.
     """
-    if first.dtype != second.dtype or first.dtype not in _DTYPES:
-        raise TypeError(
-            "compose needs two tensors of one dtype, float32, float64, bfloat16 or float16, but first has "
-            f"{first.dtype} and second has {second.dtype}: convert them with .to()."
-        )
-    if first.device != second.device:
-        raise ValueError(
-            f"compose needs both tensors on one device, but first is on {first.device} and second on {second.device}: "
-            "move one of them with .to()."
-        )
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but it is {precision!r}.")
+    check_tensors("compose", first=first, second=second)
+    taken = check_precision(precision, first.dtype)
+    check_pair("compose", first, second)
+    out: Tensor = _compose_op(first, second, taken)
+    return out
+
+
+def check_pair(operator: str, first: Tensor, second: Tensor) -> None:
+    """Raise ValueError unless the shapes are those of two kernels that follow each other."""
     if first.ndim != second.ndim or not 3 <= first.ndim <= 6:
         raise ValueError(
-            "compose needs first (B, Ch, Ci, *K1) and second (B, Co, Ch, *K2) with the same 0 to 3 spatial dimensions, "
+            f"{operator} needs first (B, Ch, Ci, *K1) and second (B, Co, Ch, *K2) with the same 0 to 3 spatial dimensions, "
             f"but first has shape {tuple(first.shape)} and second {tuple(second.shape)}: "
             "add the missing dimensions with unsqueeze()."
         )
     if first.shape[0] != second.shape[0]:
         raise ValueError(
-            f"first has a batch of {first.shape[0]} and second one of {second.shape[0]} (dimension 0), but compose "
+            f"first has a batch of {first.shape[0]} and second one of {second.shape[0]} (dimension 0), but {operator} "
             "pairs them up: expand() the smaller one."
         )
     if first.shape[1] != second.shape[2]:
@@ -75,8 +62,6 @@ def compose(first: Tensor, second: Tensor, *, precision: Precision = "ieee") -> 
             f"first has kernel size {tuple(first.shape[3:])} and second {tuple(second.shape[3:])}, but an empty kernel "
             "has no composition: kernel sizes must be at least 1."
         )
-    out: Tensor = _compose_op(first, second, precision)
-    return out
 
 
 @torch.library.custom_op("fastmorph_kernels::compose", mutates_args=(), device_types="cuda")
@@ -90,10 +75,10 @@ def _compose_op(first: Tensor, second: Tensor, precision: str) -> Tensor:
 @_compose_op.register_kernel("cpu")
 def _compose_cpu(first: Tensor, second: Tensor, precision: str) -> Tensor:
     out = _empty_out(first, second)
-    if _interpreted() and out.dtype != torch.bfloat16:  # the interpreter's bfloat16 products are wrong: triton#11584
+    if interprets(out.dtype):
         _launch_compose(first, second, out, precision)
     else:
-        _compose_torch(_six_dimensional(first), _six_dimensional(second), _six_dimensional(out))
+        out.copy_(compose_torch(six_dimensional(first), six_dimensional(second)).view(out.shape))
     return out
 
 
@@ -110,38 +95,25 @@ def _empty_out(first: Tensor, second: Tensor) -> Tensor:
 def _launch_compose(first: Tensor, second: Tensor, out: Tensor, precision: str) -> None:
     if out.numel() == 0:  # an empty grid is an error
         return
-    from .compose_kernel import config_for, launch_compose
+    from .compose_kernel import launch_compose
 
-    config = config_for(out.dtype, out.shape[1], out.shape[2])
-    first, second, out = _six_dimensional(first), _six_dimensional(second), _six_dimensional(out)
-    launch_compose(first, second, out, precision=precision, config=config)
+    config = choose("compose", out.dtype, precision, out.device, out.shape[1], out.shape[2], out[:, 0, 0].numel())
+    first, second = packed(six_dimensional(first), 1, config.pack), packed(six_dimensional(second), 2, config.pack)
+    launch_compose(first, second, six_dimensional(out), precision=precision, config=config)
 
 
-def _compose_torch(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """One batched matrix product for each tap of `second`, added to the part of `out` to which it shifts `first`."""
-    accumulate = torch.float64 if out.dtype == torch.float64 else torch.float32
-    total = torch.zeros_like(out, dtype=accumulate)
-    columns = first.to(accumulate).flatten(2)  # (B, Ch, Ci * |K1|)
+def compose_torch(first: Tensor, second: Tensor) -> Tensor:
+    """The composition of kernels with three spatial dimensions, not rounded to their dtype.
+
+    One batched matrix product for each tap of `second`, added to the part of the result to which it shifts `first`.
+    """
+    dtype = accumulator(first.dtype)
+    sizes = [k1 + k2 - 1 for k1, k2 in zip(first.shape[3:], second.shape[3:], strict=True)]
+    total = first.new_zeros((first.shape[0], second.shape[1], first.shape[2], *sizes), dtype=dtype)
+    columns = first.to(dtype).flatten(2)  # (B, Ch, Ci * |K1|)
     size_x, size_y, size_z = first.shape[3:]
     for x, y, z in itertools.product(*map(range, second.shape[3:])):
-        tap = second[..., x, y, z].to(accumulate)  # (B, Co, Ch)
+        tap = second[..., x, y, z].to(dtype)  # (B, Co, Ch)
         product = (tap @ columns).reshape(*tap.shape[:2], *first.shape[2:])  # (B, Co, Ci, *K1)
         total[..., x : x + size_x, y : y + size_y, z : z + size_z] += product
-    out.copy_(total)
-
-
-def _six_dimensional(kernel: Tensor) -> Tensor:
-    """A view with three spatial dimensions, the missing ones in front and of size 1."""
-    for _ in range(6 - kernel.ndim):
-        kernel = kernel.unsqueeze(3)
-    return kernel
-
-
-@functools.cache
-def _interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, which are then able to take CPU tensors."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from .compose_kernel import INTERPRETED
-
-    return INTERPRETED
+    return total

@@ -1,0 +1,15 @@
+"""The composition kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastmorph_kernels.compose_kernel import _compose_kernel
+
+from bench.cases.case import Case
+from bench.cases.tiles import tile_cases
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every configuration."""
+    yield from tile_cases("compose", _compose_kernel, target)

@@ -1,0 +1,30 @@
+"""Networks that nobody wrote for this library: each operator, at a random place, is exact or refuses for an algebraic reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.zoo.models import architectures, missing
+from bench.zoo.report import reason
+from bench.zoo.trials import OPERATORS, visit
+
+NAMES = """
+torchvision/resnet18 torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5 torchvision/mnasnet0_5
+timm/tinynet_e
+""".split()
+# What the algebra forbids, as the refusals say it.
+FORBIDDEN: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_or_refused(name):
+    package = missing(name.partition("/")[0])
+    if package:
+        pytest.skip(f"{package} is not installed (requirements-zoo.txt)")
+    assert name in architectures()
+    found = visit(name, places=1)
+    assert not found.unusable
+    assert {trial.operator for trial in found.trials} == set(OPERATORS)
+    assert [trial for trial in found.trials if trial.outcome == "wrong"] == []
+    refused = [reason(trial) for trial in found.trials if trial.outcome == "refused"]
+    assert [why for why in refused if not any(words in why for words in FORBIDDEN)] == []
