@@ -1,7 +1,8 @@
 """The committed ledger of results, `bench/ledger.jsonl`: one line a measurement, with what it was taken on.
 
-Fields: date (UTC), commit ("-dirty" where files differ from it), machine (cpu, cores, threads of every contender, gpu),
-versions, suite, case, median_s (of each contender), ratio, spread (of one visit's ratios), residual, target, met.
+Fields: date (UTC), commit ("-dirty" where files differ from it; the variable FASTMORPH_COMMIT tells it where git cannot),
+machine (cpu, cores, threads of every contender, gpu), versions, suite, case, median_s (of each contender), ratio, spread (of
+one visit's ratios; on a GPU, where its slowest and fastest fifth begin), residual, target, met.
 Seconds are there to be checked against, not to be compared between lines: machines differ, and are shared.
 """
 
@@ -25,32 +26,38 @@ LEDGER = Path(__file__).resolve().parent / "ledger.jsonl"
 
 
 def rows(measured: Sequence[Measured], report: dict[str, Any], threads: int) -> list[dict[str, Any]]:
-    """What is to be recorded of one run."""
-    shared = {
+    """What is to be recorded of one run of pytest-benchmark."""
+    shared = provenance(report["machine_info"]["cpu"].get("brand_raw"), threads)
+    return [shared | figures(m) for m in measured]
+
+
+def provenance(cpu: str | None, threads: int) -> dict[str, Any]:
+    """When, of what and on what."""
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {
-            "cpu": report["machine_info"]["cpu"].get("brand_raw"),
+            "cpu": cpu,
             "cores": os.cpu_count(),
             "threads": threads,
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("torch", "numpy", "triton")}},
     }
-    return [
-        shared
-        | {
-            "suite": m.measurement.suite,
-            "case": m.measurement.case,
-            "median_s": {name: _short(seconds) for name, seconds in m.medians.items()},
-            "ratio": _short(m.ratio),
-            "spread": [_short(ratio) for ratio in m.spread],
-            "residual": _short(m.residual),
-            "target": m.measurement.target,
-            "met": m.measurement.met(m.ratio),
-        }
-        for m in measured
-    ]
+
+
+def figures(m: Measured) -> dict[str, Any]:
+    """What was measured."""
+    return {
+        "suite": m.measurement.suite,
+        "case": m.measurement.case,
+        "median_s": {name: _short(seconds) for name, seconds in m.medians.items()},
+        "ratio": _short(m.ratio),
+        "spread": [_short(ratio) for ratio in m.spread],
+        "residual": None if m.residual is None else _short(m.residual),
+        "target": m.measurement.target,
+        "met": m.measurement.met(m.ratio),
+    }
 
 
 def append(lines: Iterable[dict[str, Any]]) -> None:
@@ -65,6 +72,8 @@ def _commit() -> str | None:
             ["git", *arguments], cwd=LEDGER.parent.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    if told := os.environ.get("FASTMORPH_COMMIT"):
+        return told
     try:
         head = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--", ".", f":!bench/{LEDGER.name}")

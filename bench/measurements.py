@@ -59,14 +59,14 @@ class Measured:
         medians: seconds of one run of each contender, median of all rounds of all visits.
         ratio: of the medians, per unit of work.
         spread: smallest and largest ratio of one visit's medians.
-        residual: the larger of the two contenders' relative residuals.
+        residual: the larger of the two contenders' relative residuals; None where neither has one.
     """
 
     measurement: Measurement
     medians: dict[str, float]
     ratio: float
     spread: tuple[float, float]
-    residual: float
+    residual: float | None
 
 
 def measure(report: dict[str, Any]) -> list[Measured]:
@@ -107,7 +107,7 @@ def table(measured: Sequence[Measured], *, judged: bool = True) -> str:
             f"{m.spread[0]:.3g} to {m.spread[1]:.3g}",
             m.measurement.target or "none",
             verdicts[m.measurement.met(m.ratio)] if judged else "",
-            f"{m.residual:.1e}",
+            "" if m.residual is None else f"{m.residual:.1e}",
         )
         for m in measured
     ]

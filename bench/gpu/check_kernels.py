@@ -1,0 +1,181 @@
+"""Every kernel against float64 PyTorch on the same device, at the sizes of real layers."""
+
+from __future__ import annotations
+
+import fastmorph_kernels as kernels
+import torch
+from fastmorph_kernels.direct_op import direct
+from torch import Tensor
+
+import fastmorph as fm
+from bench.gpu import oracle
+from bench.gpu.report import Report
+from bench.gpu.setup import Setup
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def products(setup: Setup, report: Report) -> None:
+    """compose, residual, residual_norm and correlate; 333 and 510 are multiples of no tile."""
+    k, before = setup.k, setup.before
+    for channels, hidden in setup.size([(256, 512), (512, 1536), (1024, 1024), (333, 510)], [(3, 5)]):
+        for dtype in setup.dtypes:
+            first = setup.random(1, hidden, channels, *k, dtype=dtype)
+            second = setup.random(1, channels, hidden, *k, dtype=dtype, seed=1)
+            weight = setup.random(1, channels, channels, *k, dtype=dtype, seed=2)
+            case, bound = f"{channels} channels, {hidden} hidden, {_name(dtype)}", oracle.rounding(9 * hidden, dtype)
+            exact = oracle.compose(first, second)
+            report.check(f"compose, {case}", oracle.relative(kernels.compose(first, second), exact), bound)
+            exact = oracle.error(weight, before, first, second)
+            error, squared = kernels.residual(first, second, weight, before)
+            norm = kernels.residual_norm(first, second, weight, before)
+            report.check(f"residual, {case}", oracle.relative(error, exact), bound)
+            report.check(
+                f"residual's norm, {case}", oracle.relative(torch.cat([squared.sqrt(), norm]), exact.norm()[None]), bound
+            )
+            exact = oracle.MAPS.correlate(weight.double(), before, first.double(), k)
+            out = kernels.correlate(weight, before, first, k)
+            report.check(f"correlate, {case}", oracle.relative(out, exact), oracle.rounding(9 * channels, dtype))
+
+
+def grams(setup: Setup, report: Report) -> None:
+    """Both Gram matrices, whole."""
+    k = setup.k
+    for channels, hidden in setup.size([(256, 512), (512, 512), (333, 250)], [(3, 5)]):
+        for dtype in setup.dtypes:
+            first = setup.random(1, hidden, channels, *k, dtype=dtype)
+            case = f"{channels} channels, {hidden} hidden, {_name(dtype)}"
+            lower = oracle.MAPS.row_gram(first.double(), k).tril()
+            out = kernels.row_gram(first, k)
+            report.check(
+                f"row_gram, {case}", oracle.relative(out, lower + lower.tril(-1).mT), oracle.rounding(9 * channels, dtype)
+            )
+            del out, lower
+            exact = oracle.MAPS.column_gram(first.double(), k)
+            out = kernels.column_gram(first, k)
+            report.check(f"column_gram, {case}", oracle.relative(out, exact), oracle.rounding(9 * hidden, dtype))
+            del out, exact
+
+
+def factors(setup: Setup, report: Report) -> None:
+    """cholesky with its report of failures, and cholesky_solve."""
+    for batch, size in setup.size([(64, 64), (64, 250), (8, 576), (1, 2304)], [(2, 20)]):
+        for dtype in setup.dtypes:
+            rows = setup.random(batch, size, size, dtype=dtype)
+            matrix = rows @ rows.mT / size + torch.eye(size, dtype=dtype, device=setup.device)
+            right = setup.random(batch, size, 64, dtype=dtype, seed=1)
+            case, bound = f"{batch} of {size} rows, {_name(dtype)}", oracle.rounding(size, dtype)
+            lower, info = kernels.cholesky(matrix)
+            wide = lower.double()
+            # Rounding is relative to the sums of absolute values, which are what is divided by.
+            sums = (wide.abs() @ wide.abs().mT).norm()
+            report.check(f"cholesky, {case}", float((wide @ wide.mT - matrix.double()).norm() / sums), bound)
+            report.hold(f"cholesky's info and upper triangle, {case}", int((info != 0).sum()) + int((lower.triu(1) != 0).sum()))
+            out = kernels.cholesky_solve(lower, right).double()
+            sums = (wide.abs() @ (wide.abs().mT @ out.abs())).norm()
+            left = (wide @ (wide.mT @ out) - right.double()).norm()
+            report.check(f"cholesky_solve, {case}", float(left / sums), 2 * bound)
+            matrix[0, size // 2, size // 2] = -1.0
+            wrong = kernels.cholesky(matrix)[1] != torch.linalg.cholesky_ex(matrix)[1]
+            report.hold(f"cholesky of what is not positive definite, {case}", int(wrong.sum()))
+
+
+def anderson(setup: Setup, report: Report) -> None:
+    """The memory of 64 equations of 64 channels and 128 hidden ones."""
+    batch, memory, hidden, columns = setup.size((64, 20, 128, 576), (2, 3, 2, 20))
+    for dtype in setup.dtypes:
+        images, moves = (setup.random(batch, memory, hidden * columns, dtype=dtype, seed=s) for s in (0, 1))
+        image, last_image, move, last_move = (setup.random(batch, hidden * columns, dtype=dtype, seed=s) for s in range(2, 6))
+        slot = torch.arange(batch, device=setup.device) % (memory + 1) - 1  # those of -1 keep their memory
+        wanted_images, wanted_moves = images.clone(), moves.clone()
+        keep = slot >= 0
+        wanted_images[keep, slot[keep]] = (image - last_image)[keep]
+        wanted_moves[keep, slot[keep]] = (move - last_move)[keep]
+        out = kernels.anderson_push(images, moves, slot, image, last_image, move, last_move, accumulate=F64)
+        report.hold(f"anderson_push, {_name(dtype)}", _differing(images, wanted_images) + _differing(moves, wanted_moves))
+        exact = wanted_moves.double() @ torch.cat([wanted_moves, move[:, None]], 1).double().mT
+        report.check(
+            f"anderson_push's products, {_name(dtype)}", oracle.relative(out, exact), oracle.rounding(columns * hidden, F64)
+        )
+        share = setup.random(batch, memory, dtype=dtype, seed=6)
+        out, squares = kernels.anderson_update_with_squares(image, images, share, hidden)
+        exact = image.double() - (images.double().mT @ share.double()[:, :, None])[:, :, 0]
+        report.check(f"anderson_update, {_name(dtype)}", oracle.relative(out, exact), oracle.rounding(memory + 1, dtype))
+        exact = exact.view(batch, hidden, columns).square().sum(2)
+        report.check(
+            f"anderson_update's squares, {_name(dtype)}", oracle.relative(squares, exact), oracle.rounding(columns, dtype)
+        )
+
+
+def moves(setup: Setup, report: Report) -> None:
+    """Wider layers of three dtypes in one call, to the bit."""
+    size = setup.size(1024, 6)
+    sources = [setup.random(size, size, 9, dtype=dtype) for dtype in (F32, BF16, F64)]
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(-1, size, (2 * size,), generator=generator)
+    scale = setup.random(2 * size, dtype=F32)
+    found = kernels.move(
+        sources, [(index, None, None), (None, index, None), (index, None, None)], [(scale, None)] + [(None, None)] * 2
+    )
+    there = index.to(setup.device)
+    picked = [source.index_select(dim, there.clamp_min(0)) for source, dim in zip(sources, (0, 1, 0), strict=True)]
+    picked[0] = picked[0] * scale[:, None, None]
+    for out, wanted, dim in zip(found, picked, (0, 1, 0), strict=True):
+        absent = (there < 0).view(*(1,) * dim, -1, *(1,) * (2 - dim))
+        report.hold(f"move along dimension {dim}, {_name(out.dtype)}", _differing(out, wanted.masked_fill(absent, 0)))
+
+
+def closed_form(setup: Setup, report: Report) -> None:
+    """direct, into either factor, with pairs to spare, shared pairs, and none."""
+    k, before = setup.k, setup.before
+    shapes = setup.size(
+        [(256, 256, 512), (512, 512, 516), (1024, 1024, 1024), (333, 510, 700), (64, 3, 128)], [(3, 2, 8), (66, 2, 68)]
+    )
+    for dtype in setup.size((F64, F32, BF16, F16), (F32,)):
+        for co, ci, hidden in shapes:
+            for into_first in (True, False):
+                if hidden < (co if into_first else ci):
+                    continue
+                weight = setup.random(1, co, ci, *k, dtype=dtype)
+                first, second = direct(weight, hidden, k, k, before, 7, density=0.5, into_first=into_first)
+                case = f"direct, {ci} -> {hidden} -> {co}, {'first' if into_first else 'second'}, {_name(dtype)}"
+                report.check(case, oracle.residual(weight, before, first, second), fm.tolerance(dtype))
+                if hidden - (co if into_first else ci) >= 4 and dtype in (F64, F32):
+                    zeros = int((first == 0).sum()) + int((second == 0).sum())
+                    # A sum is zero by chance about once in 1e8.
+                    report.check(f"{case}: share of zeros", zeros / (first.numel() + second.numel()), 1e-6)
+    weight = setup.random(2, *setup.size((1024, 1024), (5, 4)))
+    first, second = direct(weight, 2 * weight.shape[1], (), (), (), 7)
+    report.check("direct, linear, float32", oracle.residual(weight, (), first, second), fm.tolerance(F32))
+
+
+def precisions(setup: Setup, report: Report) -> None:
+    """What tf32 and the short dtypes cost: a product of 256 terms, and the closed form."""
+    k, before = setup.k, setup.before
+    hidden, channels = 256, setup.size(1024, 8)
+    wide = [setup.random(1, hidden, channels, dtype=F64), setup.random(1, channels, hidden, dtype=F64, seed=1)]
+    tf32 = 2.0**-10  # of each operand, if it is cut off
+    # Three tf32 products a term; a matrix unit takes 8 terms at a time and may cut its sum off after each.
+    bounds = {"tf32": 2 * tf32, "tf32x3": (3 * hidden / 8 + 4) * torch.finfo(F32).eps, "ieee": oracle.rounding(hidden, F32)}
+    first, second = (x.to(F32) for x in wide)
+    for precision, bound in bounds.items():
+        out = kernels.compose(first, second, precision=precision)
+        report.check(f"product, float32 by {precision}", oracle.relative(out, oracle.compose(first, second)), bound, kept=True)
+    for dtype in (BF16, F16):
+        first, second = (x.to(dtype) for x in wide)
+        out = kernels.compose(first, second)
+        report.check(
+            f"product, {_name(dtype)}", oracle.relative(out, oracle.compose(first, second)), torch.finfo(dtype).eps, kept=True
+        )
+    weight = setup.random(1, *setup.size((512, 512), (4, 3)), *k)
+    for precision, limit in (("ieee", fm.tolerance(F32)), ("tf32x3", 5e-6), ("tf32", None)):
+        first, second = direct(weight, 2 * weight.shape[1], k, k, before, 7, density=0.5, precision=precision)
+        report.check(f"direct, residual by {precision}", oracle.residual(weight, before, first, second), limit, kept=True)
+
+
+def _differing(one: Tensor, other: Tensor) -> int:
+    return int((one != other).sum())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
