@@ -20,6 +20,7 @@ from fastmorph.errors import MorphError
 from fastmorph.frame import Size, size_per_dimension
 from fastmorph.layers import Layer, sizes_of
 from fastmorph.morphing import Morphing
+from fastmorph.nn import Replacement
 from fastmorph.padding import frame_padding
 from fastmorph.subnet import frozen_size
 
@@ -55,7 +56,7 @@ class GrowKernel:
         conv._reversed_padding_repeated_twice = [width for pair in reversed(layer.padding()) for width in pair]
         # Before a layer that pads nothing, code around it may pad, by its kernel_size: that goes on to see the old one.
         if modules or (pads_nothing and not isinstance(conv, _ConvTransposeNd)):
-            whole = nn.Sequential(OrderedDict([*modules.items(), ("conv", conv)]))
+            whole = Replacement(OrderedDict([*modules.items(), ("conv", conv)]))
             vars(whole).update(shown)
             morphing.replace_module(conv, whole, near=conv.weight)
 

@@ -24,7 +24,7 @@ from fastmorph.errors import MorphError
 from fastmorph.frame import size_per_dimension, window
 from fastmorph.layers import Layer
 from fastmorph.morphing import Morphing
-from fastmorph.nn import PActivation
+from fastmorph.nn import PActivation, Replacement
 from fastmorph.nn.branches import Branches
 from fastmorph.rows import CONVS, Row, build_row, make_norm, make_row, solve_row
 from fastmorph.subnet import Residual, Sequential, Skip, Stacked, Subnet
@@ -135,5 +135,5 @@ def _add_residual(morphing: Morphing, layer: Layer, subnet: Residual) -> None:
         morphing.fill(first, torch.cat([one, one]).to(weight))
         morphing.fill(second, torch.cat([two, -two], dim=1).to(weight))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
-    whole = nn.Sequential(OrderedDict(layer=layer.module, residual=block))
+    whole = Replacement(OrderedDict(layer=layer.module, residual=block))
     morphing.replace_module(layer.module, whole, near=weight)

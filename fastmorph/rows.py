@@ -21,7 +21,7 @@ from fastmorph.errors import MorphError
 from fastmorph.frame import Frame, Size, make_frame, size_per_dimension
 from fastmorph.layers import Layer
 from fastmorph.morphing import Morphing
-from fastmorph.nn import BatchNormLast, PActivation, identity_batch_norm
+from fastmorph.nn import BatchNormLast, PActivation, Replacement, identity_batch_norm
 from fastmorph.padding import frame_padding
 from fastmorph.problem import Problem
 from fastmorph.subnet import LayerSpec, Sequential
@@ -89,7 +89,7 @@ def check_hidden(layer: Layer, hidden: Any) -> int:
 
 def build_row(
     morphing: Morphing, layer: Layer, row: Row, bias: nn.Parameter | None, names: Mapping[str, str] | None = None
-) -> nn.Sequential:
+) -> Replacement:
     """The modules layer0, norm0, activation0, layer1, ..., or as `names` calls them; the layers' weights are not set.
 
     All padding is in front of or in the first layer. In each dimension, the stride is the last layer's that has more than one
@@ -126,7 +126,7 @@ def build_row(
             parts[f"activation{index}"] = PActivation(deepcopy(spec.activation)).to(weight)
         channels, options = new, {}
     names = names or {}
-    return nn.Sequential(OrderedDict((names.get(name, name), module) for name, module in parts.items()))
+    return Replacement(OrderedDict((names.get(name, name), module) for name, module in parts.items()))
 
 
 def make_norm(morphing: Morphing, layer: Layer, channels: int) -> nn.Module:

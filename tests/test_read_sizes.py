@@ -41,3 +41,23 @@ def test_it_pads_what_it_padded(morph, kernel_size, stride):
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     assert fm.verify(parent, child, x)
     assert (child.conv.kernel_size, child.conv.stride) == (parent.conv.kernel_size, parent.conv.stride)
+
+
+class CastsFirst(nn.Module):
+    """Asks a layer for its dtype before it calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, x):
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+def test_the_dtype_can_be_asked_for():
+    parent, x = CastsFirst().double(), torch.randn(1, 3, 6, 6)
+    for child in (fm.deepen(parent, "proj", activation="relu"), fm.grow_kernel(parent, {"proj": 3})):
+        assert fm.verify(parent, child, x)
+        assert (child.proj.weight.dtype, child.float().proj.weight.dtype) == (torch.float64, torch.float32)
+        with pytest.raises(RuntimeError):
+            nn.functional.conv2d(x, child.proj.weight)

@@ -1,4 +1,4 @@
-"""Networks that nobody wrote for this library: each operator, at a random place, is exact or refuses for an algebraic reason."""
+"""Networks that nobody wrote for this library: each operator, at a random place, is exact or has an algebraic reason not to be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,37 @@ from bench.zoo.models import architectures, missing
 from bench.zoo.report import reason
 from bench.zoo.trials import OPERATORS, visit
 
-NAMES = """
-torchvision/resnet18 torchvision/squeezenet1_1 torchvision/shufflenet_v2_x0_5 torchvision/mnasnet0_5
-timm/tinynet_e
-""".split()
+NAMES = [
+    "torchvision/resnet18",
+    "torchvision/squeezenet1_1",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/mnasnet0_5",
+    "torchvision/mobilenet_v2",
+    "torchvision/mobilenet_v3_small",
+    "timm/starnet_s050",
+    "timm/dla46_c",
+    "timm/mobilenetv3_small_050",
+    "timm/tinynet_e",
+    "timm/regnetx_002",
+    "timm/ese_vovnet19b_slim_dw",
+    "timm/cspnext_tiny",
+    "timm/edgenext_xx_small",
+    "pytorchcv/nin_svhn",
+    "pytorchcv/darknet_tiny",
+    "pytorchcv/mnasnet_small",
+    "pytorchcv/regnetx002",
+    "pytorchcv/dla46xc",
+    "pytorchcv/ror3_56_svhn",
+    "pytorchcv/resnext20_32x2d_svhn",
+    "transformers/bert",
+    "transformers/convnext",
+    "transformers/mobilenetv2",
+    "transformers/regnet",
+    "transformers/segformer",
+    "transformers/vit",
+    "transformers/llama",
+    "transformers/resnet",
+]
 # What the algebra forbids, as the refusals say it.
 FORBIDDEN: tuple[str, ...] = ()
 

@@ -4,6 +4,7 @@ from fastmorph.nn.activation import PActivation, PReLU
 from fastmorph.nn.branches import Branches
 from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
 from fastmorph.nn.norm import BatchNormLast, identity_batch_norm
+from fastmorph.nn.replacement import Replacement
 
 __all__ = [
     "ActivationSchedule",
@@ -11,6 +12,7 @@ __all__ = [
     "Branches",
     "PActivation",
     "PReLU",
+    "Replacement",
     "activation_penalty",
     "fold_activations",
     "identity_batch_norm",
