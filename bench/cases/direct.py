@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ class _Layout(NamedTuple):
 _ROWS = ("stride_wz", "stride_oz")
 _LAYOUTS = {  # contiguous 3x3 and 1x1 weights, into `first` and into `second`, and into a larger kernel
     "conv": _Layout("uniform", "uniform", "run", {"weight": _ROWS, "delta": ("stride_oz",)}),
+    "odd": _Layout("uniform", "uniform", "run", {"weight": _ROWS, "delta": ("stride_oz",)}),  # sizes that are no multiples
+    "odd_t": _Layout("taps", "run", "uniform", {"weight": _ROWS, "delta": ("stride_oz",)}),
     "conv_t": _Layout("taps", "run", "uniform", {"weight": _ROWS, "delta": ("stride_oz",)}),
     "linear": _Layout("uniform", "uniform", "uniform, rows closer", {"weight": _ROWS, "delta": ("stride_oh",)}),
     "linear_t": _Layout(
@@ -39,11 +40,11 @@ _LAYOUTS = {  # contiguous 3x3 and 1x1 weights, into `first` and into `second`, 
     "any": _Layout("rows closer", "rows closer", "rows closer", {}),
     "far": _Layout("rows closer", "rows closer", "rows closer", {}),  # so large that offsets are wide
 }
-_IRREGULAR = ("any", "far")
+_IRREGULAR, _UNALIGNED = ("any", "far"), ("any", "far", "odd", "odd_t")
 # Channels of a block, rows of the weight and rows of noise among them; None: blocks share pairs.
 _Sizes = tuple[int, int, int | None]
 _WIDENED, _SHARED = (64, 32, 16), (64, 64, None)
-_SIZES: tuple[_Sizes, ...] = (_WIDENED, _SHARED, (64, 64, 16), (64, 16, 32), (64, 16, 64), (16, 16, 16))
+_OTHERS: tuple[_Sizes, ...] = ((64, 64, 16), (64, 16, 32), (64, 16, 64), (16, 16, 16))
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -51,14 +52,17 @@ def cases(target: str) -> Iterator[Case]:
     for entry in shipped("direct"):
         every = target == "sm_90" and entry.dtype.itemsize == 4
         if entry.variant == "sums":
-            yield from (_sums(entry, name) for name in (_LAYOUTS if every else ("conv",)))
+            yield from (_sums(entry, name) for name in (("conv", "conv_t", "linear_t", "far") if every else ("conv",)))
             continue
         pairs: list[tuple[str, _Sizes]] = [("conv", _WIDENED), ("conv_t", _SHARED)]
         if every:
-            pairs = [*itertools.product(_LAYOUTS, (_WIDENED, _SHARED)), *(("conv", sizes) for sizes in _SIZES[2:])]
+            pairs = [(name, _WIDENED) for name in _LAYOUTS] + [("conv", sizes) for sizes in _OTHERS]
+            pairs += [(name, _SHARED) for name in ("conv_t", "odd", "odd_t", "far")]
         factor, _, many = entry.variant.partition("_")
         for name, sizes in pairs:
-            if bool(many) == (sizes[2] in (None, SIDE) or name in _IRREGULAR):
+            run = factor == "weight" and _LAYOUTS[name].weight == "run"
+            crowded = sizes[2] in (None, SIDE) or (run and sizes[1] == SIDE)
+            if bool(many) == (crowded or name in _IRREGULAR):
                 yield _factor(entry, name, sizes, factor, target)
 
 
@@ -72,7 +76,7 @@ def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) 
         "UNIFORM_O": "uniform" in out,
         "ROWS_CLOSER_O": "closer" in out,
         "RUN_O": out == "run",
-        "ALIGNED": name not in _IRREGULAR,
+        "ALIGNED": name not in _UNALIGNED,
         "BLOCK_M": entry.config["block_m"] if channels == SIDE else 32,  # what a layer of few columns gets
         "BLOCK_H": channels,
         "BLOCK_G": held,
@@ -106,7 +110,7 @@ def _case(entry: Shipped, function: Any, layout: str, unit: tuple[str, ...], con
         options={"num_warps": entry.config["num_warps"], "num_stages": entry.config["num_stages"]},
         layout=layout,
         unit=unit,
-        aligned=(*aligned_with(function, unit), "columns") if unit else (),
+        aligned=(*aligned_with(function, unit), "columns") if layout not in _UNALIGNED else (),
         types=_TYPES | dict.fromkeys(names, f"*{_accumulator(entry)}"),
     )
 

@@ -1,23 +1,23 @@
-"""Triton kernels for the closed form of the morphism equation, both factors in one pass over the weight.
+"""Triton kernels for the closed form of the morphism equation: both factors in one pass over the weight.
 
     first = P [S; S; s; G],   second^T = P [R; -R; 0; D],   second * first = G
 
 G (Co, Ci, *K) stands in the frame of K1; D is the unit matrix at one tap of K2; S, s and R are noise, made where they are
-used. P is that of `direct_mixing`: W, which is the identity unless blocks share pairs, then blocks of at most 64 channels.
+used. P = B W is that of `direct_mixing`: W, the identity unless blocks share pairs, then blocks of at most 64 channels.
 
 `direct_kernel` makes either factor, (B, Ch, columns), a column being an input channel and a tap of `first`, or an output
-channel and a tap of `second`. A program owns a block of P and a run of tiles of BLOCK_M columns. It keeps the block in
-registers or shared memory, and for each tile reads the block's rows of G, makes its noise, and writes its rows of the
-factor: everything once.
-- The tile is transposed, columns by hidden channels, so that what varies is the left operand of a matrix instruction, which
+channel and a tap of `second`. A program owns a block of P and a run of tiles of BLOCK_M columns. It keeps the block on the
+chip, and for each tile reads the block's rows of G, makes its noise, and writes its rows of the factor: everything once.
+- The tile is transposed, columns by hidden channels: what varies is then the left operand of a matrix instruction, which
   Hopper takes from registers, and what stays is the right one, which it takes from shared memory.
-- Twins are two rows of one noise, so that their two columns of P are added up (for second, subtracted) beforehand: a block of
+- Twins are two rows of one noise, so that their columns of P are added up (for `second`, subtracted) beforehand: a block of
   64 channels with 16 pairs is a product over 32 rows of G and one over 16 rows of noise.
-- D takes no product: each of its columns takes one row of P.
-- Shared pairs: W takes from the rows of a group what is a multiple of their sums U^T G, which `sums_kernel` makes in one
-  more pass over G. To a block that is one outer product for each direction.
+- D takes no product: each of its columns takes one row of P, and few tiles have any.
+- Shared pairs: W takes multiples of the sums U^T G from the rows of a group. `sums_kernel` makes these in one more pass over
+  G; to a block they are two more rows, along what P makes of u_t and u_d.
+- Loads and stores follow memory (`direct_tile`): along columns, along rows, or along runs of rows and taps.
 
-Noise comes from the logical place of its element (see `noise_rows`): tiles do not change it, nor what else is in the batch.
+Noise comes from the logical place of its element (`noise_rows`): tiles do not change it, nor what else is in the batch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -166,10 +166,8 @@ def direct_kernel(
                 unit_ptrs = held_ptr[None, :] + at[:, None] * _SIDE
                 acc = tl.load(unit_ptrs, mask=(inside & (at >= 0) & (at < held))[:, None], other=0.0) * gain
         else:
-            tile_g = load_tile(weight_ptr + base, places, inside, rows, offs_g < held, ROWS_CLOSER_W).to(
-                ACC
-            )  # [BLOCK_M, BLOCK_G]
-            acc = tl.dot(tile_g, mixing_g, input_precision=PRECISION, out_dtype=ACC)
+            tile_g = load_tile(weight_ptr + base, places, inside, rows, offs_g < held, ROWS_CLOSER_W)  # [BLOCK_M, BLOCK_G]
+            acc = tl.dot(tile_g.to(ACC), mixing_g, input_precision=PRECISION, out_dtype=ACC)
         if SHARED:
             if DELTA:
                 channel_out = tl.where(inside, offs_m // TAPS, -1)
@@ -178,12 +176,11 @@ def direct_kernel(
             else:
                 sum_ptrs = sums_ptr + (pid_b * groups + group) * 2 * columns + offs_m
                 own_ptrs = sums_ptr + (pid_b * groups + k) * 2 * columns + offs_m
-                sum_t, sum_d = tl.load(sum_ptrs, mask=inside, other=0.0), tl.load(sum_ptrs + columns, mask=inside, other=0.0)
                 has_pair = inside & (own > 0)
-                own_t, own_d = (
-                    tl.load(own_ptrs, mask=has_pair, other=0.0),
-                    tl.load(own_ptrs + columns, mask=has_pair, other=0.0),
-                )
+                sum_t = tl.load(sum_ptrs, mask=inside, other=0.0)
+                sum_d = tl.load(sum_ptrs + columns, mask=inside, other=0.0)
+                own_t = tl.load(own_ptrs, mask=has_pair, other=0.0)
+                own_d = tl.load(own_ptrs + columns, mask=has_pair, other=0.0)
             twins = noise_row(seed, offs_m, group, STREAM).to(ACC) * twin_noise
             t = -taken * sum_t if DELTA else twins - taken * sum_t  # the twins' sum in first, their difference in second
             d = twins - taken * sum_d if DELTA else -taken * sum_d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ _PROGRAMS = 2048
 class DirectConfig:
     """Launch settings of one kernel; sizes are powers of two."""
 
-    block_m: int  # columns of a tile, at least 32
+    block_m: int  # columns of a tile
     span: int  # tiles of a program, at most; for "sums", rows of G in a tile
     num_warps: int
     num_stages: int
@@ -92,24 +93,25 @@ def launch_direct(
         config: other than the table's.
     """
     batch, hidden, channels, *size = out.shape
-    blocks, shared = deal(hidden, held), shares_pairs(hidden, held)
+    blocks, shared, sides = len(deal(hidden, held)), shares_pairs(hidden, held), _sides(hidden, held)
     into = columns_of(out, size)
     delta = weight is None
     if weight is None:  # a unit matrix of which no memory is read
         weight, extent, source = out, torch.Size((1, 1, 1)), into._replace(uniform=False)
     else:
         extent, source = weight.shape[3:], columns_of(weight, size)
-    noise = 16 if shared else _side(block.size - block.pairs - block.held for block in blocks)
     if config is None:
-        many = "_many" if shared or into.irregular or source.irregular or noise == SIDE else ""
-        config = config_for(("delta" if delta else "weight") + many, out)
+        crowded = sides["BLOCK_S"] == SIDE or (into.run and not delta and sides["BLOCK_G"] == SIDE)
+        many = shared or crowded or into.irregular or source.irregular
+        config = config_for(("delta" if delta else "weight") + "_many" * many, out)
     columns = channels * size[0] * size[1] * size[2]
     block_m = _tile(columns, config)
     taps = columns // channels
-    tiles_m = triton.cdiv(columns, block_m // taps * taps if into.run else block_m)
-    tiles = max(1, min(config.span, batch * len(blocks) * tiles_m // _PROGRAMS))
+    run = into.run and taps <= block_m
+    tiles_m = triton.cdiv(columns, block_m // taps * taps if run else block_m)
+    tiles = max(1, min(config.span, batch * blocks * tiles_m // _PROGRAMS))
     mixing, dealing = tables
-    direct_kernel[(batch * len(blocks) * triton.cdiv(tiles_m, tiles),)](
+    direct_kernel[(batch * blocks * triton.cdiv(tiles_m, tiles),)](
         weight,
         mixing,
         dealing,
@@ -118,7 +120,7 @@ def launch_direct(
         scales,
         out,
         columns,
-        len(blocks),
+        blocks,
         groups_of(hidden, held),
         (hidden - held) // 2,
         tiles,
@@ -136,13 +138,10 @@ def launch_direct(
         UNIFORM_O=into.uniform,
         ROWS_CLOSER_W=source.rows_closer,
         ROWS_CLOSER_O=into.rows_closer,
-        RUN_O=into.run,
-        ALIGNED=all(n % 16 == 0 for block in blocks for n in (block.start, block.size, block.row, block.held)),
+        RUN_O=run,
         WIDE=source.wide or into.wide,
         BLOCK_M=block_m,
-        BLOCK_H=_side(block.size for block in blocks),
-        BLOCK_G=_side(block.held for block in blocks),
-        BLOCK_S=noise,
+        **sides,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
@@ -190,6 +189,22 @@ def config_for(variant: str, like: Tensor) -> DirectConfig:
     return DirectConfig(**lookup("direct", like.dtype, variant, like.device))
 
 
+@functools.cache
+def _sides(hidden: int, held: int) -> dict[str, int]:
+    """Sides of tiles that hold the largest block, and whether all blocks are so even that memory is aligned."""
+
+    def side(sizes: Iterable[int]) -> int:
+        return max(16, int(triton.next_power_of_2(max(sizes))))  # 16: the least that a matrix instruction takes
+
+    blocks, shared = deal(hidden, held), shares_pairs(hidden, held)
+    return {
+        "ALIGNED": all(n % 16 == 0 for block in blocks for n in (block.start, block.size, block.row, block.held)),
+        "BLOCK_H": side(block.size for block in blocks),
+        "BLOCK_G": side(block.held for block in blocks),
+        "BLOCK_S": 16 if shared else side(block.size - block.pairs - block.held for block in blocks),
+    }
+
+
 def _sizes(size: Sequence[int]) -> dict[str, int]:
     """Constants, because to divide by what is known when compiling is cheap."""
     return dict(zip(("SIZE_X", "SIZE_Y", "SIZE_Z"), size, strict=True))
@@ -197,8 +212,3 @@ def _sizes(size: Sequence[int]) -> dict[str, int]:
 
 def _tile(columns: int, config: DirectConfig) -> int:
     return min(config.block_m, max(32, int(triton.next_power_of_2(columns))))
-
-
-def _side(sizes: Iterable[int]) -> int:
-    """A tile's side that holds the largest, and is enough for a matrix instruction."""
-    return max(16, int(triton.next_power_of_2(max(sizes))))
