@@ -2,12 +2,13 @@
 
 What makes channels (rows of weights, biases, norms, scales) and what sums over them (columns of weights) get:
 
-- pair: copies come in twins. Their rows are equal, S and S, so that their activations are, whatever is elementwise; their columns
-  are R and -R, so that the twins cancel. Both sides are full and trainable. The last one of an odd number has columns of zeros.
-- zero (Wei et al. 2016): the side with fewer entries is zero, the other noise; the columns are zero wherever an activation makes
-  something of zero.
-- duplicate (Net2Wider: Chen et al., "Net2Net", 2016): new rows are those of old channels, drawn at random, and a channel and its
-  copies share its columns, each divided by how many they are (exact up to that division's rounding).
+- pair: copies come in twins. Their rows are equal, S and S, so that their activations are, whatever is elementwise; their
+  columns are R and -R, so that the twins cancel. Both sides are full and trainable. The last one of an odd number has columns
+  of zeros.
+- zero (Wei et al. 2016): the side with fewer entries is zero, the other noise; the columns are zero wherever an activation
+  makes something of zero.
+- duplicate (Net2Wider: Chen et al., "Net2Net", 2016): new rows are those of old channels, drawn at random, and a channel and
+  its copies share its columns, each divided by how many they are (exact up to that division's rounding).
 
 Where a norm over channels allows whole multiples only, rows are copies in all three; columns become W / m + R_j with noise R_j
 that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
@@ -38,10 +39,11 @@ class Side:
         dim: which.
         layout: where its indices come from.
         source: (new size,), the old index whose entries an index takes unless it gets others.
-        shares: (new size,), how many indices take the same channel's.
+        shares: (new size,), how many indices have the same source.
         reads: whether the tensor sums over the channels here.
         noisy: whether new entries are noise.
         zero: whether new entries are zero.
+        standard: whether the tensor's rows are standardised over these entries.
     """
 
     dim: int
@@ -51,6 +53,7 @@ class Side:
     reads: bool
     noisy: bool
     zero: bool
+    standard: bool
 
 
 class Filling:
@@ -66,12 +69,9 @@ class Filling:
         self._growth, self._fill, self._random = growth, fill, random
         self._record, self._coupling = growth.coupling.record, growth.coupling
         self._reads, self._shifts = self._record.reads.numpy(), self._record.shifts.numpy()
+        self._standardised = self._record.standardised.numpy()
         self._reading = {axis.name for axis in self._record.axes if axis.parameter and self._marked(self._reads, axis)}
-        self._donors = self._draw_donors() if not growth.even else {}
-        self._shared = np.ones_like(growth.copies) * (growth.copies + 1 if growth.even else 1)
-        for donors in self._donors.values():
-            for donor in donors:
-                self._shared[self._coupling.classes == donor] += 1
+        self._donors = self._draw_donors() if growth.given is None and not growth.even else {}
         self._zero_rows = fill == "zero" and not growth.even and self._rows_are_fewer() and self._rows_may_be_zero()
 
     def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
@@ -93,7 +93,8 @@ class Filling:
             ((not reads and makes) or self._marked(self._shifts, axis)) if self._zero_rows else reads
         )
         source = self._source(axis, layout)
-        return Side(axis.dim, layout, source, self._shared[axis.start + source], reads, noisy, zero)
+        standard = reads and self._marked(self._standardised, axis)
+        return Side(axis.dim, layout, source, np.bincount(source)[source], reads, noisy, zero, standard)
 
     def _marked(self, mask: np.ndarray, axis: Axis) -> bool:
         return bool(mask[axis.start : axis.start + axis.size].any())
@@ -163,15 +164,29 @@ class Filling:
         """Make twins of neighbouring copies: equal where they are made, opposite where they are summed over."""
         if self._fill != "pair" or self._growth.even:
             return
-        order = np.lexsort((side.layout.copy, side.layout.origin))
+        order = np.lexsort((side.layout.copy, side.layout.key))
         copies = side.layout.copy[order]
         odd = np.flatnonzero(copies % 2 == 1)
-        twins = odd[(odd + 1 < len(order)) & (np.append(copies, 0)[odd + 1] == copies[odd] + 1)]
+        keys = np.append(side.layout.key[order], -1)
+        twins = odd[(keys[odd + 1] == keys[odd]) & (np.append(copies, 0)[odd + 1] == copies[odd] + 1)]
         first, second, alone = order[twins], order[twins + 1], order[np.setdiff1d(odd, twins)]
         entries = new.index_select(side.dim, _on(new, first))
+        if side.standard:
+            mean, entries = self._standard_entries(new, side, entries)
+            new.index_copy_(side.dim, _on(new, first), mean + entries)
+            new.index_copy_(side.dim, _on(new, second), mean - entries)
+            return
         new.index_copy_(side.dim, _on(new, second), -entries if side.reads else entries)
         if side.reads:
             new.index_fill_(side.dim, _on(new, alone), 0)
+
+    def _standard_entries(self, new: Tensor, side: Side, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's mean, and noise of the row's variance: with mean + noise and mean - noise, a row keeps both."""
+        old = new.index_select(side.dim, _on(new, np.flatnonzero(side.layout.copy == 0)))
+        rest = tuple(range(1, new.ndim))
+        mean = old.mean(rest, keepdim=True)
+        size = (old - mean).square().mean(rest, keepdim=True).sqrt()
+        return mean, entries * (size / entries.square().mean(rest, keepdim=True).sqrt())
 
     def _noise(self, shape: list[int], like: Tensor, scale: float) -> Tensor:
         """Drawn in float32 on the CPU, so that a seed gives the same everywhere."""

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from fastmorph.graph.growth import Growth
+
+# Layers whose numbers are known: they follow from the tensors.
+_REFRESHED = (
+    *(_ConvNd, _NormBase, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
 
 
 def update_attributes(model: nn.Module, growth: Growth) -> None:
@@ -26,6 +34,9 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
                 setattr(module, attribute, growth.total(atoms[:old]))
         if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
             module.normalized_shape = (growth.total(atoms),)
+    if growth.numbers:
+        for module_name in record.sizes:
+            _renumber(model.get_submodule(module_name), *_new_numbers(growth, module_name))
     for name in growth.shapes():
         for module in _owners(model, name):
             _refresh(module)
@@ -40,6 +51,35 @@ def _owners(model: nn.Module, name: str) -> Iterable[nn.Module]:
 def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
     if getattr(module, attribute, None) == old:
         setattr(module, attribute, new)
+
+
+def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tuple[int, ...], tuple[int, ...]]]:
+    """What becomes of sizes, and of sequences of them, that the module's forward handles."""
+    record = growth.coupling.record
+    grown: dict[int, set[int]] = {}
+    for (size, _), line in record.sizes[module].items():
+        grown.setdefault(size, set()).add(growth.total(line))
+    if module not in growth.cautious:
+        grown = {old: new - {old} for old, new in grown.items()}
+    cuts = {sizes: tuple(map(growth.total, lines)) for sizes, lines in record.cuts.get(module, [])}
+    return {old: new.pop() for old, new in grown.items() if len(new) == 1}, cuts
+
+
+def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
+
+    def renumbered(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            if all(type(item) is int for item in value) and tuple(value) in cuts:
+                return type(value)(cuts[tuple(value)])
+            return type(value)(map(renumbered, value))
+        return sizes.get(value, value) if type(value) is int else value
+
+    if isinstance(module, _REFRESHED):
+        return
+    for key, value in list(vars(module).items()):
+        if not key.startswith("_") and type(value) in (int, list, tuple):
+            setattr(module, key, renumbered(value))
 
 
 def _refresh(module: nn.Module) -> None:

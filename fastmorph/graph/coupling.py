@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmorph.graph.record import Axis, Choice, Edges, Record, unique
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -66,30 +67,44 @@ class Coupling:
         return [axis for axis in self.record.axes if chosen[axis.start : axis.start + axis.size].any()]
 
     @cached_property
-    def _places(self) -> tuple[Ints, Ints]:
-        """Of each atom the number of its axis, and how many atoms of its class stand before it there."""
+    def _order(self) -> tuple[Ints, Ints]:
+        """Atoms sorted by class, and the classes of these."""
+        order = np.argsort(self.classes, kind="stable")
+        return order, self.classes[order]
+
+    @cached_property
+    def _tied(self) -> tuple[Edges, Ints]:
+        """Ties sorted by class, and the classes of these."""
+        order = np.argsort(self.classes[self.edges[:, 0]], kind="stable")
+        return self.edges[order], self.classes[self.edges[order, 0]]
+
+    @cached_property
+    def places(self) -> Ints:
+        """Of each atom the number of its axis (times 2**32) and how many atoms of its class stand before it there."""
         starts = np.array([axis.start for axis in self.record.axes])
         axes = np.searchsorted(starts, np.arange(self.record.count), "right") - 1
-        order = np.lexsort((axes, self.classes))
-        same = (np.diff(self.classes[order]) == 0) & (np.diff(axes[order]) == 0)
+        order, classes = self._order
+        same = (np.diff(classes) == 0) & (np.diff(axes[order]) == 0)
         positions = np.arange(len(order))
-        firsts = np.maximum.accumulate(np.where(np.append(False, same), 0, positions))
-        ranks = np.empty_like(positions)
-        ranks[order] = positions - firsts
-        return axes, ranks
+        places = np.empty_like(positions)
+        places[order] = positions - np.maximum.accumulate(np.where(np.append(False, same), 0, positions))
+        return places + (axes << 32)
+
+    def members(self, cls: int) -> Ints:
+        """The atoms of a class."""
+        order, classes = self._order
+        return order[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
 
     def kind(self, cls: int) -> tuple[bytes, bytes]:
-        """Where the members of a class occur; classes of one kind differ only in their indices."""
-        axes, ranks = self._places
-        members = np.flatnonzero(self.classes == cls)
-        code = axes * self.record.count + ranks
-        ties = self.edges[self.classes[self.edges[:, 0]] == cls]
-        return code[members].tobytes(), unique(code[ties]).tobytes()
+        """Where the members of a class occur; classes of one kind, in any run, differ only in their indices."""
+        edges, classes = self._tied
+        members = self.members(cls)
+        ties = edges[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
+        return self.places[members].tobytes(), unique(np.searchsorted(members, ties)).tobytes()
 
     def kin(self, cls: int) -> list[int]:
         """All classes of the same kind as this one, that may be copied too, itself among them."""
-        axes, _ = self._places
-        first = self.record.axes[axes[cls]]
+        first = self.record.axis_of(cls)
         rivals = np.unique(self.classes[first.start : first.start + first.size]).tolist()
         kind = self.kind(cls)
         return [rival for rival in rivals if rival not in self.causes and self.kind(rival) == kind]

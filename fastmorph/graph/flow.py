@@ -1,9 +1,9 @@
 """What is known about one tensor of a traced run: which channel each of its positions belongs to.
 
-Every index of every dimension of a parameter or buffer is an *atom*, an integer. A tensor carries *slots*: int64 label tensors of
-its own number of dimensions, of size 1 along dimensions where the label does not change, that say which atom each position belongs
-to. A convolution's output has one slot, along its channels; a weight has one slot a dimension. Operators that only move data move
-the labels in the same way, so that views, transpositions, slices and shuffles need no rules of their own.
+Every index of every dimension of a parameter or buffer is an *atom*, an integer. A tensor carries *slots*: int64 label tensors
+of its own number of dimensions, of size 1 along dimensions where the label does not change, that say which atom each position
+belongs to. A convolution's output has one slot, along its channels; a weight has one slot a dimension. Operators that only
+move data move the labels in the same way, so that views, transpositions, slices and shuffles need no rules of their own.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ def only_along(label: Tensor, dim: int, size: int) -> Tensor | None:
     if label.numel() != label.shape[dim]:
         return None
     return label.reshape(-1).expand(size)
+
+
+def line(label: Tensor, dim: int) -> Tensor:
+    """The labels along one dimension, where all others are at their first index."""
+    return label[tuple(slice(None) if other == dim else 0 for other in range(label.ndim))]
 
 
 def leaf(shape: Sequence[int], starts: Sequence[int]) -> Flow:

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.coupling import Coupling, Ints
-from fastmorph.graph.record import Axis, Choice, Edges, Record, unique
+from fastmorph.graph.coupling import Coupling, Floats, Ints
+from fastmorph.graph.record import Axis, Record, unique
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Layout:
 
     Attributes:
         origin: (new size,), the old index that stands there, or of which a copy stands there.
-        copy: (new size,), 0 for the old ones, then 1, 2, ... for each copy of a class.
+        copy: (new size,), 0 for the old ones; 1, 2, ... for new ones.
+        key: (new size,), the same for indices that differ only in their `copy`.
     """
 
     origin: Ints
     copy: Ints
+    key: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,47 +33,61 @@ class Growth:
 
     Attributes:
         coupling: the classes.
-        copies: (count,), how many copies each atom gets; the same for all atoms of a class.
+        copies: (count,), how many copies each atom gets; the same for all atoms of a class, or an average over classes.
         by_run: whether a copy of a class stands behind each run of its indices, or behind each index.
         even: whether every class gets equally many, as norms over channels need it.
+        numbers: whether numbers that modules keep, where they are the size of something that grows, grow with it.
+        cautious: modules whose numbers do not, if they are the size of something else too.
+        given: the layouts, where they do not follow from `copies`.
+        known: whether there was a channel of each new one's kind.
     """
 
     coupling: Coupling
-    copies: Ints
+    copies: Floats
     by_run: bool = True
     even: bool = False
+    numbers: bool = False
+    cautious: frozenset[str] = frozenset()
+    given: dict[Axis, Layout] | None = None
+    known: bool = True
 
     @classmethod
-    def of_classes(cls, coupling: Coupling, classes: dict[int, int], **options: bool) -> Growth:
+    def of_classes(cls, coupling: Coupling, classes: dict[int, int], *, even: bool = False) -> Growth:
         """So many copies of these classes."""
-        copies = np.zeros_like(coupling.classes)
+        copies = np.zeros(len(coupling.classes))
         for key, count in classes.items():
-            copies[coupling.classes == key] = count
-        return cls(coupling, copies, **options)
+            copies[coupling.members(key)] = count
+        return cls(coupling, copies, even=even)
 
     def total(self, atoms: Tensor) -> int:
-        """How many there are of these atoms after all."""
-        return len(atoms) + int(self.copies[atoms.numpy()].sum())
+        """How many there are of these atoms, and of positions that are none, after all."""
+        return len(atoms) + round(float(self.copies[atoms[atoms >= 0].numpy()].sum()))
 
-    def layout(self, axis: Axis) -> Layout | None:
-        """Where the axis's indices come from; None if it does not grow."""
+    def same_layout(self, other: Growth) -> bool:
+        """Whether the copies stand where the other's do."""
+        return all(np.array_equal(layout.origin, other.layouts[axis].origin) for axis, layout in self.layouts.items())
+
+    @cached_property
+    def layouts(self) -> dict[Axis, Layout]:
+        """All axes that grow."""
+        if self.given is not None:
+            return self.given
+        found = {axis: self._layout(axis) for axis in self.coupling.record.axes}
+        return {axis: layout for axis, layout in found.items() if layout is not None}
+
+    def _layout(self, axis: Axis) -> Layout | None:
         span = slice(axis.start, axis.start + axis.size)
         copies, classes = self.copies[span], self.coupling.classes[span]
         if not copies.any():
             return None
         cuts = np.flatnonzero(np.diff(classes)) + 1 if self.by_run else np.arange(1, axis.size)
-        origin, copy = [], []
+        origins, numbers = [], []
         for run in np.split(np.arange(axis.size), cuts):
             for number in range(1 + int(copies[run[0]])):
-                origin.append(run)
-                copy.append(np.full(len(run), number))
-        return Layout(np.concatenate(origin), np.concatenate(copy))
-
-    @cached_property
-    def layouts(self) -> dict[Axis, Layout]:
-        """All axes that grow."""
-        found = {axis: self.layout(axis) for axis in self.coupling.record.axes}
-        return {axis: layout for axis, layout in found.items() if layout is not None}
+                origins.append(run)
+                numbers.append(np.full(len(run), number))
+        origin = np.concatenate(origins)
+        return Layout(origin, np.concatenate(numbers), origin)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The new shapes of parameters and buffers that grow, by name."""
@@ -85,60 +101,62 @@ class Growth:
     def difference(self, child: Record) -> str | None:
         """What the resized model does otherwise than the record's, a clause; None if old channels flow as before.
 
-        Its operators are the same with the same numbers, what met still meets, copies meet copies, and nothing else meets.
+        It runs the same operators with the same numbers, old channels meet as they met, no new one meets an old one, and copies
+        of one class meet alike.
         """
         parent = self.coupling.record
-        for before, after in zip(parent.journal, child.journal, strict=False):
-            if before != after:
-                return f"module {before[0]!r} would run {after[1:]} instead of {before[1:]}"
+        for entry, other in zip(parent.journal, child.journal, strict=False):
+            if entry != other:
+                return f"{entry[0]!r} would run {other[1:]} instead of {entry[1:]}"
         if len(parent.journal) != len(child.journal) or parent.result != child.result:
             return "the model would run other operators"
         if len(parent.axes) != len(child.axes) or len(parent.choices) != len(child.choices):
             return "the model would run other operators"
-        codes = np.zeros(child.count, np.int64)
+        source, copy, key = (np.zeros(child.count, np.int64) for _ in range(3))
         for old, new in zip(parent.axes, child.axes, strict=True):
-            layout = self.layouts.get(old)
-            origin = np.arange(old.size) if layout is None else layout.origin + layout.copy * parent.count
-            if len(origin) != new.size or (old.name, old.dim) != (new.name, new.dim):
-                return f"{new.name!r} would have {new.size} channels instead of {len(origin)}"
-            codes[new.start : new.start + new.size] = origin + old.start
+            layout, same = self.layouts.get(old), np.arange(old.size)
+            layout = Layout(same, same * 0, same) if layout is None else layout
+            if len(layout.origin) != new.size or (old.name, old.dim) != (new.name, new.dim):
+                return f"{new.name!r} would have {new.size} channels instead of {len(layout.origin)}"
+            span = slice(new.start, new.start + new.size)
+            source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
         after = Coupling(child, self.coupling.wider)
-        expected = self._copied(self.coupling.edges, self.coupling.edges[:, 0])
-        found = unique(codes[after.edges])
-        odd = _first_difference(expected, found)
-        if odd is not None:
-            names = [parent.axis_of(int(atom) % parent.count).name for atom in odd]
-            return f"channels of {names[0]!r} would meet others of {names[1]!r}"
-        for old, new in zip(parent.choices, child.choices, strict=True):
-            if self.coupling.is_wider(old) and self._lines(old, None) != self._lines(new, codes):
-                return f"module {old.module!r} would normalise over other channels"
         for block in child.blocks:
-            if (codes[block.atoms.numpy()] >= parent.count).any():
+            if copy[block.atoms.numpy()].any():
                 return block.cause
+        return self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
+
+    def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
+        is_new = copy[after.edges] > 0
+        mixed = is_new[:, 0] != is_new[:, 1]
+        expected, found = self.coupling.edges, unique(source[after.edges[~is_new.any(1)]])
+        odd = source[after.edges[mixed]][:1]
+        if not len(odd) and not np.array_equal(expected, found):
+            odd = np.array(sorted(set(map(tuple, expected.tolist())) ^ set(map(tuple, found.tolist()))))[:1]
+        if not len(odd):
+            return None
+        one, two = (self.coupling.record.axis_of(int(atom)).name for atom in odd[0])
+        return f"channels of {one!r} would meet others of {two!r}"
+
+    def _other_copies(self, after: Coupling, copy: Ints, key: Ints) -> str | None:
+        """Copies of one class must be classes of one kind, with the same member at the same place."""
+        axis = after.places >> 32
+        order = np.lexsort((copy, key, axis))
+        one, two = order[:-1], order[1:]
+        alike = (axis[one] == axis[two]) & (key[one] == key[two]) & (copy[two] > 0)
+        one, two = one[alike], two[alike]
+        pairs = np.unique(np.stack([after.classes[one], after.classes[two]], 1), axis=0)
+        apart = (after.places[one] != after.places[two]).any() or len(np.unique(pairs[:, 1])) != len(pairs)
+        if apart or any(after.kind(first) != after.kind(second) for first, second in pairs.tolist()):
+            return "copies of one channel would not be treated alike"
         return None
 
-    def _copied(self, pairs: Ints, atoms: Ints) -> Edges:
-        """The pairs and their copies; the first column's atoms say how many."""
-        count = self.coupling.record.count
-        copies = self.copies[atoms]
-        shifted = [pairs[copies >= number] + number * count for number in range(1, int(self.copies.max(initial=0)) + 1)]
-        return unique(np.concatenate([pairs, *shifted]))
-
-    def _lines(self, choice: Choice, codes: Ints | None) -> set[tuple[int, int]]:
-        """(atom's code, line) of all atoms that are normalised, expected ones if there are no codes."""
-        atoms, lines = choice.lines[:, 0], choice.lines[:, 1]
-        if codes is not None:
-            return set(zip(codes[atoms].tolist(), lines.tolist(), strict=True))
-        count = self.coupling.record.count
-        return {
-            (atom + number * count, line)
-            for atom, line, copies in zip(atoms.tolist(), lines.tolist(), self.copies[atoms].tolist(), strict=True)
-            for number in range(1 + copies)
-        }
-
-
-def _first_difference(one: Edges, two: Edges) -> tuple[int, int] | None:
-    if np.array_equal(one, two):
+    def _other_lines(self, child: Record, source: Ints) -> str | None:
+        """What is normalised together stays together."""
+        for old, new in zip(self.coupling.record.choices, child.choices, strict=True):
+            if self.coupling.is_wider(old) and len(old.lines):
+                expected = np.repeat(old.lines, 1 + self.copies[old.lines[:, 0]].astype(np.int64), axis=0)
+                found = np.stack([source[new.lines[:, 0]], new.lines[:, 1]], 1)
+                if not np.array_equal(expected[np.lexsort(expected.T)], found[np.lexsort(found.T)]):
+                    return f"module {old.module!r} would normalise over other channels"
         return None
-    left, right = set(map(tuple, one.tolist())), set(map(tuple, two.tolist()))
-    return min(left ^ right)

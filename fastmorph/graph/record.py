@@ -1,13 +1,13 @@
 """What a traced run found: which channels must grow together, which cannot grow, and where they are read.
 
-Atoms (see `fastmorph.graph.flow`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one is
-made later: its groups may get wider or more. Two runs are compared by all that is recorded here.
+Atoms (see `fastmorph.graph.flow`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one
+is made later: its groups may get wider or more. Two runs are compared by all that is recorded here.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmorph.graph.flow import real_atoms
+from fastmorph.graph.flow import line, real_atoms
 
 Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
 NO_EDGES: Edges = np.zeros((0, 2), np.int64)
@@ -84,13 +84,18 @@ class Record:
         self.sites: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
+        self.trained = False  # whether a run in train mode is part of it
+        self.sizes: dict[str, dict[tuple[int, int], Tensor]] = {}  # what `note_sizes` found, by module
+        self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module
         self.used: set[str] = set()  # parameters and buffers that some operator took
         self.result: list[tuple[int, ...]] = []  # shapes of the model's outputs
+        self._parameters: dict[str, list[Axis]] = {}
         self._edges: list[Edges] = []
         self._reads: list[Tensor] = []
         self._writes: list[Tensor] = []
         self._unsafe: list[Tensor] = []
         self._shifts: list[Tensor] = []
+        self._standard: list[Tensor] = []
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
         """A new axis with atoms of its own."""
@@ -98,6 +103,27 @@ class Record:
         self.axes.append(axis)
         self.count += size
         return axis
+
+    def add_parameter(self, name: str, shape: tuple[int, ...]) -> None:
+        """An axis for each dimension of a parameter or buffer."""
+        self._parameters[name] = [self.add_axis(name, dim, size, parameter=True) for dim, size in enumerate(shape)]
+
+    def parameter(self, name: str) -> list[Axis]:
+        """The axes of a parameter or buffer."""
+        return self._parameters[name]
+
+    def note_sizes(self, module: str, shape: Sequence[int], labels: Iterable[Tensor]) -> None:
+        """Sizes that the module's forward handles, with the atoms along them: a number of its own may be one of them."""
+        known = self.sizes.setdefault(module, {})
+        for label in labels:
+            for dim, size in enumerate(label.shape):
+                if size > 1:
+                    atoms = line(label, dim)
+                    known.setdefault((shape[dim], int(atoms[0])), atoms)
+
+    def note_cut(self, module: str, sizes: Sequence[int], lines: list[Tensor]) -> None:
+        """Sizes by which the module's forward cuts or pads something, with the atoms of each."""
+        self.cuts.setdefault(module, []).append((tuple(sizes), lines))
 
     def add_atoms(self, module: str, count: int) -> Tensor:
         """Atoms for channels of an output that no row of a weight stands for alone."""
@@ -141,6 +167,10 @@ class Record:
         """What is added to channels, which must be zero for a channel of zeros."""
         self._shifts.append(real_atoms(labels))
 
+    def standardise(self, labels: Iterable[Tensor]) -> None:
+        """Columns of a weight whose rows are set to mean 0 and variance 1: new ones must leave these as they are."""
+        self._standard.append(real_atoms(labels))
+
     @property
     def reads(self) -> Tensor:
         """(count,) bool."""
@@ -160,6 +190,11 @@ class Record:
     def shifts(self) -> Tensor:
         """(count,) bool: see `shift`."""
         return self._mask(self._shifts)
+
+    @property
+    def standardised(self) -> Tensor:
+        """(count,) bool: see `standardise`."""
+        return self._mask(self._standard)
 
     @property
     def edges(self) -> Edges:

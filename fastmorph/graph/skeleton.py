@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,14 @@ from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tracer import Tracer
 
 
+class ForwardError(Exception):
+    """The model's forward does not run on the given shapes; a clause that names the module, and `module`, its name."""
+
+    def __init__(self, module: str, message: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
 class Skeleton:
     """The structure of a model, that can be resized and traced at no cost; the model is not touched.
 
@@ -28,7 +37,11 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if type(model).__name__ == "OptimizedModule":
+            raise MorphError("the model is compiled by torch.compile: morph the original model, then compile the child.")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        devices = [tensor.device for _, tensor in _tensors(model) if tensor.device.type != "meta"]
+        self._device = devices[0] if devices else torch.device("cpu")
         self._values: dict[str, Tensor] = {}
         self.names: dict[str, list[str]] = {}
         memo: dict[int, Any] = {}
@@ -37,12 +50,17 @@ class Skeleton:
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._fake(tensor)
                 first[id(tensor)] = name
-                self._values[name] = tensor.detach()
+                if tensor.device.type != "meta":
+                    self._values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
         self.model: nn.Module = copy.deepcopy(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        fake = self._mode.from_tensor(tensor.detach())
+        if tensor.device.type == "meta":  # weights to come, or an architecture alone
+            with self._mode:
+                fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+        else:
+            fake = self._mode.from_tensor(tensor.detach())
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def copy(self) -> Skeleton:
@@ -61,43 +79,64 @@ class Skeleton:
             new = nn.Parameter(new, old.requires_grad)
         for other in self.names[name]:
             owner, key = _owner(self.model, other)
-            (owner._parameters if key in owner._parameters else owner._buffers)[key] = new
+            tensors: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+            tensors[key] = new
         self._values.pop(name, None)
 
-    def trace(self, inputs: tuple[Any, ...]) -> Record:
-        """Run the model on inputs of these shapes and follow its channels.
+    def trace(self, inputs: tuple[Any, ...], *, train: bool | None = None) -> Record:
+        """Run the model in eval mode on inputs of these shapes and follow its channels.
 
-        Where some parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too.
+        Where parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too: train=None tries
+        that.
         """
-        record = self._run(inputs, train=False)
-        if all(name in record.used for name, _ in self.model.named_parameters()):
-            return record
+        record = Record()
+        for name in self.names:
+            record.add_parameter(name, tuple(_get(self.model, name).shape))
+        self._run(inputs, record, train=False)
+        unused = any(name not in record.used for name, _ in self.model.named_parameters())
+        if train or (train is None and unused):
+            return self._with_train(inputs, record, required=bool(train))
         return record
 
-    def _run(self, inputs: tuple[Any, ...], *, train: bool) -> Record:
-        tracer = Tracer(rule_of)
+    def _with_train(self, inputs: tuple[Any, ...], record: Record, *, required: bool) -> Record:
+        both = copy.deepcopy(record)
+        both.trained = True
+        blocks = len(both.blocks)
+        try:
+            self._run(inputs, both, train=True)
+        except ForwardError:
+            if required:
+                raise
+            return record  # e.g. a batch norm that refuses a single value: then eval mode is all there is to know
+        del both.blocks[blocks:]  # exact it must be in eval mode
+        return both
+
+    def _run(self, inputs: tuple[Any, ...], record: Record, *, train: bool) -> None:
+        tracer = Tracer(rule_of, record)
         for name in self.names:
-            tensor = _get(self.model, name)
-            tracer.add_leaf(name, tensor, self._values.get(name))
+            tracer.add_leaf(name, _get(self.model, name), self._values.get(name))
         self.model.train(train)
         hooks = _follow_modules(self.model, tracer.stack)
         given = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         try:
-            with _plain_attention(), torch.random.fork_rng([]), torch.no_grad(), self._mode, tracer:
+            with _plain_attention(), _silent_errors(), torch.random.fork_rng([]), torch.no_grad(), self._mode, tracer:
                 result = self.model(*given)
+        except MorphError:
+            raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise MorphError(
                 f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
                 "rewrite that part so that it depends on shapes alone."
             ) from error
+        except Exception as error:
+            raise ForwardError(tracer.stack[-1], f"{tracer.module} fails with {type(error).__name__}: {error}") from error
         finally:
             for hook in hooks:
                 hook.remove()
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
-                tracer.record.result.append(tuple(leaf.shape))
-                tracer.record.block(tracer.flow(leaf).slots, "they are the model's output")
-        return tracer.record
+                record.result.append(tuple(leaf.shape))
+                record.block(tracer.flow(leaf).slots, "they are the model's output")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +166,7 @@ def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
+        hooks.append(module.register_forward_hook(leave))
     return hooks
 
 
@@ -141,3 +180,14 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _silent_errors() -> Iterator[None]:
+    """A model that cannot run on some shapes is an answer, which PyTorch would print as a failure."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

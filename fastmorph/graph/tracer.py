@@ -63,9 +63,9 @@ Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or
 class Tracer(TorchDispatchMode):
     """Follows channels while it is the innermost mode; `module` is the name of the module that runs."""
 
-    def __init__(self, rule_of: Callable[[Any, str], Rule]) -> None:
+    def __init__(self, rule_of: Callable[[Any, str], Rule], record: Record) -> None:
         super().__init__()
-        self.record = Record()
+        self.record = record
         self.stack: list[str] = [""]
         self._rule_of = rule_of
         self._flows: dict[int, Flow] = {}
@@ -79,12 +79,12 @@ class Tracer(TorchDispatchMode):
         """The module that runs, as errors name it."""
         return repr(self.stack[-1]) if self.stack[-1] else "the model itself"
 
-    def add_leaf(self, name: str, tensor: Tensor, value: Tensor) -> None:
-        """Register a parameter or buffer under its name, with what it holds."""
-        starts = [self.record.add_axis(name, dim, size, parameter=True).start for dim, size in enumerate(tensor.shape)]
+    def add_leaf(self, name: str, tensor: Tensor, value: Tensor | None) -> None:
+        """Follow a parameter or buffer of this name, with what it holds where that is known."""
         self._names[id(tensor)] = name
-        self._values[id(tensor)] = value
-        self.set(tensor, leaf(tensor.shape, starts))
+        if value is not None:
+            self._values[id(tensor)] = value
+        self.set(tensor, leaf(tensor.shape, [axis.start for axis in self.record.parameter(name)]))
 
     def flow(self, tensor: Tensor) -> Flow:
         """What is known about a tensor."""
@@ -148,6 +148,8 @@ class Tracer(TorchDispatchMode):
                 self._write(tensor, flow, replaces=call.name in ("copy", "fill", "zero"))
             else:
                 self.set(tensor, flow)
+        for tensor in [*call.tensors, *outputs]:
+            self.record.note_sizes(self.stack[-1], tensor.shape, self.flow(tensor).varying)
 
     def _write(self, tensor: Tensor, flow: Flow, *, replaces: bool) -> None:
         """What is known after a write in place, also about every other view of the same memory."""

@@ -13,7 +13,20 @@ from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduc
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
 _CONSTANT = ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
-_DATA = ("arange", "linspace", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "eye")
+_DATA = (
+    "arange",
+    "linspace",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "uniform",
+    "normal",
+    "eye",
+)
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(move.KEEP, move.keep),
@@ -25,7 +38,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys((*_CONSTANT, "new_full", "new_empty", "scalar_tensor", "fill", "zero"), pointwise.constant),
     **dict.fromkeys((*_DATA, "random", "exponential", "tril_indices", "triu_indices"), pointwise.data),
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "matmul"), contract.matrix_product),
-    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update"), norms.batch_norm),
+    **dict.fromkeys(
+        ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update"), norms.batch_norm
+    ),
     **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), norms.batch_norm),
     **dict.fromkeys(("_batch_norm_no_update", "batch_norm", "instance_norm"), norms.batch_norm),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"), norms.layer_norm),
@@ -58,6 +73,8 @@ def _unknown(tracer: Tracer, call: Call) -> list[Flow]:
     """An operator without a rule: nothing that it takes can be copied."""
     flows = [tracer.flow(tensor) for tensor in call.tensors]
     tracer.note(call.name)
-    tracer.block([slot for flow in flows for slot in flow.slots], f"runs {call.name}, of which it is not known how it treats them")
+    tracer.block(
+        [slot for flow in flows for slot in flow.slots], f"runs {call.name}, of which it is not known how it treats them"
+    )
     outs = [item for item in pytree.tree_leaves(call.out) if isinstance(item, Tensor)]
     return [UNIFORM if not flows and out.numel() == 1 else DATA for out in outs]

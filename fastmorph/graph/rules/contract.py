@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmorph.graph.flow import FIXED, Flow, compress
 from fastmorph.graph.record import Choice, chain, edges
-from fastmorph.graph.rules.move import lonely, merged
+from fastmorph.graph.rules.move import merged
 from fastmorph.graph.rules.pointwise import combined
 from fastmorph.graph.rules.reduce import mixed
 from fastmorph.graph.tracer import Call, Tracer
@@ -60,7 +60,9 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
     x = Flow(tuple(slot.unsqueeze(-2) for slot in x.slots), x.opaque, x.linear)
     y = Flow(tuple(slot.transpose(-1, -2).unsqueeze(-3) for slot in y.slots), y.opaque, y.linear)
     ins = [_summed(flow, size) for flow in (x, y)]
-    outs = [[slot for slot in flow.slots if all(slot is not own for own in mine)] for flow, mine in zip((x, y), ins, strict=True)]
+    outs = [
+        [slot for slot in flow.slots if all(slot is not own for own in mine)] for flow, mine in zip((x, y), ins, strict=True)
+    ]
     weights = [flow.linear and not flow.opaque for flow in (x, y)]
     if weights == [True, True]:
         tracer.block(ins[0] + ins[1], "multiplies two weights over them")
@@ -87,7 +89,7 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
 def _summed(flow: Flow, size: int) -> list[Tensor]:
     """The slots along the dimension that is summed over, the last."""
     own = flow.along(-1)
-    if own or size > 1 and not flow.uniform:
+    if own or (size > 1 and not flow.uniform):
         return own
     return flow.uniform if len(flow.uniform) == 1 or size == 1 else []
 
@@ -127,81 +129,88 @@ def convolution(tracer: Tracer, call: Call) -> Flow:
     x, weight, bias, groups, transposed = (call[name] for name in ("input", "weight", "bias", "groups", "transposed"))
     numbers = (call[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding"))
     tracer.note("convolution", tuple(weight.shape[2:]), *map(str, numbers))
-    flow, kernel = tracer.flow(x), tracer.flow(weight)
+    channels, rest = _channels(tracer, x)
+    kernel = tracer.flow(weight)
+    made, read = (_axis(kernel, weight, dim) for dim in ((1, 0) if transposed else (0, 1)))
+    depthwise = groups > 1 and groups == x.shape[1] == call.out.shape[1]
+    if depthwise and transposed:
+        made = read
+    if kernel.opaque or made is None or (groups > 1 and read is None and not depthwise):
+        tracer.block([*channels, *kernel.slots], _COMPUTED)
+        return Flow(tuple(rest))
+    name = tracer.record.axis_of(int(made[0])).name
+    if not (kernel.linear or depthwise):
+        tracer.block([*channels, *([] if read is None else [read])], _COMPUTED)
+    if groups == 1:
+        _read(tracer, [] if read is None else [read], [slot.movedim(1, -1) for slot in channels])
+    else:
+        vector = torch.full((x.shape[1],), FIXED)
+        if len(channels) == 1 and channels[0].numel() == x.shape[1]:
+            vector = channels[0].reshape(-1)
+        elif channels:
+            tracer.block([*channels, *kernel.slots], "has groups whose channels belong to several layers at once")
+        if depthwise:  # no sum at all
+            tracer.record.tie(vector, made)
+            tracer.block([made[vector < 0]], _INPUT)
+            tracer.record.depthwise.append((tracer.stack[-1], made))
+        else:
+            assert read is not None
+            made = _grouped(tracer, vector, made, read, call)
+    tracer.record.write([made])
+    tracer.record.add_output(made, name)
+    if bias is not None:
+        known = tracer.flow(bias).along(0) or tracer.flow(bias).slots[:1]
+        tracer.record.shift(known)
+        tracer.record.write(known)
+        for slot in known:
+            tracer.record.tie(made, slot)
+    return Flow((*rest, compress(made.view([-1 if dim == 1 else 1 for dim in range(x.ndim)]))))
+
+
+def _channels(tracer: Tracer, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The labels of a convolution's input along its channels, and those that pass."""
+    flow = tracer.flow(x)
+    if not flow.opaque:
+        tracer.record.shift(flow.slots)  # data that are a parameter
+    channels, rest = [], []
     for slot in flow.slots:
         if any(slot.shape[dim] > 1 for dim in range(2, x.ndim)):
             tracer.block([slot], "slides a kernel along them")
-    held = [slot for slot in flow.slots if all(slot.shape[dim] == 1 for dim in range(2, x.ndim))]
-    channels = [slot for slot in held if slot.shape[1] > 1] or ([s for s in held if s.numel() == 1] if x.shape[1] == 1 else [])
-    spread = [slot for slot in held if slot.numel() == 1 and x.shape[1] > 1]
-    tracer.block(spread, "reads one channel several times")
-    rest = [slot for slot in held if slot.numel() > 1 and slot.shape[1] == 1]
-    depthwise = groups > 1 and groups == x.shape[1] == call.out.shape[1]
-    rows, columns = _axis(kernel, weight, 0), _axis(kernel, weight, 1)
-    if kernel.opaque or not (kernel.linear or depthwise) or rows is None or (columns is None and not depthwise):
-        tracer.block([*channels, *kernel.slots], _COMPUTED)
-        return Flow(tuple(rest))
-    first = rows[0]
-    if groups == 1:
-        rows, columns = (columns, rows) if transposed else (rows, columns)
-        assert rows is not None
-        assert columns is not None
-        _read(tracer, [columns], [slot.movedim(1, -1) for slot in channels])
-    else:
-        vector = None
-        if len(channels) == 1 and channels[0].numel() in (1, x.shape[1]):
-            vector = channels[0].reshape(-1).expand(x.shape[1])
-        elif channels:
-            tracer.block([*channels, rows, columns], "has groups whose channels belong to several layers at once")
-        rows = _grouped(tracer, vector, rows, columns, groups, call)
-    tracer.record.write([rows])
-    tracer.record.add_output(rows, tracer.record.axis_of(int(first)).name)
-    if bias is not None:
-        tracer.record.shift(tracer.flow(bias).slots)
-        for slot in tracer.flow(bias).slots:
-            tracer.record.tie(rows, slot)
-            tracer.record.write([slot])
-    label = rows.view([-1 if dim == 1 else 1 for dim in range(x.ndim)])
-    return Flow((*rest, compress(label)))
+        elif slot.shape[1] == x.shape[1] and (slot.numel() > 1 or flow.opaque):
+            channels.append(slot)
+        elif slot.numel() > 1:
+            rest.append(slot)
+        elif flow.opaque:
+            tracer.block([slot], "reads one channel several times")
+    return channels, rest
 
 
 def _axis(kernel: Flow, weight: Tensor, dim: int) -> Tensor | None:
     """The labels along one dimension of a weight, (size,); None if they are not one layer's."""
     slots = kernel.along(dim)
     if weight.shape[dim] == 1 and len(kernel.slots) == weight.ndim:  # a slot a dimension, in order
-        slots = kernel.slots[dim : dim + 1]
+        slots = [kernel.slots[dim]]
     if len(slots) != 1 or slots[0].numel() != weight.shape[dim]:
         return None
     return slots[0].reshape(-1)
 
 
-def _grouped(
-    tracer: Tracer, vector: Tensor | None, rows: Tensor, columns: Tensor | None, groups: int, call: Call
-) -> Tensor:
-    """Ties of a convolution in groups, whose channels are `vector` (Ci,); returns its output's atoms (Co,)."""
-    record, transposed = tracer.record, call["transposed"]
-    per_group, out_per_group = call["input"].shape[1] // groups, call.out.shape[1] // groups
-    if vector is None:
-        vector = torch.full((groups * per_group,), FIXED)
-    if columns is None or (per_group == 1 and out_per_group == 1):  # depthwise: no sum at all
-        record.tie(vector, rows)
-        tracer.block([rows[vector < 0]], _INPUT)
-        record.depthwise.append((tracer.stack[-1], rows))
-        return rows
+def _grouped(tracer: Tracer, vector: Tensor, made: Tensor, read: Tensor, call: Call) -> Tensor:
+    """Ties of a convolution in groups, whose input's channels are `vector` (Ci,); returns its output's (Co,)."""
+    record, groups = tracer.record, call["groups"]
     if bool((vector < 0).any()):
-        tracer.block([rows, columns], _INPUT)
-    x = vector.view(groups, per_group)
-    if transposed:
-        # One row serves every group, so that the outputs need atoms of their own.
-        out = record.add_atoms(tracer.stack[-1], groups * out_per_group).view(groups, out_per_group)
-        record.read(rows)
-        record.tie(vector, rows)
-        record.write([columns])
-        inside = [chain(x.T), edges(out, columns)]
+        tracer.block([made, read], _INPUT)
+    x = vector.view(groups, -1)
+    record.read(read)
+    if call["transposed"]:
+        # One column serves every group, so that the outputs need atoms of their own.
+        out = record.add_atoms(tracer.stack[-1], groups * len(made)).view(groups, -1)
+        record.tie(vector, read)
+        record.write([made])
+        inside = [chain(x.T), edges(out, made)]
     else:
-        out = rows.view(groups, out_per_group)
-        record.read(columns)
-        inside = [edges(x, columns), chain(out.T)]
+        out = made.view(groups, -1)
+        inside = [edges(x, read), chain(out.T)]
     more = [chain(x), edges(x[:, :1], out[:, :1]), chain(out)]
     record.choices.append(Choice(tracer.stack[-1], "groups", groups, vector, np.concatenate(inside), np.concatenate(more)))
     return out.reshape(-1)

@@ -15,7 +15,7 @@ from fastmorph.graph.tracer import Call, Tracer
 def lookup(tracer: Tracer, call: Call) -> Flow:
     """index.Tensor and index_select: the same look-up on the labels."""
     tensor, flow = call["self"], tracer.flow(call["self"])
-    indices = call.args.get("indices", call.args.get("index"))
+    indices: Any = call.args.get("indices", call.args.get("index"))
     values = pytree.tree_map(lambda leaf: tracer.value(leaf) if isinstance(leaf, Tensor) else leaf, indices)
     known = all(
         value is not None
@@ -23,7 +23,9 @@ def lookup(tracer: Tracer, call: Call) -> Flow:
         if isinstance(given, Tensor)
     )
     tracer.note(call.name)
-    looked_up = {call["dim"] % tensor.ndim} if "dim" in call.args else {i for i, index in enumerate(indices) if index is not None}
+    looked_up = (
+        {call["dim"] % tensor.ndim} if "dim" in call.args else {i for i, index in enumerate(indices) if index is not None}
+    )
     slots = []
     for slot in flow.slots:
         if known:
@@ -39,7 +41,9 @@ def lookup(tracer: Tracer, call: Call) -> Flow:
 def _zeros(leaf: Any) -> Any:
     """Any numbers of that shape: along these dimensions the label is the same everywhere."""
     if isinstance(leaf, Tensor):
-        return torch.ones(leaf.shape, dtype=torch.bool) if leaf.dtype == torch.bool else torch.zeros(leaf.shape, dtype=torch.int64)
+        return (
+            torch.ones(leaf.shape, dtype=torch.bool) if leaf.dtype == torch.bool else torch.zeros(leaf.shape, dtype=torch.int64)
+        )
     return leaf
 
 

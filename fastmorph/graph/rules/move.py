@@ -6,14 +6,24 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmorph.graph.flow import FIXED, FREE, Flow, compress, varying_dims
+from fastmorph.graph.flow import FIXED, FREE, Flow, compress, line, varying_dims
 from fastmorph.graph.record import chain
 from fastmorph.graph.tracer import Call, Tracer, storage_size
 
 KEEP = ("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift", "positive", "to", "_conj", "resolve_conj")
 MOVE = (
     *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "numpy_T", "movedim", "expand"),
-    *("slice", "select", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk"),
+    *(
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "chunk",
+        "unsafe_chunk",
+    ),
     *("unbind", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "squeeze"),
     *("unsqueeze", "diagonal", "unfold", "repeat", "repeat_interleave", "tile", "rot90", "triu", "tril"),
 )
@@ -42,6 +52,11 @@ def move(tracer: Tracer, call: Call) -> list[Flow]:
         label = slot.expand(tensor.shape)
         result = label.reshape(call.out.shape) if call.name in _FREED else call.on(label)
         moved.append([compress(item) for item in pytree.tree_leaves(result)])
+    if call.name.endswith("split_with_sizes"):
+        dim, sizes = call["dim"] % tensor.ndim, call["split_sizes"]
+        for labels in moved:
+            lines = [line(label, dim).expand(size) for label, size in zip(labels, sizes, strict=True)]
+            tracer.record.note_cut(tracer.stack[-1], sizes, lines)
     return [Flow(tuple(labels), flow.opaque, flow.linear) for labels in zip(*moved, strict=True)]
 
 
@@ -138,13 +153,27 @@ def lonely(tracer: Tracer, flows: list[Flow], varies: bool) -> list[Tensor]:
 
 
 def pad(tracer: Tracer, call: Call) -> Flow:
-    """Zeros, or another constant, around the data."""
+    """Zeros, or another constant, around the data; those beside channels are channels that grow with what they meet."""
     flow, widths = tracer.flow(call["self"]), list(call["pad"])
     tracer.note("pad", float(call["value"] or 0))
     slots = []
     for slot in flow.slots:
-        own = [width if slot.shape[-1 - place // 2] > 1 else 0 for place, width in enumerate(widths)]
-        slots.append(compress(torch.constant_pad_nd(slot, own, FIXED if call["value"] else FREE)))
+        lines = [torch.full((max(width, 0),), FREE) for width in widths]
+        for place, width in enumerate(widths):
+            dim, behind = slot.ndim - 1 - place // 2, place % 2
+            if slot.shape[dim] == 1 or not width:
+                continue
+            if width < 0:
+                slot = slot.narrow(dim, 0 if behind else -width, slot.shape[dim] + width)
+                continue
+            lines[place] = tracer.record.add_atoms(tracer.stack[-1], width)
+            frame = lines[place].view([-1 if other == dim else 1 for other in range(slot.ndim)])
+            frame = frame.expand([width if other == dim else size for other, size in enumerate(slot.shape)])
+            slot = torch.cat([slot, frame] if behind else [frame, slot], dim)
+        tracer.record.note_cut(tracer.stack[-1], widths, lines)
+        slots.append(compress(slot))
+        if call["value"]:
+            tracer.record.unsafe(lines)
     return Flow(tuple(slots), flow.opaque)
 
 

@@ -21,9 +21,11 @@ def batch_norm(tracer: Tracer, call: Call) -> list[Flow]:
     out = _affine(tracer, tracer.flow(x), x.shape, 1, call.args, ("weight", "bias", "running_mean", "running_var"))
     if call.args.get("training") is not False and call.args.get("running_mean") is None:
         dims = [0, *range(2, x.ndim)]
-        slots = [mixed(tracer, s, dims, "normalises over them", fair=out.opaque) for s in out.slots]
-        kept = [slot for slot, left in zip(out.slots, slots, strict=True) if left is not None]
-        out = Flow(tuple(kept), out.opaque)
+        if out.linear and not out.opaque:  # a weight's rows are standardised
+            tracer.record.standardise(slot for slot in out.slots if any(slot.shape[dim] > 1 for dim in dims))
+        else:
+            lefts = [mixed(tracer, slot, dims, "normalises over them", fair=out.opaque) for slot in out.slots]
+            out = Flow(tuple(slot for slot, left in zip(out.slots, lefts, strict=True) if left is not None), out.opaque)
     outs = len(call.out) if isinstance(call.out, tuple | list) else 1
     return [out, *[Flow()] * (outs - 1)]
 
@@ -33,7 +35,7 @@ def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, An
     slots = flow.along(dim) or (flow.uniform if shape[dim] == 1 else [])
     vectors = [(name, args[name]) for name in names if args.get(name) is not None]
     for name, vector in vectors:
-        label = tracer.flow(vector).slots
+        label = tracer.flow(vector).along(0) or tracer.flow(vector).slots[:1]
         if flow.opaque:
             tracer.record.write(label)
         if name in ("bias", "running_mean"):

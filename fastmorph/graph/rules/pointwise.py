@@ -16,7 +16,21 @@ EXTRA = (
 )
 # Those that make zero of zero, as far as they take one tensor, or one that is zero.
 _KEEP_ZERO = (
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish", "tanh", "_prelu_kernel", "prelu"),
+    *(
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "celu",
+        "selu",
+        "silu",
+        "gelu",
+        "mish",
+        "hardswish",
+        "tanh",
+        "_prelu_kernel",
+        "prelu",
+    ),
     *("mul", "neg", "abs", "sign", "sqrt", "square", "native_dropout", "softshrink", "hardshrink", "copy", "erf", "sin"),
 )
 
@@ -28,7 +42,7 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
     tensors = [t for t in call.tensors if t.numel()]
     if call.name == "copy":
         tensors = tensors[1:]
-    flow = combined(tracer, [(tracer.flow(t), tuple(t.shape)) for t in tensors], out.ndim)
+    flow = combined(tracer, [(tracer.flow(t), _extent(t)) for t in tensors], out.ndim)
     zero_bound = call.name in ("hardtanh", "clamp") and _bounds_hold_zero(call)
     flows = [tracer.flow(tensor) for tensor in tensors]
     if call.name in ("add", "sub"):
@@ -43,6 +57,11 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
     if _stays_linear(tracer, call, tensors):
         flow = Flow(flow.slots, flow.opaque, True)
     return [flow] * (1 if isinstance(call.out, Tensor) else len(call.out))
+
+
+def _extent(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's shape, with size 1 where it is expanded."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _bounds_hold_zero(call: Call) -> bool:
@@ -95,9 +114,10 @@ def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim:
 
 
 def constant(tracer: Tracer, call: Call) -> Flow:
-    """A new tensor that holds one number everywhere."""
+    """A new tensor that holds one number everywhere; made like another, it belongs to the same channels."""
     tracer.note(call.name, *(value for name, value in call.args.items() if name in ("fill_value", "value", "s")))
-    return Flow(opaque=False)
+    slots = tracer.flow(call.tensors[0]).slots if call.name.endswith("_like") else ()
+    return Flow(slots, opaque=False)
 
 
 def data(tracer: Tracer, call: Call) -> Flow:

@@ -1,8 +1,8 @@
 """Operators that mix all positions along a dimension: sums, means, softmax, sorting, normalisation.
 
-Along a dimension of channels that ends it, with two exceptions. Where the label changes along another dimension too, every line is
-one thing that can be copied whole (a head of attention, a path of a split). A mean, a maximum or a variance stays what it is when
-every channel is copied equally often.
+Along a dimension of channels that ends it, with two exceptions. Where the label changes along another dimension too, every
+line is one thing that can be copied whole (a head of attention, a path of a split). A mean, a maximum or a variance stays what
+it is when every channel is copied equally often.
 """
 
 from __future__ import annotations

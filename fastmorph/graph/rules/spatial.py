@@ -5,14 +5,12 @@ from __future__ import annotations
 from fastmorph.graph.flow import Flow
 from fastmorph.graph.tracer import Call, Tracer
 
-SPATIAL = tuple(
-    f"{name}{dims}d"
-    for dims in (1, 2, 3)
-    for name in (
-        *("max_pool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "fractional_max_pool"),
-        *("reflection_pad", "replication_pad", "upsample_nearest", "_upsample_nearest_exact", "max_unpool"),
-    )
-) + (
+_NAMES = (
+    *("max_pool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "fractional_max_pool"),
+    *("reflection_pad", "replication_pad", "upsample_nearest", "_upsample_nearest_exact", "max_unpool"),
+)
+SPATIAL = (
+    *(f"{name}{dims}d" for dims in (1, 2, 3) for name in _NAMES),
     *("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
     *("upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
     *("upsample_trilinear3d", "grid_sampler_2d", "grid_sampler_3d"),

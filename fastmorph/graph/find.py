@@ -1,0 +1,53 @@
+"""Layers by name: which channels they make."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmorph.errors import MorphError
+from fastmorph.graph.record import Record
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
+    path, _, key = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), key)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
+    """Positional arguments, from a tuple of them or a single one."""
+    return example_inputs if example_inputs is None or isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
+    """The atoms of the channels that a layer, or a weight, makes, in order.
+
+    Raises MorphError if there is no such layer, or it made none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if layer in record.outputs:
+        return record.outputs[layer]
+    if layer not in modules:
+        near = difflib.get_close_matches(layer, modules, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
+        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).")
+    own = {id(parameter) for parameter in modules[layer].parameters(recurse=False)}
+    weights = [name for name in record.outputs if id(tensor_of(model, name)) in own]
+    if len(weights) == 1:
+        return record.outputs[weights[0]]
+    if weights:
+        raise MorphError(f"layer {layer!r} makes channels with several weights; name one of {', '.join(map(repr, weights))}.")
+    inside = [name for name in record.outputs if name.startswith(layer and layer + ".")]
+    if inside:
+        hint = f"name a layer in it, e.g. {inside[0].rpartition('.')[0]!r}"
+    elif own:
+        hint = "name the layer that makes the channels, or pass example_inputs= that reach this one"
+    else:
+        hint = "name a layer with a weight"
+    kind = type(modules[layer]).__name__
+    raise MorphError(f"layer {layer!r} cannot be widened: it is a {kind} and makes no channels of its own; {hint}.")
