@@ -7,6 +7,7 @@ from fastmorph.decomposition import Decomposition
 from fastmorph.deepen import Deepen
 from fastmorph.equation import compose, decompose
 from fastmorph.errors import InexactMorphError, MorphError
+from fastmorph.graph import Coupled, coupled
 from fastmorph.grow_kernel import GrowKernel
 from fastmorph.insert_subnet import InsertSubnet
 from fastmorph.many import decompose_many
@@ -26,6 +27,7 @@ __all__ = [
     "Auto",
     "Certificate",
     "Chain",
+    "Coupled",
     "Decomposition",
     "Deepen",
     "Direct",
@@ -46,6 +48,7 @@ __all__ = [
     "Sum",
     "Widen",
     "compose",
+    "coupled",
     "decompose",
     "decompose_many",
     "decompose_sequence",

@@ -100,7 +100,7 @@ def test_standardised_weights_take_twins():
     model = trained(nn.Sequential(Standardised(3, 6, 3), nn.ReLU(), Standardised(6, 5, 2), nn.ReLU(), nn.Conv2d(5, 2, 1)))
     child = widened(model, {"0": 10}, randn(2, 3, 6, 6))
     assert child[2].weight[:, 6:].abs().min() > 0
-    with pytest.raises(fm.MorphError, match="they come in steps of 2; the nearest number that works is (8|10)"):
+    with pytest.raises(fm.MorphError, match=r"they come in steps of 2; the nearest number that works is (8|10)"):
         fm.widen(model, {"0": 9}, example_inputs=randn(2, 3, 6, 6))
-    with pytest.raises(fm.MorphError, match="'2.weight' is standardised row by row, .*; use fill='pair'"):
+    with pytest.raises(fm.MorphError, match=r"'2.weight' is standardised row by row, .*; use fill='pair'"):
         fm.widen(model, {"0": 10}, example_inputs=randn(2, 3, 6, 6), fill="zero")

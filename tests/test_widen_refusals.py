@@ -21,6 +21,12 @@ def parameter(*shape):
     return nn.Parameter(torch.ones(shape))
 
 
+def last_is_zero(m, x):
+    x = x.clone()
+    x[:, -1] = 0
+    return x
+
+
 FORBIDDEN = {
     "softmax": (lambda m, x: x.softmax(1), "the model itself takes softmax over them"),
     "sum": (lambda m, x: x * x.sum(1, keepdim=True), "takes sum over them"),
@@ -28,8 +34,14 @@ FORBIDDEN = {
     "local response": (lambda m, x: F.local_response_norm(x, 3), "slides a window along them"),
     "order": (lambda m, x: x.sort(1).values, "takes sort over them"),
     "running sum": (lambda m, x: x.cumsum(1), "takes cumsum over them"),
-    "attention over channels": (lambda m, x: (x.flatten(2) @ x.flatten(2).mT).softmax(1) @ x.flatten(2), "over them"),
-    "Gram matrix": (lambda m, x: torch.einsum("bchw,bdhw->bcd", x, x).mean((1, 2))[:, None, None, None] * x, "them"),
+    "attention over channels": (
+        lambda m, x: ((x.flatten(2) @ x.flatten(2).mT).softmax(1) @ x.flatten(2)).unflatten(2, (5, 5)),
+        "takes softmax over them",
+    ),
+    "Gram matrix": (
+        lambda m, x: torch.einsum("bchw,bdhw->bcd", x, x).sum((1, 2))[:, None, None, None] * x,
+        "takes sum over them",
+    ),
     "ramp": (lambda m, x: x * torch.arange(8.0, dtype=x.dtype).view(8, 1, 1), "differ from channel to channel"),
     "table": (
         lambda m, x: x + torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(-1, 1, 1),
@@ -37,18 +49,30 @@ FORBIDDEN = {
     ),
     "number of channels": (lambda m, x: x * x.shape[1] ** -0.5, "would run"),
     "fixed slice": (lambda m, x: torch.cat([x[:, :3], x[:, 3:8]], 1), "the model itself|'two' fails"),
-    "fixed reshape": (lambda m, x: x.reshape(-1, 8, 5, 5), "fails with RuntimeError: shape"),
-    "neighbours": (lambda m, x: x + x.flip(1), "cannot be widened"),
-    "picked channels": (lambda m, x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], "'two' fails|would"),
+    "fixed reshape": (lambda m, x: x.reshape(-1, 8, 5, 5), "cannot be widened: 'two' fails with RuntimeError"),
+    "last one": (lambda m, x: torch.cat([x[:, :-1], x[:, -1:] * 0 + 1], 1) + x, "would"),
+    "last one in place": (last_is_zero, "would"),
+    "always dropout": (lambda m, x: F.dropout(x, 0.5, True), "draws random numbers for them"),
+    "noise": (lambda m, x: x + torch.randn_like(x), "differ from channel to channel"),
+    "ones summed": (lambda m, x: x * torch.ones(x.shape[1], dtype=x.dtype).sum(), "would run"),
+    "ramp's mean": (lambda m, x: x * torch.arange(x.shape[1], dtype=x.dtype).mean(), "would run"),
+    "size as a tensor": (lambda m, x: x / x.new_tensor(x.shape[1]), "would run"),
+    "size of zeros": (lambda m, x: x + x.new_zeros(1, x.shape[1]).exp() @ x.new_ones(x.shape[1]), "would run"),
+    "picked channels": (lambda m, x: x[:, [0, 1, 2, 3, 4, 5, 6, 7]], "looks them up|would"),
     "input": (lambda m, x: x + m.image, "differ from channel to channel"),
     "kernel over channels": (lambda m, x: m.along(x.mean((2, 3))[:, None]).transpose(1, 2)[..., None] * x, "slides a kernel"),
     "weight by a function": (
         lambda m, x: F.conv2d(x, m.raw.abs()) * 0 + F.conv2d(x, m.raw.exp()),
         "with a tensor that it computes",
     ),
+    "squared weight": (
+        lambda m, x: F.conv2d(x, m.raw * m.raw),
+        "'raw' sums over them by a function of its entries that is not",
+    ),
     "maximum's place": (lambda m, x: x * (x.max(1).indices[:, None] + 1), "takes positions along them|takes max"),
 }
 MORE = {
+    "squared weight": {"raw": parameter(8, 8, 1, 1)},
     "kernel over channels": {"along": nn.Conv1d(1, 1, 3, padding=1)},
     "weight by a function": {"raw": parameter(8, 8, 1, 1)},
 }
@@ -76,7 +100,7 @@ def test_the_models_output():
 
 def test_a_branch_on_values():
     model = trained(Net(lambda m, x: m.one(x) if x.sum() > 0 else m.one(-x), one=nn.Linear(3, 3)))
-    with pytest.raises(fm.MorphError, match="the model itself branches on the values of a tensor .*; rewrite that part"):
+    with pytest.raises(fm.MorphError, match=r"the model itself branches on the values of a tensor .*; rewrite that part"):
         fm.widen(model, {"one": 4}, example_inputs=randn(2, 3))
 
 
@@ -107,7 +131,7 @@ def test_as_many_as_there_are_changes_nothing():
 
 def test_a_weight_that_makes_and_reads():
     model = trained(Net(lambda m, x: F.linear(torch.relu(m.one(x)), m.one.weight.t()), one=nn.Linear(3, 4)))
-    with pytest.raises(fm.MorphError, match="'one.weight' both makes them and is read by them"):
+    with pytest.raises(fm.MorphError, match=r"'one.weight' both makes them and sums over them"):
         fm.widen(model, {"one": 6}, example_inputs=randn(2, 3))
 
 
@@ -116,7 +140,7 @@ def test_steps_name_the_nearest_width():
     x = randn(2, 3, 6, 6)
     with pytest.raises(
         fm.MorphError,
-        match="layer '1' cannot have 13 channels: they come in steps of .*; the nearest number that works is 1[24]",
+        match=r"layer '1' cannot have 13 channels: they come in steps of .*; the nearest number that works is 1[24]",
     ):
         fm.widen(model, {"1": 13}, example_inputs=x)
     widened(model, {"1": 12}, x)

@@ -1,4 +1,4 @@
-"""Networks that nobody wrote for this library: each operator is exact at a random place, or has an algebraic reason not to be."""
+"""Networks that nobody wrote for this library: each operator is exact at a random place, or algebra forbids it there."""
 
 from __future__ import annotations
 

@@ -52,7 +52,12 @@ class Coupling:
         both = (self.record.reads & self.record.writes).nonzero().reshape(-1)
         for atom in both.tolist():
             name = self.record.axis_of(atom).name
-            found.setdefault(int(self.classes[atom]), f"{name!r} both makes them and is read by them (a tied weight)")
+            found.setdefault(int(self.classes[atom]), f"{name!r} both makes them and sums over them (a tied weight)")
+        for atom in (self.record.reads & self.record.bent).nonzero().reshape(-1).tolist():
+            name = self.record.axis_of(atom).name
+            found.setdefault(
+                int(self.classes[atom]), f"{name!r} sums over them by a function of its entries that is not linear"
+            )
         return found
 
     @cached_property

@@ -96,6 +96,7 @@ class Record:
         self._unsafe: list[Tensor] = []
         self._shifts: list[Tensor] = []
         self._standard: list[Tensor] = []
+        self._bent: list[Tensor] = []
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
         """A new axis with atoms of its own."""
@@ -190,6 +191,15 @@ class Record:
     def shifts(self) -> Tensor:
         """(count,) bool: see `shift`."""
         return self._mask(self._shifts)
+
+    def bend(self, labels: Iterable[Tensor]) -> None:
+        """Entries of a weight that go into a product more than once: as columns they would not cancel."""
+        self._bent.append(real_atoms(labels))
+
+    @property
+    def bent(self) -> Tensor:
+        """(count,) bool: see `bend`."""
+        return self._mask(self._bent)
 
     @property
     def standardised(self) -> Tensor:

@@ -57,6 +57,7 @@ class Call:
         return tuple(_plain(value) for value in self.args.values() if not isinstance(value, Tensor))
 
 
+_NOTED = 64  # elements of a constant that two runs are compared by
 Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
 
 
@@ -90,6 +91,8 @@ class Tracer(TorchDispatchMode):
         """What is known about a tensor."""
         if id(tensor) not in self._flows:  # made outside of the traced run, so that it has values
             self.set(tensor, DATA if tensor.numel() > 1 and not _same_everywhere(tensor) else UNIFORM)
+            if type(tensor) is Tensor and tensor.numel() <= _NOTED:
+                self.note("constant", tuple(tensor.flatten().tolist()))
         return self._flows[id(tensor)]
 
     def set(self, tensor: Tensor, flow: Flow) -> None:

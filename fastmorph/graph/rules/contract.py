@@ -60,6 +60,8 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
     x = Flow(tuple(slot.unsqueeze(-2) for slot in x.slots), x.opaque, x.linear)
     y = Flow(tuple(slot.transpose(-1, -2).unsqueeze(-3) for slot in y.slots), y.opaque, y.linear)
     ins = [_summed(flow, size) for flow in (x, y)]
+    if not any(ins):  # a number that may come from a size
+        tracer.note(size)
     outs = [
         [slot for slot in flow.slots if all(slot is not own for own in mine)] for flow, mine in zip((x, y), ins, strict=True)
     ]

@@ -32,12 +32,7 @@ _FREED = ("view", "_unsafe_view", "_reshape_alias")  # of a label that is expand
 
 def keep(tracer: Tracer, call: Call) -> Flow:
     """The same data."""
-    flow = tracer.flow(call.tensors[0])
-    if call.name == "lift_fresh":
-        value = tracer.value(call.tensors[0])
-        if value is not None and value.numel() <= 64:
-            tracer.note("constant", tuple(value.flatten().tolist()))
-    return flow
+    return tracer.flow(call.tensors[0])
 
 
 def move(tracer: Tracer, call: Call) -> list[Flow]:

@@ -14,6 +14,7 @@ EXTRA = (
     *("hardswish", "_prelu_kernel", "prelu", "rrelu_with_noise", "log_sigmoid_forward", "floor_divide", "copy", "dropout"),
     *("native_dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "view_as_real", "_assert_tensor_metadata"),
 )
+_RANDOM = ("native_dropout", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu_with_noise")
 # Those that make zero of zero, as far as they take one tensor, or one that is zero.
 _KEEP_ZERO = (
     *(
@@ -54,9 +55,16 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
         keeps_zero = call.name in _KEEP_ZERO or zero_bound
     if not keeps_zero:
         tracer.record.unsafe(flow.varying)
+    if _draws(call):
+        tracer.block(flow.slots, "draws random numbers for them")
     if _stays_linear(tracer, call, tensors):
         flow = Flow(flow.slots, flow.opaque, True)
     return [flow] * (1 if isinstance(call.out, Tensor) else len(call.out))
+
+
+def _draws(call: Call) -> bool:
+    """Whether other random numbers meet each channel, and each copy."""
+    return call.name in _RANDOM and call.args.get("train", call.args.get("training")) is not False
 
 
 def _extent(tensor: Tensor) -> tuple[int, ...]:
@@ -74,15 +82,19 @@ def _stays_linear(tracer: Tracer, call: Call, tensors: list[Tensor]) -> bool:
     flows = [tracer.flow(tensor) for tensor in tensors]
     if call.name == "neg" or (call.name in ("mul", "div") and len(flows) == 1):
         return flows[0].linear
-    if call.name == "mul":
-        # The labels are the first operand's; with columns that cancel there, any other factor that is equal for copies will do.
-        return flows[0].linear or (flows[1].linear and not flows[0].slots)
+    if call.name not in ("mul", "div") or len(flows) != 2:
+        return False
+    one, two = ([aligned(slot, call.out.ndim) for slot in flow.varying] for flow in flows)
+    shared = [slot for slot in one + two if all(any(_meet(slot, other) for other in side) for side in (one, two))]
+    if any(flow.linear for flow in flows):
+        tracer.record.bend(shared)  # along other dimensions, the other factor is a number
     if call.name == "div":
-        held = [varying_dims(aligned(slot, call.out.ndim)) for slot in flows[0].varying]
-        return flows[0].linear and all(
-            any(varying_dims(aligned(slot, call.out.ndim)) & dims for dims in held) for slot in flows[1].varying
-        )
-    return False
+        return flows[0].linear and all(any(_meet(slot, other) for other in one) for slot in two)
+    return flows[0].linear or flows[1].linear
+
+
+def _meet(one: Tensor, two: Tensor) -> bool:
+    return bool(varying_dims(one) & varying_dims(two))
 
 
 def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim: int) -> Flow:
@@ -122,5 +134,5 @@ def constant(tracer: Tracer, call: Call) -> Flow:
 
 def data(tracer: Tracer, call: Call) -> Flow:
     """A new tensor that holds anything, whatever it was made from: a size, a range, random numbers."""
-    tracer.note(call.name)
+    tracer.note(call.name, *call.numbers)
     return Flow(opaque=bool(torch.Size(call.out.shape).numel() > 1))

@@ -36,6 +36,8 @@ def reduction(tracer: Tracer, call: Call) -> list[Flow]:
     tracer.note(call.name, *dims, keepdim, call.args.get("correction"), call.args.get("ord"), call.args.get("p"))
     fair = call.name in _MEANS or (call.name in ("var", "std") and call.args.get("correction") == 0)
     outs = list(call.out) if isinstance(call.out, tuple | list) else [call.out]
+    if not flow.slots:  # a number that may come from a size
+        tracer.note(*(tensor.shape[dim] for dim in dims))
     slots = []
     for slot in flow.slots:
         for index in outs[1:]:  # the position of a maximum is another among copies
@@ -51,6 +53,8 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
     tensor = call.tensors[0]
     flow, dims = tracer.flow(tensor), _dims(call, tensor.ndim)
     tracer.note(call.name, *dims)
+    if not flow.slots:
+        tracer.note(*(tensor.shape[dim] for dim in dims))
     slots = []
     for slot in flow.slots:
         left = mixed(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
