@@ -15,6 +15,7 @@ from fastmorph.backends.torch_backend import TorchBackend
 from fastmorph.banded import BandedCholesky, unsure
 from fastmorph.frame import Frame, Size
 
+_CAPABILITY = (8, 0)  # the oldest that they are compiled for ahead of time
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,6 +110,8 @@ def why_unavailable(tensor: Tensor) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if tensor.device.type != "cuda" and not (interpreted and tensor.device.type == "cpu"):
         return f"its kernels run on CUDA tensors, and this one is on {tensor.device} (TRITON_INTERPRET=1 takes CPU tensors)"
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < _CAPABILITY:
+        return f"its kernels need compute capability {'.'.join(map(str, _CAPABILITY))} or later"
     if tensor.dtype not in _DTYPES:
         return f"its kernels take {', '.join(map(str, _DTYPES))}, and this tensor is {tensor.dtype}"
     return None
