@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmorph.graph.coupling import Ints
 from fastmorph.graph.growth import Growth, Layout
-from fastmorph.graph.record import Axis
+from fastmorph.graph.record import Axis, Ints
 
 FILLS = ("pair", "zero", "duplicate")
 Map = Callable[[Tensor], Tensor]

@@ -111,7 +111,27 @@ def sequences():
     return Net(forward, embed=embed, position=position, mix=nn.Conv1d(6, 8, 3, padding=1), out=nn.Linear(8, 3))
 
 
+def last_one_apart():
+    def forward(m, x):
+        x = torch.relu(m.one(x))
+        x = torch.cat([x[:, :-1], x[:, -1:] * 0.5 + 1], 1)
+        x[:, -2] = 0
+        return m.two(x + x.flip(1))
+
+    return Net(forward, one=nn.Conv2d(3, 8, 1), two=nn.Conv2d(8, 2, 1))
+
+
+def last_one_only():
+    return Net(
+        lambda m, x: m.two(torch.cat([m.one(x)[:, :-1], m.one(x)[:, -1:].exp()], 1)),
+        one=nn.Conv2d(3, 6, 1),
+        two=nn.Conv2d(6, 2, 1),
+    )
+
+
 CASES = {
+    last_one_apart: {"one": 10},
+    last_one_only: {"one": 9},
     residual: {"inner": 9},
     concatenation: {"one": 7, "two": 6},
     squeeze_and_excite: {"stem": 9, "down": 5},

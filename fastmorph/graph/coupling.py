@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.record import Axis, Choice, Edges, Record, unique
+from fastmorph.graph.record import Axis, Choice, Edges, Ints, Record, unique
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Coupling:
@@ -95,17 +94,26 @@ class Coupling:
         places[order] = positions - np.maximum.accumulate(np.where(np.append(False, same), 0, positions))
         return places + (axes << 32)
 
+    @cached_property
+    def signatures(self) -> Ints:
+        """See `Record.signatures`."""
+        return self.record.signatures
+
     def members(self, cls: int) -> Ints:
         """The atoms of a class."""
         order, classes = self._order
         return order[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
 
-    def kind(self, cls: int) -> tuple[bytes, bytes]:
+    def kind(self, cls: int) -> tuple[bytes, bytes, bytes]:
         """Where the members of a class occur; classes of one kind, in any run, differ only in their indices."""
         edges, classes = self._tied
         members = self.members(cls)
         ties = edges[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
-        return self.places[members].tobytes(), unique(np.searchsorted(members, ties)).tobytes()
+        return (
+            self.places[members].tobytes(),
+            self.signatures[members].tobytes(),
+            unique(np.searchsorted(members, ties)).tobytes(),
+        )
 
     def kin(self, cls: int) -> list[int]:
         """All classes of the same kind as this one, that may be copied too, itself among them."""

@@ -57,11 +57,13 @@ DATA = Flow()  # no labels, any data
 
 def compress(label: Tensor) -> Tensor:
     """Size 1 along every dimension where the label does not change."""
-    for dim in range(label.ndim):
-        if label.shape[dim] > 1:
-            first = label.narrow(dim, 0, 1)
-            if label.stride(dim) == 0 or bool((label == first).all()):
-                label = first
+    for dim, stride in enumerate(label.stride()):
+        if stride == 0 and label.shape[dim] > 1:  # without a look at what is expanded
+            label = label.narrow(dim, 0, 1)
+    for dim, size in enumerate(label.shape):
+        first = label.narrow(dim, 0, min(size, 1))
+        if size > 1 and bool((label == first).all()):
+            label = first
     return label
 
 
@@ -87,13 +89,13 @@ def line(label: Tensor, dim: int) -> Tensor:
     return label[tuple(slice(None) if other == dim else 0 for other in range(label.ndim))]
 
 
-def leaf(shape: Sequence[int], starts: Sequence[int]) -> Flow:
-    """A parameter's flow: a slot for each dimension, with atoms from its start on."""
+def leaf(shape: Sequence[int], starts: Sequence[int], *, linear: bool) -> Flow:
+    """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with atoms from its start on."""
     slots = [
         (torch.arange(size) + start).view([size if other == dim else 1 for other in range(len(shape))])
         for dim, (size, start) in enumerate(zip(shape, starts, strict=True))
     ]
-    return Flow(tuple(slots), opaque=False, linear=True)
+    return Flow(tuple(slots), opaque=False, linear=linear)
 
 
 def real_atoms(labels: Iterable[Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.coupling import Coupling, Floats, Ints
-from fastmorph.graph.record import Axis, Record, unique
+from fastmorph.graph.coupling import Coupling, Floats
+from fastmorph.graph.record import Axis, Ints, Record, unique
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Growth:
         for block in child.blocks:
             if copy[block.atoms.numpy()].any():
                 return block.cause
+        astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
+        if len(astray):
+            return f"channels of {child.axis_of(int(astray[0])).name!r} would go through other operators"
         return self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
 
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:

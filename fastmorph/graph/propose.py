@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
-from fastmorph.graph.coupling import Coupling, Ints
+from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.record import Record
+from fastmorph.graph.record import Ints, Record
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 
@@ -30,10 +30,11 @@ _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one way is none: a clause, and a width near the one asked for that this way might give."""
+    """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps."""
 
     cause: str
     near: int | None = None
+    remedy: str = "widen another layer"
 
 
 class Proposals:
@@ -84,10 +85,27 @@ class Proposals:
         except MorphError as error:
             cause = str(error)
         except ForwardError as error:
+            inner = self._with_inner(growth, error.module)
+            if inner is not None:
+                return self._tried(inner)
             if growth.numbers and error.module not in growth.cautious and len(growth.cautious) < _RETRIES:
                 return self._tried(replace(growth, cautious=growth.cautious | {error.module}))
-            cause = str(error)
+            return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
         return growth if cause is None else Refusal(cause)
+
+    def _with_inner(self, growth: Growth, module: str) -> Growth | None:
+        """With as many of all that is made inside modules like this one: attention may want to be as wide as its input."""
+        if not (growth.even and growth.numbers):
+            return None
+        model, coupling = self._skeleton.model, growth.coupling
+        kind = type(model.get_submodule(module))
+        inside = tuple(f"{name}." for name, other in model.named_modules() if name and type(other) is kind)
+        made = [coupling.of(atoms) for name, atoms in self._record.outputs.items() if name.startswith(inside)]
+        classes = [
+            cls for cls in np.unique(np.concatenate([*made, np.zeros(0, np.int64)])).tolist() if cls not in coupling.causes
+        ]
+        added = np.isin(coupling.classes, classes) & (growth.copies == 0)
+        return replace(growth, copies=np.where(added, growth.copies.max(), growth.copies)) if added.any() else None
 
     def _grown(self, growth: Growth) -> Record:
         """What a run of the grown model finds."""
@@ -98,7 +116,7 @@ class Proposals:
         return skeleton.trace(self._inputs, train=self._record.trained)
 
     def _copies(self, width: int) -> Iterator[Growth | Refusal]:
-        """Copies of the last channel; of the last of each kind; of those and of what is cut like them; of channels far apart."""
+        """Copies of the last channel, of the last of each kind, of those and of what is cut like them, or far apart."""
         old = len(self._atoms)
         for coupling in self._couplings:
             sequence = coupling.of(self._atoms)

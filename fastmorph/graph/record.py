@@ -7,6 +7,7 @@ is made later: its groups may get wider or more. Two runs are compared by all th
 from __future__ import annotations
 
 import bisect
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from fastmorph.graph.flow import line, real_atoms
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
 NO_EDGES: Edges = np.zeros((0, 2), np.int64)
+_PLACES = 64  # operands and results of one operator
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Record:
         self._shifts: list[Tensor] = []
         self._standard: list[Tensor] = []
         self._bent: list[Tensor] = []
+        self._marks: list[tuple[int, Tensor]] = []
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
         """A new axis with atoms of its own."""
@@ -191,6 +195,19 @@ class Record:
     def shifts(self) -> Tensor:
         """(count,) bool: see `shift`."""
         return self._mask(self._shifts)
+
+    def mark(self, place: int, labels: Iterable[Tensor]) -> None:
+        """The channels in one operand, or in one result, of the operator that the journal names last."""
+        code = len(self.journal) * _PLACES + place
+        self._marks += [(code, label.reshape(-1)) for label in labels]
+
+    @property
+    def signatures(self) -> Ints:
+        """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
+        found = np.zeros(self.count, np.int64)
+        for code, atoms in self._marks:
+            found[atoms[atoms >= 0].numpy()] += random.Random(code).getrandbits(63)  # once, however often it is there
+        return found
 
     def bend(self, labels: Iterable[Tensor]) -> None:
         """Entries of a weight that go into a product more than once: as columns they would not cancel."""

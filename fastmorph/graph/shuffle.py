@@ -12,9 +12,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from fastmorph.graph.coupling import Coupling, Ints
+from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
-from fastmorph.graph.record import Axis, Record
+from fastmorph.graph.record import Axis, Ints, Record
 
 TOO_FEW = "fewer of them than now would take one of the ways through the model's shuffles"
 
@@ -90,8 +90,8 @@ def placed(growth: Growth, child: Record) -> Growth | str:
     return replace(growth, given=layouts, known=all(kind in wanted for kind in found))
 
 
-def _by_kind(coupling: Coupling, axes: list[Axis]) -> dict[tuple[bytes, bytes], list[int]]:
-    found: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
+def _by_kind(coupling: Coupling, axes: list[Axis]) -> dict[tuple[bytes, bytes, bytes], list[int]]:
+    found: dict[tuple[bytes, bytes, bytes], list[int]] = defaultdict(list)
     for cls in np.unique(np.concatenate([coupling.classes[axis.start : axis.start + axis.size] for axis in axes])).tolist():
         found[coupling.kind(cls)].append(cls)
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -85,7 +85,8 @@ class Tracer(TorchDispatchMode):
         self._names[id(tensor)] = name
         if value is not None:
             self._values[id(tensor)] = value
-        self.set(tensor, leaf(tensor.shape, [axis.start for axis in self.record.parameter(name)]))
+        starts = [axis.start for axis in self.record.parameter(name)]
+        self.set(tensor, leaf(tensor.shape, starts, linear=isinstance(tensor, nn.Parameter)))
 
     def flow(self, tensor: Tensor) -> Flow:
         """What is known about a tensor."""
@@ -139,6 +140,7 @@ class Tracer(TorchDispatchMode):
                 self.record.used.add(self._names[id(tensor)])
             if id(tensor) in self._poison:
                 self.record.block(*self._poison[id(tensor)])
+        entries, held = len(self.record.journal), [self.flow(tensor).slots for tensor in call.tensors]
         try:
             flows = self._rule_of(func, call.name)(self, call)
         except Exception as error:
@@ -151,6 +153,9 @@ class Tracer(TorchDispatchMode):
                 self._write(tensor, flow, replaces=call.name in ("copy", "fill", "zero"))
             else:
                 self.set(tensor, flow)
+        if len(self.record.journal) > entries:
+            for place, slots in enumerate([*held, *(self.flow(tensor).slots for tensor in outputs)]):
+                self.record.mark(place, slots)
         for tensor in [*call.tensors, *outputs]:
             self.record.note_sizes(self.stack[-1], tensor.shape, self.flow(tensor).varying)
 

@@ -80,7 +80,7 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
             for slot in flow_slots if weight else []:
                 if slot.numel() == slot.shape[dim]:
                     tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
-    if opaque:
+    if opaque or any(weights):
         tracer.record.write(slots)
     many = merged(tracer, [slot for slot in slots if slot.numel() > 1])
     if not opaque:

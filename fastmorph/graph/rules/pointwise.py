@@ -106,17 +106,18 @@ def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim:
     shapes = [(1,) * (ndim - len(shape)) + shape for _, shape in operands]
     labels = [[aligned(slot, ndim) for slot in flow.varying] for flow, _ in operands]
     slots = []
-    for own in labels:
+    for (flow, _), own in zip(operands, labels, strict=True):
         for slot in own:
             dims = varying_dims(slot)
             rivals = [
                 shape
-                for (flow, _), shape, others in zip(operands, shapes, labels, strict=True)
-                if flow.opaque and not any(varying_dims(other) & dims for other in others)
+                for (other, _), shape, theirs in zip(operands, shapes, labels, strict=True)
+                if other.opaque and not any(_meet(slot, their) for their in theirs)
             ]
-            if any(shape[dim] > 1 for shape in rivals for dim in dims):
+            met = any(shape[dim] > 1 for shape in rivals for dim in dims)
+            if met:
                 tracer.block([slot], "combines them with data that differ from channel to channel and belong to no layer")
-            else:
+            if not met or flow.opaque:
                 slots.append(slot)
     if opaque:
         tracer.record.write(slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)

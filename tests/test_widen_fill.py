@@ -1,0 +1,100 @@
+"""What new channels begin with, and how an optimizer's moments follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from widening import FILLS, Net, randn, trained, widened
+
+import fastmorph as fm
+
+
+def perceptron(activation):
+    return trained(nn.Sequential(nn.Linear(3, 6), activation, nn.Linear(6, 2)))
+
+
+def test_pairs():
+    child = widened(perceptron(nn.GELU()), {"0": 11}, randn(4, 3))
+    rows, columns = child[0].weight[6:], child[2].weight[:, 6:]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[2], rows[3])
+    assert not torch.equal(rows[0], rows[2])
+    assert torch.equal(columns[:, 0], -columns[:, 1])
+    assert torch.equal(columns[:, 4], torch.zeros(2, dtype=torch.float64))
+    assert rows.abs().min() > 0
+    assert columns[:, :4].abs().min() > 0
+
+
+def test_zero_side():
+    few_rows = widened(perceptron(nn.ReLU()), {"0": 8}, randn(4, 3), fill="zero")  # 2 rows of 3, 2 columns of 2
+    assert few_rows[2].weight[:, 6:].abs().max() == 0
+    assert few_rows[0].weight[6:].abs().min() > 0
+    wide = trained(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5)))
+    few_columns = widened(wide, {"0": 8}, randn(4, 3), fill="zero")
+    assert few_columns[0].weight[6:].abs().max() == few_columns[0].bias[6:].abs().max() == 0
+    assert few_columns[2].weight[:, 6:].abs().min() > 0
+    wide[1] = nn.Sigmoid()  # makes 0.5 of zero
+    assert widened(wide, {"0": 8}, randn(4, 3), fill="zero")[2].weight[:, 6:].abs().max() == 0
+
+
+def test_zero_rows_through_a_batch_norm():
+    layers = [nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 1)]
+    child = widened(trained(nn.Sequential(*layers)), {"0": 7}, randn(2, 2, 4, 4), fill="zero")
+    assert child[0].weight[4:].abs().max() == child[1].running_mean[4:].abs().max() == child[1].bias[4:].abs().max() == 0
+    assert child[1].running_var[4:].min() > 0
+
+
+def test_duplicates():
+    parent = perceptron(nn.ReLU())
+    child = widened(parent, {"0": 12}, randn(4, 3), fill="duplicate")
+    rows, total = child[0].weight, child[2].weight.sum(1)
+    assert all(any(torch.equal(row, old) for old in rows[:6]) for row in rows[6:])
+    assert len({tuple(row.tolist()) for row in rows[6:]}) > 1  # of several channels
+    torch.testing.assert_close(total, parent[2].weight.sum(1), rtol=0, atol=1e-14)  # 12 numbers of size 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_cancels_exactly(dtype):
+    child = fm.widen(perceptron(nn.ReLU()).to(dtype), {"0": 10}, example_inputs=randn(4, 3).to(dtype), verify=False)
+    columns = child[2].weight[:, 6:]
+    assert torch.equal(columns[:, 0], -columns[:, 1])
+    assert columns.dtype == dtype
+
+
+def test_noise_is_of_the_layers_size():
+    parent = trained(nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 200)))
+    child = widened(parent, {"0": 200}, randn(2, 200))
+    for new, old in ((child[0].weight[100:], parent[0].weight), (child[2].weight[:, 100:], parent[2].weight)):
+        assert (
+            0.9 < float(new.detach().std() / old.detach().std()) < 1.1
+        )  # of 20,000 entries, half of them drawn: within 1 %, nearly always
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_moments_of_old_weights_go_on(fill):
+    model = trained(Net(lambda m, x: m.two(torch.relu(m.one(x))), one=nn.Linear(3, 4), two=nn.Linear(4, 2)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(randn(8, 3)).square().sum().backward()
+    optimizer.step()
+    done = fm.morph(model, [fm.Widen("one", 6, fill)], example_inputs=randn(8, 3), optimizer=optimizer)
+    for old, new in ((model.one.weight, done.model.one.weight), (model.two.weight, done.model.two.weight)):
+        before, after = optimizer.state[old], done.optimizer.state[new]
+        assert after["exp_avg"].shape == after["exp_avg_sq"].shape == new.shape
+        if fill != "duplicate":
+            kept = tuple(slice(0, size) for size in old.shape)
+            assert torch.equal(after["exp_avg"][kept], before["exp_avg"])
+            assert torch.equal(after["exp_avg_sq"][kept], before["exp_avg_sq"])
+
+
+def test_moments_of_duplicates_are_the_childs_own():
+    """The first moment after one step is a tenth of the gradient; the child's gradient is known."""
+    model = perceptron(nn.Tanh())
+    optimizer, x = torch.optim.Adam(model.parameters(), lr=0.0), randn(8, 3)
+    model(x).square().sum().backward()
+    optimizer.step()
+    done = fm.morph(model, [fm.Widen("0", 11, "duplicate")], example_inputs=x, optimizer=optimizer)
+    done.model(x).square().sum().backward()
+    for parameter in done.model.parameters():
+        expected = 0.1 * parameter.grad
+        torch.testing.assert_close(done.optimizer.state[parameter]["exp_avg"], expected, rtol=1e-12, atol=1e-13)
