@@ -115,6 +115,15 @@ def test_what_is_no_layer():
         fm.widen(model, {"one": 9}, example_inputs=randn(2, 4, 5, 5))
 
 
+def test_what_cannot_be_traced():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(fm.MorphError, match="is lazy and has no shape yet; run the model once"):
+        Widen("1", 3).apply(Morphing(lazy, Lineage(lazy, lazy)))
+    compiled = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    with pytest.raises(fm.MorphError, match="compiled by torch.compile: morph the original model"):
+        coupled(compiled, "0", torch.zeros(1, 3))
+
+
 def test_as_many_as_there_are_changes_nothing():
     model, x = two_layers(lambda m, x: x.relu()), randn(2, 3, 5, 5)
     child = fm.widen(model, {"one": 8}, example_inputs=x)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 
 # Layers whose numbers are known: they follow from the tensors.
@@ -43,9 +44,9 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
 
 
 def _owners(model: nn.Module, name: str) -> Iterable[nn.Module]:
-    tensor = model.get_submodule(name.rpartition(".")[0])
-    parameter = getattr(tensor, name.rpartition(".")[2])
-    return [m for m in model.modules() if any(t is parameter for t in [*m._parameters.values(), *m._buffers.values()])]
+    """The modules that hold the parameter or buffer."""
+    tensor = tensor_of(model, name)
+    return [m for m in model.modules() if any(held is tensor for held in [*m._parameters.values(), *m._buffers.values()])]
 
 
 def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
@@ -69,17 +70,20 @@ def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ..
     """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
 
     def renumbered(value: Any) -> Any:
-        if type(value) in (list, tuple):
-            if all(type(item) is int for item in value) and tuple(value) in cuts:
-                return type(value)(cuts[tuple(value)])
-            return type(value)(map(renumbered, value))
-        return sizes.get(value, value) if type(value) is int else value
+        if type(value) is int:
+            return sizes.get(value, value)
+        flat = all(type(item) is int for item in value)
+        return type(value)((flat and cuts.get(tuple(value))) or map(renumbered, value))
 
-    if isinstance(module, _REFRESHED):
-        return
-    for key, value in list(vars(module).items()):
-        if not key.startswith("_") and type(value) in (int, list, tuple):
-            setattr(module, key, renumbered(value))
+    if not isinstance(module, _REFRESHED):
+        for key, value in list(vars(module).items()):
+            if not key.startswith("_") and _is_of_ints(value) and renumbered(value) != value:
+                setattr(module, key, renumbered(value))
+
+
+def _is_of_ints(value: Any) -> bool:
+    """An int, or a list or tuple of such."""
+    return type(value) is int or (type(value) in (list, tuple) and all(map(_is_of_ints, value)))
 
 
 def _refresh(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.record import Axis, Choice, Edges, Ints, Record, unique
+from fastmorph.graph.record import Choice, Edges, Ints, Record, unique
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -65,11 +65,6 @@ class Coupling:
         lines = [choice for choice in self.record.choices if len(choice.lines) and self.is_wider(choice)]
         return [(choice.module, np.unique(self.classes[choice.lines[:, 0]])) for choice in lines]
 
-    def axes_of(self, classes: Ints) -> list[Axis]:
-        """The axes in which any of these classes occurs."""
-        chosen = np.isin(self.classes, classes)
-        return [axis for axis in self.record.axes if chosen[axis.start : axis.start + axis.size].any()]
-
     @cached_property
     def _order(self) -> tuple[Ints, Ints]:
         """Atoms sorted by class, and the classes of these."""
@@ -97,7 +92,11 @@ class Coupling:
     @cached_property
     def signatures(self) -> Ints:
         """See `Record.signatures`."""
-        return self.record.signatures
+        found = self.record.signatures
+        for choice in self.record.choices:
+            for role in choice.roles if self.is_wider(choice) else ():
+                role.add_to(found)
+        return found
 
     def members(self, cls: int) -> Ints:
         """The atoms of a class."""

@@ -12,7 +12,11 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.record import Record
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 
-_SIZES = {1: (64, 32, 128, 256, 512, 1024, 4096, 16000), 2: (64, 32, 224, 28, 128, 256, 299, 331, 96, 512, 16, 8), 3: (16, 32, 64)}
+_SIZES = {
+    1: (64, 32, 128, 256, 512, 1024, 4096, 16000),
+    2: (64, 32, 224, 28, 128, 256, 299, 331, 96, 512, 16, 8),
+    3: (16, 32, 64),
+}
 
 
 def traced(skeleton: Skeleton, example_inputs: tuple[object, ...] | None) -> tuple[tuple[object, ...], Record]:

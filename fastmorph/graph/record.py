@@ -44,6 +44,26 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Role:
+    """What tells atoms apart that ties alone do not: a number for each, in one operator.
+
+    Attributes:
+        code: the operator and operand.
+        atoms: (n,).
+        numbers: (n,).
+    """
+
+    code: int
+    atoms: Tensor
+    numbers: Tensor
+
+    def add_to(self, signatures: Ints) -> None:
+        """Add to `Record.signatures`."""
+        held = self.atoms >= 0
+        np.add.at(signatures, self.atoms[held].numpy(), _number(self.code) * (2 * self.numbers[held].numpy() + 1))
+
+
+@dataclass(frozen=True)
 class Choice:
     """An operator in groups. Its groups may get wider (`inside`) or more (`more`).
 
@@ -56,6 +76,7 @@ class Choice:
         more: what is tied if there will be more of them.
         lines: (n, 2), atoms and the number of the group over which they are normalised; such groups get wider only if every
             channel is copied equally often. Empty for a convolution.
+        roles: in which group a channel is, if groups get wider.
     """
 
     module: str
@@ -65,6 +86,7 @@ class Choice:
     inside: Edges
     more: Edges
     lines: Edges = field(default_factory=lambda: NO_EDGES)
+    roles: tuple[Role, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ class Record:
         self._standard: list[Tensor] = []
         self._bent: list[Tensor] = []
         self._marks: list[tuple[int, Tensor]] = []
+        self._roles: list[Role] = []
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
         """A new axis with atoms of its own."""
@@ -206,8 +229,19 @@ class Record:
         """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
         found = np.zeros(self.count, np.int64)
         for code, atoms in self._marks:
-            found[atoms[atoms >= 0].numpy()] += random.Random(code).getrandbits(63)  # once, however often it is there
+            found[atoms[atoms >= 0].numpy()] += _number(code)  # once, however often it is there
+        for role in self._roles:
+            role.add_to(found)
         return found
+
+    def roles_of(self, place: int, lines: Tensor) -> Role:
+        """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
+        numbers = torch.arange(len(lines))[:, None].expand_as(lines)
+        return Role(len(self.journal) * _PLACES + place, lines.reshape(-1), numbers.reshape(-1))
+
+    def mark_roles(self, place: int, lines: Tensor) -> None:
+        """Note the roles of labels, see `roles_of`, that growth leaves as they are."""
+        self._roles.append(self.roles_of(place, lines))
 
     def bend(self, labels: Iterable[Tensor]) -> None:
         """Entries of a weight that go into a product more than once: as columns they would not cancel."""
@@ -233,6 +267,11 @@ class Record:
         if atoms:
             mask[torch.cat(atoms)] = True
         return mask
+
+
+def _number(code: int) -> int:
+    """A large number that is another for another code."""
+    return random.Random(code).getrandbits(62)
 
 
 def edges(one: Tensor, two: Tensor) -> Edges:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -47,6 +48,8 @@ class Skeleton:
         memo: dict[int, Any] = {}
         first: dict[int, str] = {}
         for name, tensor in _tensors(model):
+            if is_lazy(tensor):
+                raise MorphError(f"the model cannot be traced: {name!r} is lazy and has no shape yet; run the model once.")
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._fake(tensor)
                 first[id(tensor)] = name

@@ -107,10 +107,6 @@ class Tracer(TorchDispatchMode):
             return tensor
         return self._values.get(id(tensor), getattr(tensor, "constant", None))
 
-    def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer; None for other tensors."""
-        return self._names.get(id(tensor))
-
     def poison(self, tensor: Tensor, labels: list[Tensor], cause: str) -> None:
         """Block atoms if anything reads this tensor."""
         self._kept.append(tensor)

@@ -13,20 +13,8 @@ from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduc
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
 _CONSTANT = ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
-_DATA = (
-    "arange",
-    "linspace",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "rand_like",
-    "randn_like",
-    "bernoulli",
-    "uniform",
-    "normal",
-    "eye",
-)
+_RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "random")
+_DATA = (*_RANDOM, "exponential", "arange", "linspace", "eye", "tril_indices", "triu_indices")
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(move.KEEP, move.keep),
@@ -36,7 +24,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(reduce.MIXERS, reduce.mixer),
     **dict.fromkeys(spatial.SPATIAL, spatial.spatial),
     **dict.fromkeys((*_CONSTANT, "new_full", "new_empty", "scalar_tensor", "fill", "zero"), pointwise.constant),
-    **dict.fromkeys((*_DATA, "random", "exponential", "tril_indices", "triu_indices"), pointwise.data),
+    **dict.fromkeys(_DATA, pointwise.data),
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "matmul"), contract.matrix_product),
     **dict.fromkeys(
         ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update"), norms.batch_norm

@@ -14,6 +14,7 @@ from fastmorph.graph.rules.reduce import mixed
 from fastmorph.graph.tracer import Call, Tracer
 
 _INPUT = "feeds them with data that belong to no layer, e.g. the model's input"
+_ROLES = 60  # places of the journal's entry beyond any operand's
 _COMPUTED = "does not sum over them with a weight, but with a tensor that it computes"
 
 
@@ -107,6 +108,7 @@ def _read(tracer: Tracer, columns: list[Tensor], channels: list[Tensor]) -> None
         tracer.record.read(column)
         for label in channels:
             tracer.record.tie(column.reshape(-1), label)
+            tracer.record.mark_roles(_ROLES, label.reshape(-1, label.shape[-1]))
             if bool((label < 0).any()):
                 mixed_in = column.reshape(-1).expand(label.shape)[label < 0]
                 tracer.block([mixed_in], _INPUT)
@@ -214,7 +216,9 @@ def _grouped(tracer: Tracer, vector: Tensor, made: Tensor, read: Tensor, call: C
         out = made.view(groups, -1)
         inside = [edges(x, read), chain(out.T)]
     more = [chain(x), edges(x[:, :1], out[:, :1]), chain(out)]
-    record.choices.append(Choice(tracer.stack[-1], "groups", groups, vector, np.concatenate(inside), np.concatenate(more)))
+    roles = (record.roles_of(_ROLES, x), record.roles_of(_ROLES + 1, out))
+    sides = np.concatenate(inside), np.concatenate(more)
+    record.choices.append(Choice(tracer.stack[-1], "groups", groups, vector, *sides, roles=roles))
     return out.reshape(-1)
 
 

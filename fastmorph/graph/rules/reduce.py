@@ -17,6 +17,7 @@ from fastmorph.graph.flow import Flow, compress, varying_dims
 from fastmorph.graph.record import NO_EDGES, Choice, Edges, chain
 from fastmorph.graph.tracer import Call, Tracer
 
+_ROLES = 62  # a place of the journal's entry beyond any operand's
 _MEANS = ("mean", "amax", "amin", "max", "min")
 REDUCTIONS = (
     *_MEANS,
@@ -90,6 +91,7 @@ def mixed(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair:
     lines = slot.permute(*outer, *inner).reshape(*(slot.shape[dim] for dim in outer), -1)
     if varying_dims(slot) - set(inner):
         tracer.record.tie_edges(chain(lines))
+        tracer.record.mark_roles(_ROLES, lines.reshape(-1, lines.shape[-1]).T)
         for dim in inner:
             slot = slot.narrow(dim, 0, 1)
         return compress(slot)
