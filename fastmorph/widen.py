@@ -101,6 +101,6 @@ def find_growth(proposals: Proposals, layer: str, channels: int) -> Growth:
         return found
     nearest = proposals.nearest(channels, found)
     if nearest is None:
-        raise MorphError(f"layer {layer!r} cannot be widened: {found[0].cause}; {found[0].remedy}.")
+        raise MorphError(f"layer {layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
     width, cause = nearest
     raise MorphError(f"layer {layer!r} cannot have {channels} channels: {cause}; the nearest number that works is {width}.")

@@ -43,8 +43,11 @@ FORBIDDEN = {
         "differ from channel to channel",
     ),
     "number of channels": (lambda m, x: x * x.shape[1] ** -0.5, "would run"),
+    "shift by a size": (lambda m, x: x.roll(x.shape[1] // 4, 2), "would run"),
+    "part by a size": (lambda m, x: x * x[:, :, : x.shape[1] // 4].mean((2, 3), keepdim=True), "would run"),
+    "frame by a size": (lambda m, x: x * F.pad(x, (x.shape[1] // 4,) * 4).mean((2, 3), keepdim=True), "would run"),
     "fixed slice": (lambda m, x: torch.cat([x[:, :3], x[:, 3:8]], 1), "the model itself|'two' fails"),
-    "fixed reshape": (lambda m, x: x.reshape(-1, 8, 5, 5), "cannot be widened: 'two' fails with RuntimeError"),
+    "fixed reshape": (lambda m, x: x.reshape(-1, 8, 5, 5), "cannot get more channels: 'two' fails with RuntimeError"),
     "always dropout": (lambda m, x: F.dropout(x, 0.5, True), "draws random numbers for them|differ from channel to channel"),
     "noise": (lambda m, x: x + torch.randn_like(x), "differ from channel to channel"),
     "ones summed": (lambda m, x: x * torch.ones(x.shape[1], dtype=x.dtype).sum(), "would run"),
@@ -84,7 +87,9 @@ def test_what_mixes_channels(case):
 
 def test_the_models_output():
     model = two_layers(lambda m, x: x.relu())
-    with pytest.raises(fm.MorphError, match="layer 'two' cannot be widened: they are the model's output; widen another layer"):
+    with pytest.raises(
+        fm.MorphError, match="layer 'two' cannot get more channels: they are the model's output; widen another layer"
+    ):
         fm.widen(model, {"two": 4}, example_inputs=randn(2, 3, 5, 5))
     model = trained(Net(lambda m, x: (m.two(m.one(x)), {"features": m.one(x)}), one=nn.Linear(3, 4), two=nn.Linear(4, 2)))
     with pytest.raises(fm.MorphError, match="they are the model's output"):

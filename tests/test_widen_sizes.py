@@ -53,6 +53,17 @@ class Attention(nn.Module):
         return self.proj(x.reshape(len(x), -1, self.width))
 
 
+class ShiftedAttention(Attention):
+    """Its shift happens to be as large as it has heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = [3, 3]
+
+    def forward(self, x):
+        return super().forward(x.roll(self.shift[0], 1)).roll(-self.shift[1], 1)
+
+
 class PaddedShortcut(nn.Module):
     """A residual block that pads its input with channels of zeros, as ResNets for CIFAR do."""
 
@@ -93,6 +104,11 @@ def test_heads_of_attention_are_copied_whole(fill):
         fm.widen(trained(Attention()), {"qkv": 50}, example_inputs=randn(2, 7, 5))
 
 
+def test_a_number_that_only_looks_like_a_size():
+    child = widened(trained(ShiftedAttention()), {"qkv": 60}, randn(2, 7, 5))
+    assert (child.heads, child.shift) == (5, [3, 3])
+
+
 @pytest.mark.parametrize("layer", ["stem", "body"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_channels_of_zeros(layer, fill):
@@ -105,7 +121,9 @@ def test_a_number_in_the_code_is_refused():
             self.half = 4
             return super().forward(x)
 
-    sentence = "layer 'stem' cannot be widened: the model itself fails with ValueError: .*; let that module take its sizes"
+    sentence = (
+        "layer 'stem' cannot get more channels: the model itself fails with ValueError: .*; let that module take its sizes"
+    )
     with pytest.raises(fm.MorphError, match=sentence):
         fm.widen(trained(Fixed(8)), {"stem": 14}, example_inputs=randn(2, 3, 5, 5))
 

@@ -37,7 +37,8 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
             module.normalized_shape = (growth.total(atoms),)
     if growth.numbers:
         for module_name in record.sizes:
-            _renumber(model.get_submodule(module_name), *_new_numbers(growth, module_name))
+            sizes, cuts = _new_numbers(growth, module_name)
+            _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
     for name in growth.shapes():
         for module in _owners(model, name):
             _refresh(module)
@@ -66,14 +67,14 @@ def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tupl
     return {old: new.pop() for old, new in grown.items() if len(new) == 1}, cuts
 
 
-def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]]) -> None:
+def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]], *, lists: bool) -> None:
     """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
 
     def renumbered(value: Any) -> Any:
         if type(value) is int:
             return sizes.get(value, value)
         flat = all(type(item) is int for item in value)
-        return type(value)((flat and cuts.get(tuple(value))) or map(renumbered, value))
+        return type(value)((flat and cuts.get(tuple(value))) or (map(renumbered, value) if lists else value))
 
     if not isinstance(module, _REFRESHED):
         for key, value in list(vars(module).items()):

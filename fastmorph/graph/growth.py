@@ -27,6 +27,14 @@ class Layout:
     key: Ints
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What a resized model does otherwise: a clause, and the module, where it is known."""
+
+    cause: str
+    module: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Growth:
     """Copies of classes.
@@ -38,6 +46,7 @@ class Growth:
         even: whether every class gets equally many, as norms over channels need it.
         numbers: whether numbers that modules keep, where they are the size of something that grows, grow with it.
         cautious: modules whose numbers do not, if they are the size of something else too.
+        plain: modules whose lists and tuples of numbers do not.
         given: the layouts, where they do not follow from `copies`.
         known: whether there was a channel of each new one's kind.
     """
@@ -48,6 +57,7 @@ class Growth:
     even: bool = False
     numbers: bool = False
     cautious: frozenset[str] = frozenset()
+    plain: frozenset[str] = frozenset()
     given: dict[Axis, Layout] | None = None
     known: bool = True
 
@@ -98,36 +108,40 @@ class Growth:
         grown = {axis.name for axis in self.layouts}
         return {name: tuple(shape) for name, shape in sizes.items() if name in grown}
 
-    def difference(self, child: Record) -> str | None:
-        """What the resized model does otherwise than the record's, a clause; None if old channels flow as before.
+    def difference(self, child: Record) -> Difference | None:
+        """What the resized model does otherwise than the record's; None if old channels flow as before.
 
         It runs the same operators with the same numbers, old channels meet as they met, no new one meets an old one, and copies
         of one class meet alike.
         """
         parent = self.coupling.record
-        for entry, other in zip(parent.journal, child.journal, strict=False):
-            if entry != other:
-                return f"{entry[0]!r} would run {other[1:]} instead of {entry[1:]}"
-        if len(parent.journal) != len(child.journal) or parent.result != child.result:
-            return "the model would run other operators"
+        for entries, others in ((parent.journal, child.journal), (parent.moves, child.moves)):
+            for entry, other in zip(entries, others, strict=False):
+                if entry != other:
+                    return Difference(f"{entry[0]!r} would run {other[1:]} instead of {entry[1:]}", entry[0])
+            if len(entries) != len(others):
+                return Difference("the model would run other operators")
+        if parent.result != child.result:
+            return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.choices) != len(child.choices):
-            return "the model would run other operators"
+            return Difference("the model would run other operators")
         source, copy, key = (np.zeros(child.count, np.int64) for _ in range(3))
         for old, new in zip(parent.axes, child.axes, strict=True):
             layout, same = self.layouts.get(old), np.arange(old.size)
             layout = Layout(same, same * 0, same) if layout is None else layout
             if len(layout.origin) != new.size or (old.name, old.dim) != (new.name, new.dim):
-                return f"{new.name!r} would have {new.size} channels instead of {len(layout.origin)}"
+                return Difference(f"{new.name!r} would have {new.size} channels instead of {len(layout.origin)}")
             span = slice(new.start, new.start + new.size)
             source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
         after = Coupling(child, self.coupling.wider)
         for block in child.blocks:
             if copy[block.atoms.numpy()].any():
-                return block.cause
+                return Difference(block.cause)
         astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
         if len(astray):
-            return f"channels of {child.axis_of(int(astray[0])).name!r} would go through other operators"
-        return self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
+            return Difference(f"channels of {child.axis_of(int(astray[0])).name!r} would go through other operators")
+        odd = self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
+        return Difference(odd) if odd else None
 
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
         is_new = copy[after.edges] > 0

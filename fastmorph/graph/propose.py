@@ -81,9 +81,9 @@ class Proposals:
     def _tried(self, growth: Growth) -> Growth | Refusal:
         """The growth, with modules to be cautious about, if the model can follow."""
         try:
-            cause = growth.difference(self._grown(growth))
+            found = growth.difference(self._grown(growth))
         except MorphError as error:
-            cause = str(error)
+            return Refusal(str(error))
         except ForwardError as error:
             inner = self._with_inner(growth, error.module)
             if inner is not None:
@@ -91,15 +91,23 @@ class Proposals:
             if growth.numbers and error.module not in growth.cautious and len(growth.cautious) < _RETRIES:
                 return self._tried(replace(growth, cautious=growth.cautious | {error.module}))
             return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
-        return growth if cause is None else Refusal(cause)
+        if found is None:
+            return growth
+        if growth.numbers and found.module is not None and found.module not in growth.plain:
+            return self._tried(replace(growth, plain=growth.plain | self._like(found.module)))
+        return Refusal(found.cause)
+
+    def _like(self, module: str) -> frozenset[str]:
+        """The names of all modules of this one's class."""
+        kind = type(self._skeleton.model.get_submodule(module))
+        return frozenset(name for name, other in self._skeleton.model.named_modules() if type(other) is kind)
 
     def _with_inner(self, growth: Growth, module: str) -> Growth | None:
         """With as many of all that is made inside modules like this one: attention may want to be as wide as its input."""
         if not (growth.even and growth.numbers):
             return None
-        model, coupling = self._skeleton.model, growth.coupling
-        kind = type(model.get_submodule(module))
-        inside = tuple(f"{name}." for name, other in model.named_modules() if name and type(other) is kind)
+        coupling = growth.coupling
+        inside = tuple(f"{name}." for name in self._like(module) if name)
         made = [coupling.of(atoms) for name, atoms in self._record.outputs.items() if name.startswith(inside)]
         classes = [
             cls for cls in np.unique(np.concatenate([*made, np.zeros(0, np.int64)])).tolist() if cls not in coupling.causes

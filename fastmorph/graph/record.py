@@ -109,6 +109,7 @@ class Record:
         self.sites: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
+        self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
         self.trained = False  # whether a run in train mode is part of it
         self.sizes: dict[str, dict[tuple[int, int], Tensor]] = {}  # what `note_sizes` found, by module
         self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module

@@ -120,6 +120,10 @@ class Tracer(TorchDispatchMode):
         """What a run of the widened model must do as well."""
         self.record.journal.append((self.stack[-1], *entry))
 
+    def note_move(self, *entry: Any) -> None:
+        """The same for how data are moved, as far as labels do not say it."""
+        self.record.moves.append((self.stack[-1], *entry))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then follow it."""
         out = func(*args, **(kwargs or {}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -13,20 +15,21 @@ from fastmorph.graph.tracer import Call, Tracer, storage_size
 KEEP = ("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift", "positive", "to", "_conj", "resolve_conj")
 MOVE = (
     *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "numpy_T", "movedim", "expand"),
+    *("slice", "select", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk"),
     *(
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "unsafe_split",
-        "unsafe_split_with_sizes",
-        "chunk",
         "unsafe_chunk",
+        "unbind",
+        "flip",
+        "roll",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "native_channel_shuffle",
+        "squeeze",
     ),
-    *("unbind", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "squeeze"),
     *("unsqueeze", "diagonal", "unfold", "repeat", "repeat_interleave", "tile", "rot90", "triu", "tril"),
 )
+_BY_DIMS = ("permute", "transpose", "flip", "movedim", "pixel_shuffle", "pixel_unshuffle", "rot90", "triu", "tril", "diagonal")
 _FREED = ("view", "_unsafe_view", "_reshape_alias")  # of a label that is expanded, only `reshape` is always possible
 
 
@@ -41,6 +44,7 @@ def move(tracer: Tracer, call: Call) -> list[Flow]:
     flow = tracer.flow(tensor)
     outs = pytree.tree_leaves(call.out)
     if not flow.slots:
+        tracer.note_move(call.name, call.numbers, *(tuple(out.shape) for out in outs))
         return [flow] * len(outs)
     moved: list[list[Tensor]] = []
     for slot in flow.slots:
@@ -52,7 +56,24 @@ def move(tracer: Tracer, call: Call) -> list[Flow]:
         for labels in moved:
             lines = [line(label, dim).expand(size) for label, size in zip(labels, sizes, strict=True)]
             tracer.record.note_cut(tracer.stack[-1], sizes, lines)
-    return [Flow(tuple(labels), flow.opaque, flow.linear) for labels in zip(*moved, strict=True)]
+    flows = [Flow(tuple(labels), flow.opaque, flow.linear) for labels in zip(*moved, strict=True)]
+    tracer.note_move(call.name, *_fixed(call, tensor.ndim, flow), *map(_fixed_sizes, outs, flows))
+    return flows
+
+
+def _fixed_sizes(tensor: Tensor, flow: Flow) -> tuple[int | None, ...]:
+    """A tensor's shape, None for sizes that may grow; those of 1 may, without a label that changes."""
+    return tuple(None if size == 1 or flow.along(dim) else size for dim, size in enumerate(tensor.shape))
+
+
+def _fixed(call: Call, ndim: int, flow: Flow) -> tuple[Any, ...]:
+    """The numbers that say what an operator does along dimensions without labels, where these do not tell."""
+    if call.name == "roll":
+        return tuple(pair for pair in zip(call["dims"], call["shifts"], strict=True) if not flow.along(pair[0]))
+    dim = call.args.get("dim", call.args.get("dimension"))
+    if isinstance(dim, int):
+        return () if flow.along(dim % ndim) else call.numbers
+    return call.numbers if call.name in _BY_DIMS else ()
 
 
 def as_strided(tracer: Tracer, call: Call) -> Flow:
@@ -64,13 +85,16 @@ def as_strided(tracer: Tracer, call: Call) -> Flow:
         memory = torch.full((storage_size(tensor),), FIXED if flow.opaque else FREE)
         memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(slot.expand(tensor.shape))
         slots.append(compress(memory.as_strided(call["size"], call["stride"], offset).clone()))
-    return Flow(tuple(slots), flow.opaque, flow.linear)
+    found = Flow(tuple(slots), flow.opaque, flow.linear)
+    tracer.note_move("as_strided", _fixed_sizes(call.out, found))
+    return found
 
 
 def join(tracer: Tracer, call: Call) -> Flow:
     """`cat`: labels are joined along its dimension; along others, where sizes must agree, they are tied."""
     pairs = [(t, tracer.flow(t)) for t in call["tensors"] if t.numel()]  # cat ignores empty tensors
     dim = call["dim"] % call.out.ndim
+    tracer.note_move("cat", dim)
     return joined(tracer, [(tuple(t.shape), flow) for t, flow in pairs], dim)
 
 
@@ -81,6 +105,7 @@ def stack(tracer: Tracer, call: Call) -> Flow:
     for tensor in call["tensors"]:
         shape = [*tensor.shape[:dim], 1, *tensor.shape[dim:]]
         pairs.append((tuple(shape), tracer.flow(tensor).map(lambda label: label.unsqueeze(dim), tensor.shape)))
+    tracer.note_move("stack", dim)
     return joined(tracer, pairs, dim)
 
 
@@ -150,6 +175,8 @@ def lonely(tracer: Tracer, flows: list[Flow], varies: bool) -> list[Tensor]:
 def pad(tracer: Tracer, call: Call) -> Flow:
     """Zeros, or another constant, around the data; those beside channels are channels that grow with what they meet."""
     flow, widths = tracer.flow(call["self"]), list(call["pad"])
+    still = [place for place in range(len(widths)) if not flow.along(call.out.ndim - 1 - place // 2)]
+    tracer.note_move("pad", *((place, widths[place]) for place in still))
     tracer.note("pad", float(call["value"] or 0))
     slots = []
     for slot in flow.slots:
