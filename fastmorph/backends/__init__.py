@@ -30,11 +30,12 @@ def find_backend(name: str | None, tensor: Tensor, precision: str | None = None)
         raise MorphError(f"precision={precision!r}: it must be None (choose) or one of {', '.join(map(repr, PRECISIONS))}.")
     if precision not in (None, "float64") and tensor.dtype == torch.float64:
         raise MorphError(f"precision={precision!r} cannot be exact for float64 weights; leave it out, or convert them.")
-    reason = why_unavailable(tensor)
-    if name == "triton" and reason is not None:
-        raise MorphError(f"backend='triton': {reason}; use backend='torch'.")
-    if name == "triton" or (name is None and tensor.device.type == "cuda" and reason is None):
-        return TritonBackend(precision)
+    if name == "triton" or (name is None and tensor.device.type == "cuda"):
+        reason = why_unavailable(tensor)
+        if reason is None:
+            return TritonBackend(precision)
+        if name == "triton":
+            raise MorphError(f"backend='triton': {reason}; use backend='torch'.")
     if precision in ("tf32x3", "tf32") or (name == "numpy" and precision == "ieee"):
         raise MorphError(f"precision={precision!r} is for the kernels of backend='triton'; leave it out here.")
     return NumpyBackend() if name == "numpy" else TorchBackend(precision)
