@@ -165,7 +165,7 @@ def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     run, sign = next(runs)
     out = run * sign
     for run, sign in runs:
-        out.narrow(dim, 0, len(sign)).addcmul_(run, sign)
+        (out if len(sign) == _SUMS else out.narrow(dim, 0, len(sign))).addcmul_(run, sign)
     return out
 
 
