@@ -17,6 +17,7 @@ from fastmorph.backends.torch_backend import batch_norm, pad
 from fastmorph.bounds import tolerance
 from fastmorph.decomposition import Decomposition
 from fastmorph.errors import InexactMorphError
+from fastmorph.frame import Size
 from fastmorph.gauge import balance, equalise
 from fastmorph.half_step import HalfStep
 from fastmorph.problem import Checked
@@ -158,22 +159,23 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
 
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K), without a copy of the kernel."""
-    channels, taps = kernel.shape[dim], kernel.shape[3:]
-    # One sign a tap: where channels and taps lie side by side in memory, they are then one run of products.
-    signs = _signs(channels, math.prod(taps), dtype, kernel.device).view(channels, *(1,) * (2 - dim), *taps)
-    runs = zip(kernel.split(_SUMS, dim), signs.split(_SUMS), strict=True)
-    run, sign = next(runs)
-    out = run * sign
-    for run, sign in runs:
+    signs = _signs(kernel.shape[dim], dim, tuple(kernel.shape[3:]), dtype, kernel.device)
+    runs = kernel.split(_SUMS, dim)
+    out = runs[0] * signs[0]
+    for run, sign in zip(runs[1:], signs[1:], strict=True):
         (out if len(sign) == _SUMS else out.narrow(dim, 0, len(sign))).addcmul_(run, sign)
     return out
 
 
 @lru_cache(maxsize=64)
-def _signs(channels: int, taps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random sign for each channel, the same at every call, repeated for its taps: (channels * taps,)."""
+def _signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """A random sign for each channel of `dim`, the same at every call, in runs of 8 channels.
+
+    Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
+    """
     signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels)) - 1
-    return signs.repeat_interleave(taps).to(device, dtype)
+    signs = signs.repeat_interleave(math.prod(taps)).to(device, dtype)
+    return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
 
 
 def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:
