@@ -77,7 +77,7 @@ def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) 
         "ROWS_CLOSER_O": "closer" in out,
         "RUN_O": out == "run",
         "ALIGNED": name not in _UNALIGNED,
-        "BLOCK_M": entry.config["block_m"] if channels == SIDE else 32,  # what a layer of few columns gets
+        "BLOCK_M": entry.config["block_m"] if channels == SIDE else 64,  # what a layer of few columns gets
         "BLOCK_H": channels,
         "BLOCK_G": held,
         "BLOCK_S": noise or 16,

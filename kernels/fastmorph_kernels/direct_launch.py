@@ -211,4 +211,4 @@ def _sizes(size: Sequence[int]) -> dict[str, int]:
 
 
 def _tile(columns: int, config: DirectConfig) -> int:
-    return min(config.block_m, max(32, int(triton.next_power_of_2(columns))))
+    return min(config.block_m, max(64, int(triton.next_power_of_2(columns))))
