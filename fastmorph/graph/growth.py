@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +34,11 @@ class Difference:
 
     cause: str
     module: str | None = None
+
+
+def _told(entry: tuple[Any, ...]) -> str:
+    """An operator and its numbers, of which a size that may grow is an n."""
+    return f"{entry[1]}{entry[2:]}".replace("None", "n").replace("'", "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +124,8 @@ class Growth:
         for entries, others in ((parent.journal, child.journal), (parent.moves, child.moves)):
             for entry, other in zip(entries, others, strict=False):
                 if entry != other:
-                    return Difference(f"{entry[0]!r} would run {other[1:]} instead of {entry[1:]}", entry[0])
+                    name = repr(entry[0]) if entry[0] else "the model itself"
+                    return Difference(f"{name} would run {_told(other)} instead of {_told(entry)}", entry[0])
             if len(entries) != len(others):
                 return Difference("the model would run other operators")
         if parent.result != child.result:

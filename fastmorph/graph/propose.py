@@ -22,7 +22,6 @@ from fastmorph.graph.skeleton import ForwardError, Skeleton
 
 # Convolutions in groups get wider groups if they can; norms in groups only get more of them.
 _WAYS: tuple[frozenset[str], ...] = (frozenset({"groups"}), frozenset())
-_EVEN = frozenset({"groups", "num_groups"})
 _RETRIES = 8
 _KINDS = 4  # kinds of channels that are tried alone
 _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle allows
@@ -151,9 +150,7 @@ class Proposals:
                     yield Refusal(f"they come in steps of {step}", old + max(1, round((width - old) / step)) * step)
                     continue
                 growth = Growth.of_classes(coupling, {cls: count * (width - old) // step for cls, count in copies.items()})
-                by_index = replace(growth, by_run=False)
-                for ordered in [growth] if growth.same_layout(by_index) else [growth, by_index]:
-                    yield from (ordered, replace(ordered, numbers=True))
+                yield from _orders(growth)
 
     def _shuffled(self, width: int) -> Iterator[Growth | Refusal]:
         """All that shares channels with these, in proportion."""
@@ -172,26 +169,38 @@ class Proposals:
 
     def _even(self, width: int) -> Iterator[Growth | Refusal]:
         """Every class that is normalised together with these, equally often."""
-        coupling = Coupling(self._record, _EVEN)
-        chosen = np.unique(coupling.of(self._atoms))
-        size, normalised = 0, False
+        for wider in [coupling.wider | {"num_groups"} for coupling in self._couplings]:
+            coupling = Coupling(self._record, wider)
+            chosen = self._normalised_with(coupling)
+            if not len(chosen) or self._standardised[np.isin(coupling.classes, chosen)].any():
+                return
+            causes = [coupling.causes[cls] for cls in chosen.tolist() if cls in coupling.causes]
+            times, rest = divmod(width, len(self._atoms))
+            if causes:
+                yield Refusal(causes[0])
+            elif rest:
+                near = max(2, round(width / len(self._atoms))) * len(self._atoms)
+                yield Refusal("they are normalised together, which whole multiples alone leave as it is", near)
+            else:
+                growth = Growth.of_classes(coupling, dict.fromkeys(chosen.tolist(), times - 1), even=True)
+                yield from _orders(growth)
+
+    def _normalised_with(self, coupling: Coupling) -> Ints:
+        """The classes of these channels and of all that is normalised together with them; none if nothing is."""
+        chosen, size, normalised = np.unique(coupling.of(self._atoms)), 0, False
         while len(chosen) != size:
             size = len(chosen)
             for _, together in coupling.normalised:
                 if np.isin(together, chosen).any():
                     chosen, normalised = np.union1d(chosen, together), True
-        if not normalised or self._standardised[np.isin(coupling.classes, chosen)].any():
-            return
-        causes = [coupling.causes[cls] for cls in chosen.tolist() if cls in coupling.causes]
-        times, rest = divmod(width, len(self._atoms))
-        if causes:
-            yield Refusal(causes[0])
-        elif rest:
-            near = max(2, round(width / len(self._atoms))) * len(self._atoms)
-            yield Refusal("they are normalised together, which whole multiples alone leave as it is", near)
-        else:
-            growth = Growth.of_classes(coupling, dict.fromkeys(chosen.tolist(), times - 1), even=True)
-            yield from (growth, replace(growth, numbers=True))
+        return chosen if normalised else chosen[:0]
+
+
+def _orders(growth: Growth) -> Iterator[Growth]:
+    """With copies behind runs and behind single indices, each as it is and with the numbers that modules keep."""
+    by_index = replace(growth, by_run=False)
+    for ordered in [growth] if growth.same_layout(by_index) else [growth, by_index]:
+        yield from (ordered, replace(ordered, numbers=True))
 
 
 def _families(coupling: Coupling, sequence: Ints, classes: list[int]) -> dict[int, int]:
