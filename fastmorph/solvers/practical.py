@@ -17,8 +17,8 @@ from fastmorph.solvers.general import General
 class Practical(Solver):
     """Practical network morphism (Wei et al. 2016, Algorithm 2).
 
-    Always ends with loss 0 where K1 >= K and C_hid >= C_out, at the price of zeros in F2's outer taps. Memory: that of a sweep of
-    `General` at full size.
+    Always ends with loss 0 where K1 >= K and C_hid >= C_out, at the price of zeros in F2's outer taps. Memory: that of a sweep
+    of `General` at full size.
 
     Attributes:
         max_iter: sweeps of Algorithm 1 at each size of F2; the paper's algorithm takes one.
