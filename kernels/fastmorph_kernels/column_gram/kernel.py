@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile import product_tile
-from .tiling import TileConfig, closer, is_wide
+from ..tile import product_tile
+from ..tiling import TileConfig, closer, is_wide
 
 
 @triton.jit

@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile import columns_of, place_of, product_tile
-from .tiling import TileConfig, closer, is_wide
+from ..tile import product_tile, program_tile, tile_columns
+from ..tiling import TileConfig, closer, is_wide
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _compose_kernel(
     size = (size_x, size_y, size_z)
     blocks_u = tl.cdiv(size_x * size_y * size_z, BLOCK_U)
     blocks_m, blocks_i = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_I)
-    pid_u, pid_m, pid_i, pid_b = place_of(tl.program_id(0), blocks_u, blocks_m, blocks_i)
+    pid_u, pid_m, pid_i, pid_b = program_tile(tl.program_id(0), blocks_u, blocks_m, blocks_i)
     acc = product_tile(
         first_ptr + pid_b * stride_fb,
         second_ptr + pid_b * stride_sb,
@@ -104,7 +104,7 @@ def _compose_kernel(
         BLOCK_K,
     )
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i, n_x, n_y, n_z = columns_of(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
+    offs_i, n_x, n_y, n_z = tile_columns(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
     mask = (offs_m < out_channels)[:, None] & ((offs_i < in_channels) & (n_x < size_x))[None, :]
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     rows = offs_m.to(INDEX) * stride_oo

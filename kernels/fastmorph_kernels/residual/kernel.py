@@ -6,7 +6,7 @@
 The weight (B, Co, Ci, Kx, Ky, Kz) is zero outside [0, K): the frame around it is never stored. Tiles are those of the
 composition (see `tile`). Each leaves the sum of its squares, in float64, in its own place of a buffer, and a second kernel
 adds these up: in a fixed order, so that equal inputs give equal bits, and without the overflow of float32 squares. The
-errors are squared before they are rounded to the dtype of the inputs. Without STORE they are not written at all.
+errors are squared before they are rounded to the dtype of the inputs.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile import columns_of, place_of, product_tile
-from .tiling import TileConfig, closer, is_wide
+from ..tile import product_tile, program_tile, tile_columns
+from ..tiling import TileConfig, closer, is_wide
 
 _SUM_BLOCK = 1024
 
@@ -74,7 +74,6 @@ def _residual_kernel(
     stride_ex,
     stride_ey,
     stride_ez,
-    STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     FIRST_T: tl.constexpr,
     SECOND_T: tl.constexpr,
@@ -89,7 +88,7 @@ def _residual_kernel(
     blocks_u = tl.cdiv(size[0] * size[1] * size[2], BLOCK_U)
     blocks_m, blocks_i = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_I)
     pid = tl.program_id(0)
-    pid_u, pid_m, pid_i, pid_b = place_of(pid, blocks_u, blocks_m, blocks_i)
+    pid_u, pid_m, pid_i, pid_b = program_tile(pid, blocks_u, blocks_m, blocks_i)
     acc = product_tile(
         first_ptr + pid_b * stride_fb,
         second_ptr + pid_b * stride_sb,
@@ -114,7 +113,7 @@ def _residual_kernel(
         BLOCK_K,
     )
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i, n_x, n_y, n_z = columns_of(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
+    offs_i, n_x, n_y, n_z = tile_columns(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
     mask_m = offs_m < out_channels
     mask_n = (offs_i < in_channels) & (n_x < size[0])
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -128,33 +127,27 @@ def _residual_kernel(
     # An infinity in one input meets the zeros outside the other: that is no number, and no part of the norm.
     mask = mask_m[:, None] & mask_n[None, :]
     error = tl.where(mask, weight.to(ACC) - acc, 0.0)  # [BLOCK_M, BLOCK_N]
-    if STORE:
-        columns = offs_i * stride_ei + n_x.to(INDEX) * stride_ex
-        columns += n_y.to(INDEX) * stride_ey + n_z.to(INDEX) * stride_ez
-        error_ptrs = error_ptr + pid_b * stride_eb + (offs_m * stride_eo)[:, None] + columns[None, :]
-        tl.store(error_ptrs, error.to(error_ptr.dtype.element_ty), mask=mask)
+    columns = offs_i * stride_ei + n_x.to(INDEX) * stride_ex + n_y.to(INDEX) * stride_ey + n_z.to(INDEX) * stride_ez
+    error_ptrs = error_ptr + pid_b * stride_eb + (offs_m * stride_eo)[:, None] + columns[None, :]
+    tl.store(error_ptrs, error.to(error_ptr.dtype.element_ty), mask=mask)
     wide_error = error.to(tl.float64)
     tl.store(partial_ptr + pid, tl.sum(wide_error * wide_error))
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, out_ptr, count, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(partial_ptr, out_ptr, count, BLOCK: tl.constexpr):
     pid_b = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, count, BLOCK):
         total += tl.load(partial_ptr + pid_b * count + start + offs, mask=start + offs < count, other=0.0)
-    out = tl.sum(total, 0)
-    if ROOT:
-        out = tl.sqrt(out)
-    tl.store(out_ptr + pid_b, out)
+    tl.store(out_ptr + pid_b, tl.sum(total, 0))
 
 
-def tiles_of(first: torch.Tensor, second: torch.Tensor, config: TileConfig) -> int:
-    """How many tiles one batch item has."""
-    block_i, block_u = config.blocks(first.shape[2])
-    offsets = math.prod(one + two - 1 for one, two in zip(first.shape[3:], second.shape[3:], strict=True))
-    return -(-offsets // block_u) * -(-second.shape[1] // config.block_m) * -(-first.shape[2] // block_i)
+def tiles_of(error: torch.Tensor, config: TileConfig) -> int:
+    """How many tiles one item of the error (B, Co, Ci, *N) has."""
+    block_i, block_u = config.blocks(error.shape[2])
+    return -(-math.prod(error.shape[3:]) // block_u) * -(-error.shape[1] // config.block_m) * -(-error.shape[2] // block_i)
 
 
 def launch_residual(
@@ -162,25 +155,24 @@ def launch_residual(
     second: torch.Tensor,
     weight: torch.Tensor,
     before: Sequence[int],
-    error: torch.Tensor | None,
+    error: torch.Tensor,
     partial: torch.Tensor,
     *,
     precision: str,
     config: TileConfig,
 ) -> None:
-    """Fill `error`, unless it is None, and `partial`, the sums of squares that `launch_sum` adds up.
+    """Fill `error`, and `partial`, the sums of squares that `launch_sum` adds up.
 
     (B, Ch, Ci, *K1), (B, Co, Ch, *K2), (B, Co, Ci, *K), (B, Co, Ci, *(K1 + K2 - 1)), each with three spatial dimensions
     and any strides, of one dtype, on one device; the first two may have more channels, of zeros. partial (B, tiles),
-    contiguous float64. None is empty. Nothing is checked here.
+    contiguous float64. Nothing is empty. Nothing is checked here.
     """
     block_i, block_u = config.blocks(weight.shape[2])
-    written = weight if error is None else error
     _residual_kernel[(partial.numel(),)](
         first,
         second,
         weight,
-        written,
+        error,
         partial,
         *weight.shape[1:3],
         first.shape[1],
@@ -193,12 +185,11 @@ def launch_residual(
         *first.stride(),
         *second.stride(),
         *weight.stride(),
-        *written.stride(),
-        STORE=error is not None,
+        *error.stride(),
         PRECISION=precision,
         FIRST_T=closer(first, 1, 2),
         SECOND_T=closer(second, 1, 2),
-        WIDE=is_wide(first, second, weight, written),
+        WIDE=is_wide(first, second, weight, error),
         BLOCK_M=config.block_m,
         BLOCK_I=block_i,
         BLOCK_U=block_u,
@@ -210,8 +201,7 @@ def launch_residual(
     )
 
 
-def launch_sum(partial: torch.Tensor, out: torch.Tensor, *, root: bool) -> None:
-    """Sums of (B, count), or their square roots, into (B,); both contiguous float64 and not empty."""
-    _sum_kernel[(partial.shape[0],)](
-        partial, out, partial.shape[1], ROOT=root, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
-    )
+def launch_sum(partial: torch.Tensor, out: torch.Tensor) -> None:
+    """Sums of (B, count) into (B,); both contiguous float64 and not empty."""
+    grid = (partial.shape[0],)
+    _sum_kernel[grid](partial, out, partial.shape[1], BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True)

@@ -3,7 +3,7 @@
     first = P [S; S; s; G],   second^T = P [R; -R; 0; D],   second * first = G
 
 G (Co, Ci, *K) stands in the frame of K1; D is the unit matrix at one tap of K2; S, s and R are noise, made where they are
-used. P = B W is that of `direct_mixing`: W, the identity unless blocks share pairs, then blocks of at most 64 channels.
+used. P = B W is that of `mixing`: W, the identity unless blocks share pairs, then blocks of at most 64 channels.
 
 `direct_kernel` makes either factor, (B, Ch, columns), a column being an input channel and a tap of `first`, or an output
 channel and a tap of `second`. A program owns a block of P and a run of tiles of BLOCK_M columns. It keeps the block on the
@@ -15,7 +15,7 @@ chip, and for each tile reads the block's rows of G, makes its noise, and writes
 - D takes no product: each of its columns takes one row of P, and few tiles have any.
 - Shared pairs: W takes multiples of the sums U^T G from the rows of a group. `sums_kernel` makes these in one more pass over
   G; to a block they are two more rows, along what P makes of u_t and u_d.
-- Loads and stores follow memory (`direct_tile`): along columns, along rows, or along runs of rows and taps.
+- Loads and stores follow memory (`tile`): along columns, along rows, or along runs of rows and taps.
 
 Noise comes from the logical place of its element (`noise_rows`): tiles do not change it, nor what else is in the batch.
 """
@@ -27,11 +27,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .direct_mixing import SIDE, Block
-from .direct_tile import NOISE_RMS, directions_of, load_tile, noise_row, noise_rows, place_of, run_of, store_run, store_tile
+from .mixing import SIDE, MixingBlock
+from .tile import NOISE_RMS, directions_of, load_tile, locate, noise_row, noise_rows, run_of, store_run, store_tile
 
 _SIDE = tl.constexpr(SIDE)
-_FIELDS = tl.constexpr(len(Block._fields))
+_FIELDS = tl.constexpr(len(MixingBlock._fields))
 _HALF = tl.constexpr(0.5**0.5)
 _TURN = tl.constexpr(2**0.5)
 
@@ -158,7 +158,7 @@ def direct_kernel(
         first = (span * tiles + step) * STEP
         offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < tl.minimum(columns, first + STEP)
-        base, places, inside = place_of(offs_m, first, mask_m, size, start, extent, weight_strides, UNIFORM_W, INDEX)
+        base, places, inside = locate(offs_m, first, mask_m, size, start, extent, weight_strides, UNIFORM_W, INDEX)
         if DELTA:
             acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=ACC)
             if (first // TAPS < row + held) & ((first + STEP - 1) // TAPS >= row):
@@ -193,7 +193,7 @@ def direct_kernel(
             run_ptr = out_ptr + (first // TAPS).to(tl.int64) * stride_oi
             store_run(run_ptr, acc, run_index, run_offsets, run_columns < columns - first)
         else:
-            base, places, _ = place_of(offs_m, first, mask_m, size, (0, 0, 0), size, out_strides, UNIFORM_O, INDEX)
+            base, places, _ = locate(offs_m, first, mask_m, size, (0, 0, 0), size, out_strides, UNIFORM_O, INDEX)
             store_tile(out_ptr + base, acc, places, mask_m, out_rows, mask_h, ROWS_CLOSER_O)
 
 
@@ -247,7 +247,7 @@ def sums_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     size, start, extent = (SIZE_X, SIZE_Y, SIZE_Z), (start_x, start_y, start_z), (k_x, k_y, k_z)
     strides = (stride_wi, stride_wx, stride_wy, stride_wz)
-    base, places, inside = place_of(offs_m, first, offs_m < columns, size, start, extent, strides, UNIFORM_W, INDEX)
+    base, places, inside = locate(offs_m, first, offs_m < columns, size, start, extent, strides, UNIFORM_W, INDEX)
     rows = offs_r.to(INDEX) * stride_wo
     weight_ptr += base
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)

@@ -27,11 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import lookup
+from ..configs import lookup
 
 
 @dataclass(frozen=True)
-class FactorConfig:
+class CholeskyConfig:
     """Tile sizes and launch settings; powers of two, at least 16."""
 
     block_m: int  # rows of a panel that are substituted at once, columns of `right` that are, and both sides of a trailing tile
@@ -40,9 +40,9 @@ class FactorConfig:
     num_stages: int  # 1: no load may run ahead of a barrier
 
 
-def config_for(variant: str, like: torch.Tensor) -> FactorConfig:
+def config_for(variant: str, like: torch.Tensor) -> CholeskyConfig:
     """The configuration of a variant, "single", "spread" or "solve", for tensors like this one."""
-    return FactorConfig(**lookup("factor", like.dtype, variant, like.device))
+    return CholeskyConfig(**lookup("cholesky", like.dtype, variant, like.device))
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _trailing_kernel(
     tl.store(rest_ptrs, rest, mask=inside)
 
 
-def launch_single(matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor, *, config: FactorConfig) -> None:
+def launch_single(matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor, *, config: CholeskyConfig) -> None:
     """Factor (B, n, n), any strides, into the lower triangle of `lower`; `info` (B,) int32, contiguous. Nothing is empty."""
     _single_kernel[(len(matrix),)](
         matrix,
@@ -236,7 +236,7 @@ def launch_single(matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor,
 
 
 def launch_spread(
-    matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor, rest: torch.Tensor, *, config: FactorConfig
+    matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor, rest: torch.Tensor, *, config: CholeskyConfig
 ) -> None:
     """As `launch_single`, with `info` zero and `rest`, another (B, n, n), to work in."""
     batch, size, _ = matrix.shape

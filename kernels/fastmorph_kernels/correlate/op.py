@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .compose_op import compose_torch
-from .support import Precision, check_precision, check_tensors, interprets, six_dimensional, three
-from .tiling import choose, packed
+from ..checks import Precision, check_place, check_precision, check_sizes, check_tensors
+from ..compose.op import compose_torch
+from ..register import register
+from ..support import six_dimensional, three
+from ..tiling import choose, packed
 
 
 def correlate(
@@ -47,62 +48,28 @@ def correlate(
             f"{tuple(first.shape)}: check that the arguments are not swapped."
         )
     check_sizes("correlate", first, k2)
-    frame = tuple(one + two - 1 for one, two in zip(first.shape[3:], k2, strict=True))
-    if len(before) != len(frame) or not all(
-        k > 0 and 0 <= b <= n - k for b, k, n in zip(before, target.shape[3:], frame, strict=True)
-    ):
-        raise ValueError(
-            f"a target of kernel size {tuple(target.shape[3:])} behind {tuple(before)} zeros does not lie in the frame "
-            f"{frame}: before + K must be at most K1 + K2 - 1."
-        )
+    check_place("target", target, before, first, k2)
     out: Tensor = _correlate_op(target, list(before), first, list(k2), taken)
     return out
 
 
-def check_sizes(operator: str, first: Tensor, k2: Sequence[int]) -> None:
-    """Raise ValueError unless `k2` is a kernel size for a second kernel behind `first`."""
-    if len(k2) != first.ndim - 3 or 0 in first.shape[3:] or any(size < 1 for size in k2):
-        raise ValueError(
-            f"{operator} needs a kernel size k2 of {first.ndim - 3} numbers, one for each spatial dimension of first, and "
-            f"no empty kernel, but k2 is {tuple(k2)} and the kernel size of first {tuple(first.shape[3:])}."
-        )
-
-
-@torch.library.custom_op("fastmorph_kernels::correlate", mutates_args=(), device_types="cuda")
-def _correlate_op(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> Tensor:
-    out = _empty_out(target, first, k2)
-    with torch.cuda.device(first.device):  # Triton launches on the current device, wherever its arguments are
-        _launch(target, before, first, out, precision)
-    return out
-
-
-@_correlate_op.register_kernel("cpu")
-def _correlate_cpu(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> Tensor:
-    out = _empty_out(target, first, k2)
-    if interprets(out.dtype):
-        _launch(target, before, first, out, precision)
-        return out
-    exact = correlate_torch(six_dimensional(target), three(before), six_dimensional(first), three(k2, 1))
-    return out.copy_(exact.view(out.shape))
-
-
-@_correlate_op.register_fake
-def _correlate_fake(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> Tensor:
-    return _empty_out(target, first, k2)
-
-
-def _empty_out(target: Tensor, first: Tensor, k2: Sequence[int]) -> Tensor:
+def _allocate(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> Tensor:
     return target.new_empty((*target.shape[:2], first.shape[1], *k2))
 
 
-def _launch(target: Tensor, before: Sequence[int], first: Tensor, out: Tensor, precision: str) -> None:
+def _launch(out: Tensor, target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> None:
     if out.numel() == 0:  # an empty grid is an error
         return
-    from .compose_kernel import launch_correlate
+    from ..compose.kernel import launch_correlate
 
     config = choose("correlate", out.dtype, precision, out.device, out.shape[1], out.shape[2], out[:, 0, 0].numel())
     target, first = packed(six_dimensional(target), 2, config.pack), packed(six_dimensional(first), 2, config.pack)
     launch_correlate(target, three(before), first, six_dimensional(out), precision=precision, config=config)
+
+
+def _plain(out: Tensor, target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int], precision: str) -> None:
+    exact = correlate_torch(six_dimensional(target), three(before), six_dimensional(first), three(k2, 1))
+    out.copy_(exact.view(out.shape))
 
 
 def correlate_torch(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int]) -> Tensor:
@@ -113,3 +80,6 @@ def correlate_torch(target: Tensor, before: Sequence[int], first: Tensor, k2: Se
         start = k1 - 1 - zeros
         widths = [-start, start + size - n, *widths]
     return pad(whole, widths)
+
+
+_correlate_op = register("correlate", allocate=_allocate, launch=_launch, plain=_plain)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import lookup
+from ..configs import lookup
 
 # A row of the table: addresses of source and output; first tile; O', I', T'; the source's strides; where the three indices and
 # the two scales begin, -1 where there is none.
@@ -31,7 +31,7 @@ COLUMNS = 14
 
 
 @dataclass(frozen=True)
-class MovesConfig:
+class MoveConfig:
     """Tile size, a power of two, and launch settings."""
 
     block: int  # entries of an output
@@ -39,9 +39,9 @@ class MovesConfig:
     num_stages: int
 
 
-def config_for(like: torch.Tensor) -> MovesConfig:
+def config_for(like: torch.Tensor) -> MoveConfig:
     """The configuration for tensors like this one."""
-    return MovesConfig(**lookup("moves", like.dtype, "tile", like.device))
+    return MoveConfig(**lookup("move", like.dtype, "tile", like.device))
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _move_kernel(
 
 
 def launch_move(
-    like: torch.Tensor, table: torch.Tensor, scales: torch.Tensor | None, *, rows: int, tiles: int, config: MovesConfig
+    like: torch.Tensor, table: torch.Tensor, scales: torch.Tensor | None, *, rows: int, tiles: int, config: MoveConfig
 ) -> None:
     """Fill the outputs that `table` names, which have the dtype of `like`, with `tiles` tiles of `config.block` in all.
 

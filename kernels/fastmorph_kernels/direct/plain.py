@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .direct_mixing import deal, groups_of, mixing_table, shares_pairs
+from .mixing import deal, groups_of, mixing_table, shares_pairs
 
 
-def direct_torch(weight: Tensor | None, out: Tensor, held: int, start: Sequence[int], seeds: Tensor, scales: Tensor) -> None:
+def fill_factor(weight: Tensor | None, out: Tensor, held: int, start: Sequence[int], seeds: Tensor, scales: Tensor) -> None:
     """Fill `out` (B, hidden, channels, x, y, z) as `launch_direct` does: from `weight`, or from a delta where it is None."""
     _, hidden, channels, *size = out.shape
     rows = scales.new_zeros(out.shape)

@@ -27,7 +27,7 @@ from torch import Tensor
 SIDE = 64  # hidden channels in a block, at most
 
 
-class Block(NamedTuple):
+class MixingBlock(NamedTuple):
     """One block of P. Its channels are the first twins of its pairs, their second twins, then rows of G.
 
     An odd extra channel follows the last row of G.
@@ -56,7 +56,7 @@ def groups_of(hidden: int, held: int) -> int:
 
 
 @functools.cache
-def deal(hidden: int, held: int) -> tuple[Block, ...]:
+def deal(hidden: int, held: int) -> tuple[MixingBlock, ...]:
     """Deal hidden channels to blocks by twos (an odd one goes to the last block), and pairs with them, as evenly as can be."""
     count, pairs, groups = _count(hidden), (hidden - held) // 2, groups_of(hidden, held)
     starts = [2 * _before(hidden // 2, k, count) for k in range(count)] + [hidden]
@@ -68,7 +68,7 @@ def deal(hidden: int, held: int) -> tuple[Block, ...]:
     for k in range(count):
         group = k * groups // count
         sizes = starts[k + 1] - starts[k], firsts[k + 1] - firsts[k], rows[k], rows[k + 1] - rows[k]
-        blocks.append(Block(starts[k], *sizes, group, *spans[group], *spans[k]))
+        blocks.append(MixingBlock(starts[k], *sizes, group, *spans[group], *spans[k]))
     return tuple(blocks)
 
 
@@ -84,7 +84,7 @@ def _before(things: int, k: int, blocks: int) -> int:
 
 @functools.cache  # for good: a captured CUDA graph may hold the table's address
 def dealing_table(hidden: int, held: int, device: torch.device) -> Tensor:
-    """`deal` as a tensor (blocks, fields of Block) int32."""
+    """`deal` as a tensor (blocks, fields of MixingBlock) int32."""
     return torch.tensor(deal(hidden, held), dtype=torch.int32).to(device)
 
 

@@ -6,16 +6,12 @@
 
     images, moves (B, m, N), image, move (B, N), share (B, m) -> gram (B, m, m + 1), out (B, N)
 
-All three are bound by the one pass that they make over the memory.
+Both are bound by the one pass that they make over the memory.
 
 - `_gram_kernel`: a program owns a stretch of N and multiplies its part of the memory by its own transpose, all m rows of it
   at once, so that no entry is read twice. Its partial sums go to `partial` (B, S, m, m + 1), which `_total_kernel` adds up,
   a stretch after the other. A stretch does not depend on the batch: nor does the result, to the bit.
-- With PUSH the same pass first puts the newest differences, image - last_image and move - last_move, into row slot[b] of the
-  two memories, unless slot[b] is negative. The row of `moves` is replaced in registers, so that what is multiplied is what
-  was written, and no program reads what another writes.
-- `_update_kernel`: a program owns one row of `image`, seen as `rows` rows, and with SQUARES adds up what it writes there:
-  rows are F1's hidden channels, whose norms the accelerated iteration holds fixed.
+- `_update_kernel`: a program owns a stretch of one item.
 
 Sums run in a fixed order, without atomics.
 """
@@ -30,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import lookup
+from ..configs import lookup
 
 _TOTAL_S, _TOTAL_N = 64, 32  # partial sums and entries in a tile of their addition, which is small
 
@@ -52,33 +48,17 @@ def config_for(variant: str, like: torch.Tensor) -> AndersonConfig:
 
 @triton.jit
 def _gram_kernel(
-    images_ptr,
     moves_ptr,
-    image_ptr,
     move_ptr,
-    last_image_ptr,
-    last_move_ptr,
-    slot_ptr,
     partial_ptr,
     size,
     memory,
     stretches,
-    stride_ib,
-    stride_im,
-    stride_in,
     stride_mb,
     stride_mm,
     stride_mn,
-    stride_jb,
-    stride_jn,
     stride_nb,
     stride_nn,
-    stride_kb,
-    stride_kn,
-    stride_ob,
-    stride_on,
-    stride_sb,
-    PUSH: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,13 +72,6 @@ def _gram_kernel(
     rows = tl.arange(0, BLOCK_M)
     mask_m = rows < memory
     row_ptrs = moves_ptr + rows.to(tl.int64) * stride_mm  # [BLOCK_M]
-    if PUSH:
-        slot = tl.load(slot_ptr + pid_b * stride_sb).to(tl.int64)
-        images_ptr += pid_b * stride_ib + slot * stride_im
-        slot_ptrs = moves_ptr + slot * stride_mm
-        image_ptr += pid_b * stride_jb
-        last_image_ptr += pid_b * stride_kb
-        last_move_ptr += pid_b * stride_ob
     products = tl.zeros((BLOCK_M, BLOCK_M), dtype=ACC)
     right = tl.zeros((BLOCK_M,), dtype=ACC)
     for tile in range(0, TILES):
@@ -108,14 +81,6 @@ def _gram_kernel(
             row_ptrs[:, None] + offs[None, :] * stride_mn, mask=mask_m[:, None] & mask_n[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_N]
         move = tl.load(move_ptr + offs * stride_nn, mask=mask_n, other=0.0)  # [BLOCK_N]
-        if PUSH:
-            write = mask_n & (slot >= 0) & (slot < memory)
-            newest = move - tl.load(last_move_ptr + offs * stride_on, mask=write, other=0.0)
-            tl.store(slot_ptrs + offs * stride_mn, newest, mask=write)
-            block = tl.where((rows == slot)[:, None], newest[None, :], block)
-            image = tl.load(image_ptr + offs * stride_jn, mask=write, other=0.0)
-            last = tl.load(last_image_ptr + offs * stride_kn, mask=write, other=0.0)
-            tl.store(images_ptr + offs * stride_in, image - last, mask=write)
         block = block.to(ACC)
         products = tl.dot(block, tl.trans(block), products, input_precision="ieee", out_dtype=ACC)
         right += tl.sum(block * move.to(ACC)[None, :], 1)  # [BLOCK_M]
@@ -145,11 +110,9 @@ def _update_kernel(
     images_ptr,
     share_ptr,
     out_ptr,
-    squares_ptr,
     size,
     memory,
-    rows,
-    row_size,
+    stretches,
     stride_jb,
     stride_jn,
     stride_ib,
@@ -159,33 +122,23 @@ def _update_kernel(
     stride_sm,
     stride_ob,
     stride_on,
-    SQUARES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    row = pid % rows
-    pid_b = (pid // rows).to(tl.int64)
+    pid_b = (pid // stretches).to(tl.int64)
     slots = tl.arange(0, BLOCK_M)
     mask_m = slots < memory
     share = tl.load(share_ptr + pid_b * stride_sb + slots.to(tl.int64) * stride_sm, mask=mask_m, other=0.0)  # [BLOCK_M]
     slot_ptrs = images_ptr + pid_b * stride_ib + slots.to(tl.int64) * stride_im  # [BLOCK_M]
-    image_ptr += pid_b * stride_jb
-    out_ptr += pid_b * stride_ob
-    end = tl.minimum((row + 1).to(tl.int64) * row_size, size)
-    squares = tl.zeros((BLOCK_N,), dtype=out_ptr.dtype.element_ty)
-    for start in range(0, row_size, BLOCK_N):
-        offs = row.to(tl.int64) * row_size + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        mask_n = offs < end
-        block = tl.load(
-            slot_ptrs[:, None] + offs[None, :] * stride_in, mask=mask_m[:, None] & mask_n[None, :], other=0.0
-        )  # [BLOCK_M, BLOCK_N]
-        image = tl.load(image_ptr + offs * stride_jn, mask=mask_n, other=0.0)  # [BLOCK_N]
-        out = image - tl.sum(block * share[:, None], 0)
-        tl.store(out_ptr + offs * stride_on, out, mask=mask_n)
-        squares += out * out
-    if SQUARES:
-        tl.store(squares_ptr + pid_b * rows + row, tl.sum(squares, 0))
+    offs = (pid % stretches).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask_n = offs < size
+    block = tl.load(
+        slot_ptrs[:, None] + offs[None, :] * stride_in, mask=mask_m[:, None] & mask_n[None, :], other=0.0
+    )  # [BLOCK_M, BLOCK_N]
+    image = tl.load(image_ptr + pid_b * stride_jb + offs * stride_jn, mask=mask_n, other=0.0)  # [BLOCK_N]
+    out = image - tl.sum(block * share[:, None], 0)
+    tl.store(out_ptr + pid_b * stride_ob + offs * stride_on, out, mask=mask_n)
 
 
 def stretches_of(moves: torch.Tensor, config: AndersonConfig) -> int:
@@ -194,46 +147,22 @@ def stretches_of(moves: torch.Tensor, config: AndersonConfig) -> int:
     return count
 
 
-def launch_gram(
-    images: torch.Tensor,
-    moves: torch.Tensor,
-    image: torch.Tensor,
-    move: torch.Tensor,
-    last_image: torch.Tensor,
-    last_move: torch.Tensor,
-    slot: torch.Tensor,
-    partial: torch.Tensor,
-    *,
-    push: bool,
-    config: AndersonConfig,
-) -> None:
+def launch_gram(moves: torch.Tensor, move: torch.Tensor, partial: torch.Tensor, *, config: AndersonConfig) -> None:
     """Fill `partial` (B, S, m, m + 1), contiguous, S as `stretches_of` has it; nothing is empty.
 
-    images, moves (B, m, N), the others (B, N), slot (B,), any strides. Where not `push`, `moves` and `move` alone are used,
-    and the others may be anything of their rank.
+    moves (B, m, N), move (B, N), any strides.
     """
     batch, memory, size = moves.shape
     stretches = partial.shape[1]
     _gram_kernel[(batch * stretches,)](
-        images,
         moves,
-        image,
         move,
-        last_image,
-        last_move,
-        slot,
         partial,
         size,
         memory,
         stretches,
-        *images.stride(),
         *moves.stride(),
-        *image.stride(),
         *move.stride(),
-        *last_image.stride(),
-        *last_move.stride(),
-        *slot.stride(),
-        PUSH=push,
         TILES=config.tiles,
         BLOCK_M=rows_of(memory),
         BLOCK_N=config.block_n,
@@ -253,38 +182,26 @@ def launch_total(partial: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def launch_update(
-    image: torch.Tensor,
-    images: torch.Tensor,
-    share: torch.Tensor,
-    out: torch.Tensor,
-    squares: torch.Tensor | None,
-    *,
-    config: AndersonConfig,
+    image: torch.Tensor, images: torch.Tensor, share: torch.Tensor, out: torch.Tensor, *, config: AndersonConfig
 ) -> None:
-    """Fill out (B, N), and squares (B, R), contiguous, with the squared norms of its R rows where it is given.
-
-    image (B, N), images (B, m, N), share (B, m), any strides; nothing but m is empty.
-    """
+    """Fill out (B, N). image (B, N), images (B, m, N), share (B, m), any strides; nothing but m is empty."""
     batch, memory, size = images.shape
-    rows = triton.cdiv(size, config.block_n) if squares is None else squares.shape[1]
-    row_size = config.block_n if squares is None else size // rows
-    _update_kernel[(batch * rows,)](
+    block_n = min(config.block_n, triton.next_power_of_2(size))
+    stretches = triton.cdiv(size, block_n)
+    _update_kernel[(batch * stretches,)](
         image,
         images,
         share,
         out,
-        out if squares is None else squares,
         size,
         memory,
-        rows,
-        row_size,
+        stretches,
         *image.stride(),
         *images.stride(),
         *share.stride(),
         *out.stride(),
-        SQUARES=squares is not None,
         BLOCK_M=rows_of(memory),
-        BLOCK_N=min(config.block_n, triton.next_power_of_2(row_size)),
+        BLOCK_N=block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .direct_mixing import dealing_table, groups_of, mixing_table
-from .direct_torch import direct_torch
-from .support import Precision, accumulator, check_precision, check_tensors, interprets, six_dimensional
+from ..checks import Precision, check_precision, check_tensors
+from ..register import register
+from ..support import accumulator, six_dimensional, three
+from .mixing import dealing_table, groups_of, mixing_table
+from .plain import fill_factor
 
 _SAMPLE = 64  # channels on each side from which the spread of a weight is taken
 
@@ -114,8 +117,7 @@ def direct(
     return first, second
 
 
-@torch.library.custom_op("fastmorph_kernels::direct", mutates_args=(), device_types="cuda")
-def _direct_op(
+def _allocate(
     weight: Tensor,
     hidden_channels: int,
     k1: Sequence[int],
@@ -127,55 +129,47 @@ def _direct_op(
     precision: str,
     into_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    first, second = _empty_factors(weight, hidden_channels, k1, k2)
-    with torch.cuda.device(weight.device):  # Triton launches on the current device, wherever its arguments are
-        _fill(weight, first, second, before, seeds, spread, density, precision, into_first)
-    return first, second
-
-
-@_direct_op.register_kernel("cpu")
-def _direct_cpu(
-    weight: Tensor,
-    hidden_channels: int,
-    k1: Sequence[int],
-    k2: Sequence[int],
-    before: Sequence[int],
-    seeds: Tensor,
-    spread: Tensor | None,
-    density: float,
-    precision: str,
-    into_first: bool,
-) -> tuple[Tensor, Tensor]:
-    first, second = _empty_factors(weight, hidden_channels, k1, k2)
-    _fill(weight, first, second, before, seeds, spread, density, precision, into_first)
-    return first, second
-
-
-@_direct_op.register_fake
-def _direct_fake(
-    weight: Tensor,
-    hidden_channels: int,
-    k1: Sequence[int],
-    k2: Sequence[int],
-    before: Sequence[int],
-    seeds: Tensor,
-    spread: Tensor | None,
-    density: float,
-    precision: str,
-    into_first: bool,
-) -> tuple[Tensor, Tensor]:
-    return _empty_factors(weight, hidden_channels, k1, k2)
-
-
-def _empty_factors(weight: Tensor, hidden: int, k1: Sequence[int], k2: Sequence[int]) -> tuple[Tensor, Tensor]:
     batch, co, ci = weight.shape[:3]
-    return weight.new_empty((batch, hidden, ci, *k1)), weight.new_empty((batch, co, hidden, *k2))
+    return weight.new_empty((batch, hidden_channels, ci, *k1)), weight.new_empty((batch, co, hidden_channels, *k2))
 
 
-def _fill(
+class _Factor(NamedTuple):
+    """One of the factors to fill, its hidden channels in front."""
+
+    given: Tensor | None  # the weight, (B, rows, columns, *K), or None for the factor that has the delta
+    out: Tensor
+    start: list[int]  # where the weight, or the delta's one tap, stands among the factor's taps
+    scales: Tensor  # (B, 2), as `launch_direct` has it
+
+
+def _factors(
+    out: tuple[Tensor, Tensor],
     weight: Tensor,
-    first: Tensor,
-    second: Tensor,
+    before: Sequence[int],
+    spread: Tensor | None,
+    density: float,
+    into_first: bool,
+) -> tuple[_Factor, _Factor]:
+    """The factor that has the weight, and the delta's."""
+    weight, one, two = six_dimensional(weight), six_dimensional(out[0]), six_dimensional(out[1]).transpose(1, 2)
+    if not into_first:
+        weight, one, two = weight.transpose(1, 2), two, one
+    # The middle tap, or the nearest to it that leaves the weight inside the other kernel.
+    centre = [
+        min(max((k2 - 1) // 2, zeros - (k1 - k)), zeros)
+        for zeros, k1, k2, k in zip(three(before), one.shape[3:], two.shape[3:], weight.shape[3:], strict=True)
+    ]
+    start = [zeros - tap for zeros, tap in zip(three(before), centre, strict=True)]
+    scales_one, scales_two = _scales(weight, one, two, spread, density)
+    return _Factor(weight, one, start, scales_one), _Factor(None, two, centre, scales_two)
+
+
+def _plain(
+    out: tuple[Tensor, Tensor],
+    weight: Tensor,
+    hidden: int,
+    k1: Sequence[int],
+    k2: Sequence[int],
     before: Sequence[int],
     seeds: Tensor,
     spread: Tensor | None,
@@ -183,36 +177,38 @@ def _fill(
     precision: str,
     into_first: bool,
 ) -> None:
-    """Fill both factors. From here on `one` has the weight, `two` the delta, and both their hidden channels in front."""
-    weight, one, two = six_dimensional(weight), six_dimensional(first), six_dimensional(second).transpose(1, 2)
-    if not into_first:
-        weight, one, two = weight.transpose(1, 2), two, one
-    held, hidden = weight.shape[1], one.shape[1]
-    before = [0] * (3 - len(before)) + list(before)
-    # The middle tap, or the nearest to it that leaves the weight inside the other kernel.
-    centre = [
-        min(max((k2 - 1) // 2, zeros - (k1 - k)), zeros)
-        for zeros, k1, k2, k in zip(before, one.shape[3:], two.shape[3:], weight.shape[3:], strict=True)
-    ]
-    start = [zeros - tap for zeros, tap in zip(before, centre, strict=True)]
-    scales_one, scales_two = _scales(weight, one, two, spread, density)
-    if weight.device.type == "cpu" and not interprets(weight.dtype):
-        direct_torch(weight, one, held, start, seeds, scales_one)
-        direct_torch(None, two, held, centre, seeds, scales_two)
-        return
-    from .direct_launch import launch_direct, launch_sums
+    held = weight.shape[1 if into_first else 2]
+    for given, factor, start, scales in _factors(out, weight, before, spread, density, into_first):
+        fill_factor(given, factor, held, start, seeds, scales)
 
-    dtype, device = scales_one.dtype, weight.device
+
+def _launch(
+    out: tuple[Tensor, Tensor],
+    weight: Tensor,
+    hidden: int,
+    k1: Sequence[int],
+    k2: Sequence[int],
+    before: Sequence[int],
+    seeds: Tensor,
+    spread: Tensor | None,
+    density: float,
+    precision: str,
+    into_first: bool,
+) -> None:
+    from .launch import launch_direct, launch_sums
+
+    dtype, device, held = accumulator(weight.dtype), weight.device, weight.shape[1 if into_first else 2]
     if dtype == torch.float64 or torch.version.hip is not None:
         precision = "ieee"
     tables, seeds = (mixing_table(dtype, device), dealing_table(hidden, held, device)), seeds.contiguous()
     sums, groups = None, groups_of(hidden, held)
-    if groups and one.numel():
-        sums = weight.new_empty((len(weight), groups, 2, math.prod(one.shape[2:])), dtype=dtype)
-        launch_sums(weight, sums, one.shape[3:], start, tables[1])
-    for given, out, place, scales in ((weight, one, start, scales_one), (None, two, centre, scales_two)):
-        if out.numel():  # an empty grid is an error
-            launch_direct(given, None if given is None else sums, out, held, place, tables, seeds, scales, precision=precision)
+    for given, factor, start, scales in _factors(out, weight, before, spread, density, into_first):
+        if factor.numel() == 0:  # an empty grid is an error
+            continue
+        if given is not None and groups:
+            sums = factor.new_empty((len(factor), groups, 2, math.prod(factor.shape[2:])), dtype=dtype)
+            launch_sums(given, sums, factor.shape[3:], start, tables[1])
+        launch_direct(given, None if given is None else sums, factor, held, start, tables, seeds, scales, precision=precision)
 
 
 def _scales(weight: Tensor, one: Tensor, two: Tensor, spread: Tensor | None, density: float) -> tuple[Tensor, Tensor]:
@@ -234,3 +230,6 @@ def _scales(weight: Tensor, one: Tensor, two: Tensor, spread: Tensor | None, den
     mean_two = (1.0 + (density**2 * taps if extra > 1 else 0.0)) / max(1, hidden * taps)
     gain = (mean_two / mean_one) ** 0.25
     return torch.stack([spread, gain], 1), torch.stack([torch.full_like(gain, noise), 1.0 / gain], 1)
+
+
+_direct_op = register("direct", allocate=_allocate, launch=_launch, plain=_plain)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configs import lookup
-from .support import interprets
+from ..configs import lookup
+from ..register import register
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -75,80 +75,51 @@ def cholesky_preferred(size: int, batch: int, dtype: torch.dtype, device: torch.
     """
     if dtype not in _DTYPES:
         return False
-    sizes = lookup("factor", dtype, "sizes", device)
+    sizes = lookup("cholesky", dtype, "sizes", device)
     return sizes["prefer_from"] <= size <= sizes["prefer_to"] and batch >= sizes["prefer_batch"]
 
 
-@torch.library.custom_op("fastmorph_kernels::cholesky", mutates_args=(), device_types="cuda")
-def _cholesky_op(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    lower, info = _cholesky_out(matrix)
-    with torch.cuda.device(matrix.device):  # Triton launches on the current device, wherever its arguments are
-        _launch_cholesky(matrix, lower, info)
-    return lower, info
-
-
-@_cholesky_op.register_kernel("cpu")
-def _cholesky_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    if not interprets(matrix.dtype):
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        return lower.contiguous(), info
-    lower, info = _cholesky_out(matrix)
-    _launch_cholesky(matrix, lower, info)
-    return lower, info
-
-
-@_cholesky_op.register_fake
-def _cholesky_fake(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return _cholesky_out(matrix)
-
-
-def _cholesky_out(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _allocate(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.new_zeros(matrix.shape), matrix.new_zeros(matrix.shape[0], dtype=torch.int32)
 
 
-def _launch_cholesky(matrix: Tensor, lower: Tensor, info: Tensor) -> None:
+def _launch(out: tuple[Tensor, Tensor], matrix: Tensor) -> None:
     if matrix.numel() == 0:  # an empty grid is an error
         return
-    from .factor_kernel import config_for, launch_single, launch_spread
+    from .kernel import config_for, launch_single, launch_spread
 
-    if matrix.shape[1] <= lookup("factor", matrix.dtype, "sizes", matrix.device)["single"]:
-        launch_single(matrix, lower, info, config=config_for("single", matrix))
+    if matrix.shape[1] <= lookup("cholesky", matrix.dtype, "sizes", matrix.device)["single"]:
+        launch_single(matrix, *out, config=config_for("single", matrix))
     else:
-        launch_spread(matrix, lower, info, matrix.new_empty(matrix.shape), config=config_for("spread", matrix))
+        launch_spread(matrix, *out, matrix.new_empty(matrix.shape), config=config_for("spread", matrix))
 
 
-@torch.library.custom_op("fastmorph_kernels::cholesky_solve", mutates_args=(), device_types="cuda")
-def _cholesky_solve_op(lower: Tensor, right: Tensor) -> Tensor:
-    out = right.new_empty(right.shape)
-    with torch.cuda.device(lower.device):
-        _launch_cholesky_solve(lower, right, out)
-    return out
+def _plain(out: tuple[Tensor, Tensor], matrix: Tensor) -> None:
+    for filled, exact in zip(out, torch.linalg.cholesky_ex(matrix), strict=True):
+        filled.copy_(exact)
 
 
-@_cholesky_solve_op.register_kernel("cpu")
-def _cholesky_solve_cpu(lower: Tensor, right: Tensor) -> Tensor:
-    out = right.new_empty(right.shape)
-    if interprets(right.dtype):
-        _launch_cholesky_solve(lower, right, out)
-    else:
-        out.copy_(torch.cholesky_solve(right, lower))
-    return out
-
-
-@_cholesky_solve_op.register_fake
-def _cholesky_solve_fake(lower: Tensor, right: Tensor) -> Tensor:
+def _allocate_solution(lower: Tensor, right: Tensor) -> Tensor:
     return right.new_empty(right.shape)
 
 
-def _launch_cholesky_solve(lower: Tensor, right: Tensor, out: Tensor) -> None:
+def _launch_solution(out: Tensor, lower: Tensor, right: Tensor) -> None:
     if out.numel() == 0:
         return
-    from .factor_kernel import config_for
-    from .factor_solve_kernel import launch_solve
+    from .kernel import config_for
+    from .solve_kernel import launch_solve
 
     launch_solve(lower, right, out, config=config_for("solve", right))
+
+
+def _plain_solution(out: Tensor, lower: Tensor, right: Tensor) -> None:
+    out.copy_(torch.cholesky_solve(right, lower))
 
 
 def _check_dtype(operator: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{operator} needs float32 or float64, but has {tensor.dtype}: convert with .to().")
+
+
+_cholesky_op = register("cholesky", allocate=_allocate, launch=_launch, plain=_plain)
+_cholesky_solve_op = register("cholesky_solve", allocate=_allocate_solution, launch=_launch_solution, plain=_plain_solution)

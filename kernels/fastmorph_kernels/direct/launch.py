@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import lookup
-from .direct_kernel import direct_kernel, sums_kernel
-from .direct_mixing import SIDE, deal, groups_of, shares_pairs
+from ..configs import lookup
+from .kernel import direct_kernel, sums_kernel
+from .mixing import SIDE, deal, groups_of, shares_pairs
 
 # A row of so many taps or more fills sectors of memory well as it is.
 _LONG_ROW = 32
@@ -31,8 +31,8 @@ class DirectConfig:
     num_stages: int
 
 
-class Columns(NamedTuple):
-    """How columns (channel, x, y, z) of a tensor lie in memory; see `direct_tile`."""
+class ColumnLayout(NamedTuple):
+    """How columns (channel, x, y, z) of a tensor lie in memory; see `tile`."""
 
     strides: tuple[int, ...]
     uniform: bool  # each as far behind the last
@@ -46,7 +46,7 @@ class Columns(NamedTuple):
         return self.wide or (self.rows_closer and not self.uniform)
 
 
-def columns_of(tensor: Tensor, size: Sequence[int]) -> Columns:
+def layout_of(tensor: Tensor, size: Sequence[int]) -> ColumnLayout:
     """Of a tensor (B, rows, channels, x, y, z), where columns are counted through taps of `size`."""
     row, *strides = tensor.stride()[1:]
     channels, *extent = tensor.shape[2:]
@@ -63,7 +63,7 @@ def columns_of(tensor: Tensor, size: Sequence[int]) -> Columns:
     uniform = even and (channels == 1 or strides[0] == step * taps)
     strides[-1] = step if even else strides[-1]
     run = even and not uniform and 1 < taps < _LONG_ROW and row == step * taps
-    return Columns(tuple(strides), uniform, step > row, run, reach >= 2**31)
+    return ColumnLayout(tuple(strides), uniform, step > row, run, reach >= 2**31)
 
 
 def launch_direct(
@@ -94,12 +94,12 @@ def launch_direct(
     """
     batch, hidden, channels, *size = out.shape
     blocks, shared, sides = len(deal(hidden, held)), shares_pairs(hidden, held), _sides(hidden, held)
-    into = columns_of(out, size)
+    into = layout_of(out, size)
     delta = weight is None
     if weight is None:  # a unit matrix of which no memory is read
         weight, extent, source = out, torch.Size((1, 1, 1)), into._replace(uniform=False)
     else:
-        extent, source = weight.shape[3:], columns_of(weight, size)
+        extent, source = weight.shape[3:], layout_of(weight, size)
     if config is None:
         crowded = sides["BLOCK_S"] == SIDE or (into.run and not delta and sides["BLOCK_G"] == SIDE)
         many = shared or crowded or into.irregular or source.irregular
@@ -159,7 +159,7 @@ def launch_sums(
 ) -> None:
     """Fill `sums` (B, groups, 2, columns) with U^T G, zero where a tap of `size` holds none of the weight's."""
     batch, groups, _, columns = sums.shape
-    source = columns_of(weight, size)
+    source = layout_of(weight, size)
     config = config or config_for("sums", weight)
     block_m = _tile(columns, config)
     sums_kernel[(batch * groups * triton.cdiv(columns, block_m),)](

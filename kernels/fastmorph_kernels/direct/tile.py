@@ -41,7 +41,7 @@ def _noise(word):
 
 
 @triton.jit
-def place_of(columns, first, mask, size, start, extent, strides, UNIFORM: tl.constexpr, INDEX: tl.constexpr):
+def locate(columns, first, mask, size, start, extent, strides, UNIFORM: tl.constexpr, INDEX: tl.constexpr):
     """Where columns (channel, x, y, z) from `first` on, counted through taps of `size`, lie in a tensor.
 
     It has taps of `extent` from `start` on. UNIFORM: these are all, and each column is strides[3] behind the last.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .support import accumulator, interprets
+from ..register import register
+from ..support import accumulator
 
 Index = Tensor | None
 Scale = Tensor | None
@@ -96,31 +97,9 @@ def _sizes(source: Tensor, index: Sequence[Index]) -> list[int]:
     return [source.shape[d] if given is None else given.shape[0] for d, given in enumerate(index)]
 
 
-def _outputs(sources: Sequence[Tensor], indices: Sequence[Index]) -> list[Tensor]:
-    return [source.new_empty(_sizes(source, indices[3 * k : 3 * k + 3])) for k, source in enumerate(sources)]
-
-
-@torch.library.custom_op("fastmorph_kernels::move", mutates_args=(), device_types="cuda")
-def _move_op(sources: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> list[Tensor]:
+def _allocate(sources: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> list[Tensor]:
     """Three indices and two scales for each source, all sources of one dtype and device."""
-    with torch.cuda.device(sources[0].device):  # Triton launches on the current device, wherever its arguments are
-        return _launch_move(sources, indices, scales)
-
-
-@_move_op.register_kernel("cpu")
-def _move_cpu(sources: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> list[Tensor]:
-    if interprets(sources[0].dtype):
-        return _launch_move(sources, indices, scales)
-    _check_indices(sources, indices)
-    out = _outputs(sources, indices)
-    for k, source in enumerate(sources):
-        out[k].copy_(_move_torch(source, indices[3 * k : 3 * k + 3], scales[2 * k : 2 * k + 2]))
-    return out
-
-
-@_move_op.register_fake
-def _move_fake(sources: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Sequence[Tensor | None]) -> list[Tensor]:
-    return _outputs(sources, indices)
+    return [source.new_empty(_sizes(source, indices[3 * k : 3 * k + 3])) for k, source in enumerate(sources)]
 
 
 def _check_indices(sources: Sequence[Tensor], indices: Sequence[Index]) -> None:
@@ -147,13 +126,18 @@ def _move_torch(source: Tensor, indices: Sequence[Index], scales: Sequence[Scale
     return value.masked_fill(absent, 0)
 
 
-def _launch_move(sources: Sequence[Tensor], indices: Sequence[Index], scales: Sequence[Scale]) -> list[Tensor]:
+def _plain(out: list[Tensor], sources: Sequence[Tensor], indices: Sequence[Index], scales: Sequence[Scale]) -> None:
     _check_indices(sources, indices)
-    out = _outputs(sources, indices)
+    for k, source in enumerate(sources):
+        out[k].copy_(_move_torch(source, indices[3 * k : 3 * k + 3], scales[2 * k : 2 * k + 2]))
+
+
+def _launch(out: list[Tensor], sources: Sequence[Tensor], indices: Sequence[Index], scales: Sequence[Scale]) -> None:
+    _check_indices(sources, indices)
     kept = [k for k, tensor in enumerate(out) if tensor.numel()]
     if not kept:  # an empty grid is an error
-        return out
-    from .moves_kernel import COLUMNS, config_for, launch_move
+        return
+    from .kernel import COLUMNS, config_for, launch_move
 
     dtype = sources[0].dtype
     like = sources[0].view(_COPIED_AS.get(dtype, dtype))
@@ -181,4 +165,6 @@ def _launch_move(sources: Sequence[Tensor], indices: Sequence[Index], scales: Se
     if like.is_cuda:
         table = table.pin_memory().to(like.device, non_blocking=True)  # a copy that the host does not wait for
     launch_move(like, table, torch.cat(factors) if factors else None, rows=len(kept), tiles=tiles, config=config)
-    return out
+
+
+_move_op = register("move", allocate=_allocate, launch=_launch, plain=_plain)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .factor_kernel import FactorConfig, _load_diagonal, _substitute
+from .kernel import CholeskyConfig, _load_diagonal, _substitute
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _solve_kernel(
         tl.debug_barrier()
 
 
-def launch_solve(lower: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, config: FactorConfig) -> None:
+def launch_solve(lower: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, config: CholeskyConfig) -> None:
     """Solve (B, n, m) right-hand sides with factors (B, n, n), any strides, into `out`. Nothing is empty."""
     batch, size, columns = right.shape
     column_blocks = triton.cdiv(columns, config.block_m)
