@@ -45,7 +45,7 @@ def test_half_precision_leaves_one_rounding(dtype, shape, hidden):
     """Both kernels rounded: at most 2 eps; the residual told is that of the rounded kernels."""
     weight = torch.randn(shape).to(dtype)
     found = fm.decompose(weight, hidden, generator=torch.Generator().manual_seed(0))
-    case = Case(weight, fm.frame.make_frame(shape[2:], (3, 3)), 2)
+    case = Case(weight, fm.equation.frame.make_frame(shape[2:], (3, 3)), 2)
     assert float(found.residual) == pytest.approx(oracle_residual(case, found.first, found.second), rel=1e-9)
     assert float(found.residual) <= fm.tolerance(dtype)
 
@@ -61,7 +61,7 @@ def test_the_second_kernel_makes_up_for_the_rounding_of_the_first():
 def test_noise_that_is_nearly_singular_is_drawn_again(monkeypatch):
     """Two equal rows of noise make the square system of Claim 1's bound singular; the next draw does not."""
     draws = []
-    start = fm.solvers.base.Equation.start
+    start = fm.equation.solvers.base.Equation.start
 
     def unlucky(self):
         noise = start(self)
@@ -70,7 +70,7 @@ def test_noise_that_is_nearly_singular_is_drawn_again(monkeypatch):
         draws.append(1)
         return noise
 
-    monkeypatch.setattr(fm.solvers.base.Equation, "start", unlucky)
+    monkeypatch.setattr(fm.equation.solvers.base.Equation, "start", unlucky)
     found = fm.decompose(torch.randn(2, 6, 6, 5, dtype=torch.float64), 10, (3, 3), spatial_dims=1)
     assert len(draws) == 2
     assert bool(found.converged.all())

@@ -83,14 +83,14 @@ def test_the_estimated_residual_is_near_the_true_one(co, ci):
 def test_the_estimate_sees_a_single_wrong_entry(monkeypatch):
     """Signs do not change the square of an error that stands in one place; here F2 spreads it over one column."""
     weight = torch.randn(40, 50, 3, 3)
-    rounded = fm.solve._rounded
+    rounded = fm.equation.solve._rounded
 
     def spoilt(*arguments):
         first, second = rounded(*arguments)
         first[0, 7, 3, 1, 1] += 1.0
         return first, second
 
-    monkeypatch.setattr(fm.solve, "_rounded", spoilt)
+    monkeypatch.setattr(fm.equation.solve, "_rounded", spoilt)
     with pytest.raises(fm.InexactMorphError) as caught:
         fm.decompose(weight, 44)
     answer = caught.value.decomposition

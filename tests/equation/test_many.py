@@ -53,12 +53,12 @@ def test_answers_are_those_of_single_calls_in_order(budget, solver):
 
 def test_alike_problems_share_a_solve(monkeypatch):
     calls = []
-    solve = fm.many.solve_alike
-    monkeypatch.setattr(fm.many, "solve_alike", lambda part, *a, **k: calls.append(len(part)) or solve(part, *a, **k))
+    solve = fm.equation.many.solve_alike
+    monkeypatch.setattr(fm.equation.many, "solve_alike", lambda part, *a, **k: calls.append(len(part)) or solve(part, *a, **k))
     fm.decompose_many([fm.Problem(torch.randn(4, 3, 3, 3), 8) for _ in range(20)], progress=False)
     assert calls == [20]
     calls.clear()
-    item = 8 * fm.Direct().memory(4, 3, 8, fm.frame.make_frame((3, 3), (3, 3)))
+    item = 8 * fm.Direct().memory(4, 3, 8, fm.equation.frame.make_frame((3, 3), (3, 3)))
     fm.decompose_many([fm.Problem(torch.randn(4, 3, 3, 3), 8) for _ in range(20)], memory_budget=8 * item, progress=False)
     assert calls == [8, 8, 4]
 
