@@ -2,7 +2,7 @@
 
 A sequence is peeled off one kernel at a time, G = rest * F1, then rest = rest' * F2, and so on, each an equation of two.
 A sum is the weight cut at random into one part for each branch, each part then a sequence of its own: the subnet morphs of the
-paper ("Network Morphism", Section 3.4, and "Modularized Morphing of Neural Networks", Wei et al. 2017).
+paper ("Network Morphism", Section 3.4, and "Modularized Transaction of Neural Networks", Wei et al. 2017).
 """
 
 from __future__ import annotations

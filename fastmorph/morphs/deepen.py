@@ -18,7 +18,7 @@ from fastmorph.errors import MorphError
 from fastmorph.morphs.rows import build_row, check_hidden, make_row, solve_row
 from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential
 from fastmorph.plan.layers import Layer
-from fastmorph.plan.transaction import Morphing
+from fastmorph.plan.transaction import Transaction
 
 _NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "layer1": "second"}
 
@@ -33,17 +33,17 @@ class Deepen:
     activation: Activation = None
     norm: str | None = None
 
-    def apply(self, morphing: Morphing) -> None:
+    def apply(self, transaction: Transaction) -> None:
         """Replace the layer by two, whose weights solve one equation, a batch of groups."""
-        layer = morphing.find_layer(self.layer)
+        layer = transaction.find_layer(self.layer)
         frame, hidden = self._sizes(layer)
         if self.norm not in (None, "batch"):
             raise MorphError(f"layer {layer.name!r}: norm={self.norm!r} must be None or 'batch'.")
         first = LayerSpec(hidden, frame.first, self.activation, self.norm)
         row = make_row(layer, Sequential([first, LayerSpec(None, frame.second)]))
-        new = build_row(morphing, layer, row, layer.module.bias, _NAMES)
-        solve_row(morphing, layer, row, [new.get_submodule("first"), new.get_submodule("second")], layer.grouped_weight())
-        morphing.replace_module(layer.module, new, near=layer.module.weight)
+        new = build_row(transaction, layer, row, layer.module.bias, _NAMES)
+        solve_row(transaction, layer, row, [new.get_submodule("first"), new.get_submodule("second")], layer.grouped_weight())
+        transaction.replace_module(layer.module, new, near=layer.module.weight)
 
     def _sizes(self, layer: Layer) -> tuple[Frame, int]:
         kernel, groups, (co, ci) = layer.kernel, layer.groups, layer.channels

@@ -22,7 +22,7 @@ from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import frozen_size
 from fastmorph.nn import Replacement
 from fastmorph.plan.layers import Layer, sizes_of
-from fastmorph.plan.transaction import Morphing
+from fastmorph.plan.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class GrowKernel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel_size", frozen_size(self.kernel_size))
 
-    def apply(self, morphing: Morphing) -> None:
+    def apply(self, transaction: Transaction) -> None:
         """Put zeros around the kernel and grow the padding."""
-        layer = morphing.find_layer(self.layer, transposed=True)
+        layer = transaction.find_layer(self.layer, transposed=True)
         size, conv = self._size(layer), layer.module
         if size == layer.kernel:
             return
@@ -50,7 +50,7 @@ class GrowKernel:
             return pad(tensor, widths)
 
         shown, pads_nothing = sizes_of(conv), not any(a or b for a, b in layer.padding())
-        morphing.replace(conv.weight, surround(conv.weight.detach()), linear=surround, square=surround)
+        transaction.replace(conv.weight, surround(conv.weight.detach()), linear=surround, square=surround)
         conv.kernel_size, conv.padding, conv.padding_mode = size, padding, mode
         # What PyTorch keeps of the padding for the modes other than zeros, last dimension first.
         conv._reversed_padding_repeated_twice = [width for pair in reversed(layer.padding()) for width in pair]
@@ -58,7 +58,7 @@ class GrowKernel:
         if modules or (pads_nothing and not isinstance(conv, _ConvTransposeNd)):
             whole = Replacement(OrderedDict([*modules.items(), ("conv", conv)]))
             vars(whole).update(shown)
-            morphing.replace_module(conv, whole, near=conv.weight)
+            transaction.replace_module(conv, whole, near=conv.weight)
 
     def _size(self, layer: Layer) -> Size:
         if not layer.dims:

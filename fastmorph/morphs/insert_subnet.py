@@ -4,7 +4,7 @@ Branches share the weight out among them, each share with noise of its own; the 
 what is left, and the bias. As in `deepen.py`, all padding is in the first layer of each branch, so that nothing is lost
 at the border of the maps between.
 
-Source: Wei et al., "Network Morphism" (2016), Section 3.4, and "Modularized Morphing of Neural Networks" (2017).
+Source: Wei et al., "Network Morphism" (2016), Section 3.4, and "Modularized Transaction of Neural Networks" (2017).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastmorph.morphs.subnet import Residual, Sequential, Skip, Stacked, Subnet
 from fastmorph.nn import PActivation, Replacement
 from fastmorph.nn.branches import Branches
 from fastmorph.plan.layers import Layer
-from fastmorph.plan.transaction import Morphing
+from fastmorph.plan.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class InsertSubnet:
     layer: str
     subnet: Subnet
 
-    def apply(self, morphing: Morphing) -> None:
+    def apply(self, transaction: Transaction) -> None:
         """Build the subnet and queue its equations."""
-        layer, subnet = morphing.find_layer(self.layer), self.subnet
+        layer, subnet = transaction.find_layer(self.layer), self.subnet
         if isinstance(subnet, Residual):
-            _add_residual(morphing, layer, subnet)
+            _add_residual(transaction, layer, subnet)
         elif isinstance(subnet, Sequential | Stacked):
-            _replace(morphing, layer, subnet.branches if isinstance(subnet, Stacked) else (subnet,))
+            _replace(transaction, layer, subnet.branches if isinstance(subnet, Stacked) else (subnet,))
         else:
             raise MorphError(f"layer {layer.name!r}: {subnet!r} is not an fm.Sequential, fm.Stacked or fm.Residual.")
 
 
-def _replace(morphing: Morphing, layer: Layer, branches: Sequence[Sequential | Skip]) -> None:
+def _replace(transaction: Transaction, layer: Layer, branches: Sequence[Sequential | Skip]) -> None:
     weight, bias = layer.module.weight, layer.module.bias
     rows = {index: make_row(layer, branch) for index, branch in enumerate(branches) if isinstance(branch, Sequential)}
     whole = next((i for i, row in rows.items() if row.share == layer.kernel), None)
@@ -57,13 +57,13 @@ def _replace(morphing: Morphing, layer: Layer, branches: Sequence[Sequential | S
             f"layer {layer.name!r}: no branch reaches over its whole kernel of size {layer.kernel}; enlarge the kernels of one."
         )
     skip = _identity(layer) if len(rows) < len(branches) else None
-    built = {i: build_row(morphing, layer, row, bias if i == whole else None) for i, row in rows.items()}
+    built = {i: build_row(transaction, layer, row, bias if i == whole else None) for i, row in rows.items()}
     new = Branches(built.get(i, nn.Identity()) for i in range(len(branches))) if len(branches) > 1 else built[whole]
-    if morphing.with_weights:
-        for i, share in _shares(morphing, layer, rows, whole, skip).items():
+    if transaction.with_weights:
+        for i, share in _shares(transaction, layer, rows, whole, skip).items():
             modules = [part for name, part in built[i].named_children() if name.startswith("layer")]
-            solve_row(morphing, layer, rows[i], modules, share, f"branch {i}" if len(branches) > 1 else "")
-    morphing.replace_module(layer.module, new, near=weight)
+            solve_row(transaction, layer, rows[i], modules, share, f"branch {i}" if len(branches) > 1 else "")
+    transaction.replace_module(layer.module, new, near=weight)
 
 
 def _identity(layer: Layer) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ def _identity(layer: Layer) -> tuple[int, ...]:
 
 
 def _shares(
-    morphing: Morphing, layer: Layer, rows: dict[int, Row], whole: int, skip: tuple[int, ...] | None
+    transaction: Transaction, layer: Layer, rows: dict[int, Row], whole: int, skip: tuple[int, ...] | None
 ) -> dict[int, Tensor]:
     """Each branch's share of the weight, (groups, Co, Ci, *share), in its dtype; `whole` has what the others leave."""
     given = layer.grouped_weight()
@@ -97,15 +97,15 @@ def _shares(
     for index, row in rows.items():
         if index != whole:
             cut: Any = (..., *window(row.offset, row.share))
-            noise = torch.randn(rest[cut].shape, generator=morphing.random, dtype=torch.float32).to(rest)
+            noise = torch.randn(rest[cut].shape, generator=transaction.random, dtype=torch.float32).to(rest)
             shares[index] = (rest[cut] / len(rows) + noise * spread).to(given)
             rest[cut] -= shares[index]
     return {**shares, whole: rest.to(given)}
 
 
-def _add_residual(morphing: Morphing, layer: Layer, subnet: Residual) -> None:
+def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> None:
     weight, (channels, _), hidden = layer.module.weight, layer.channels, subnet.hidden_channels
-    made = {"bias": False, "device": "meta" if morphing.with_weights else weight.device, "dtype": weight.dtype}
+    made = {"bias": False, "device": "meta" if transaction.with_weights else weight.device, "dtype": weight.dtype}
     size: tuple[int, ...] = ()
     if layer.dims:
         try:
@@ -117,7 +117,7 @@ def _add_residual(morphing: Morphing, layer: Layer, subnet: Residual) -> None:
     first, second = (skip_init(CONVS[layer.dims], *sizes, **made) for sizes in ((channels, hidden), (hidden, channels)))
     parts: OrderedDict[str, nn.Module] = OrderedDict(first=first)
     if subnet.norm is not None:
-        parts["norm"] = make_norm(morphing, layer, hidden)
+        parts["norm"] = make_norm(transaction, layer, hidden)
     parts["activation"] = PActivation(deepcopy(subnet.activation)).fn.to(weight)
     if any(parameter.numel() > 1 for parameter in parts["activation"].parameters()):
         raise MorphError(
@@ -127,13 +127,13 @@ def _add_residual(morphing: Morphing, layer: Layer, subnet: Residual) -> None:
     parts["second"] = second
     for part in (first, second):
         part.weight.requires_grad_(weight.requires_grad)
-    if morphing.with_weights:
+    if transaction.with_weights:
         one, two = (
-            torch.randn(*shape, *size, generator=morphing.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
+            torch.randn(*shape, *size, generator=transaction.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
             for shape, fan in (((hidden // 2, channels), channels), ((channels, hidden // 2), hidden))
         )
-        morphing.fill(first, torch.cat([one, one]).to(weight))
-        morphing.fill(second, torch.cat([two, -two], dim=1).to(weight))
+        transaction.fill(first, torch.cat([one, one]).to(weight))
+        transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
-    morphing.replace_module(layer.module, whole, near=weight)
+    transaction.replace_module(layer.module, whole, near=weight)

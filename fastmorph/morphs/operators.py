@@ -25,7 +25,7 @@ def deepen(
     norm: str | None = None,
     **common: Any,
 ) -> nn.Module:
-    """Replace one layer by two that compute the same, borders included (Wei et al. 2016, depth morphing).
+    """Replace one layer by two that compute the same, borders included (Wei et al. 2016, depth transaction).
 
     Args:
         model: the parent; it is not touched.

@@ -24,7 +24,7 @@ from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import LayerSpec, Sequential
 from fastmorph.nn import BatchNormLast, PActivation, Replacement, identity_batch_norm
 from fastmorph.plan.layers import Layer
-from fastmorph.plan.transaction import Morphing
+from fastmorph.plan.transaction import Transaction
 
 _NORMS = (BatchNormLast, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial dimensions
 CONVS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -88,14 +88,14 @@ def check_hidden(layer: Layer, hidden: Any) -> int:
 
 
 def build_row(
-    morphing: Morphing, layer: Layer, row: Row, bias: nn.Parameter | None, names: Mapping[str, str] | None = None
+    transaction: Transaction, layer: Layer, row: Row, bias: nn.Parameter | None, names: Mapping[str, str] | None = None
 ) -> Replacement:
     """The modules layer0, norm0, activation0, layer1, ..., or as `names` calls them; the layers' weights are not set.
 
     All padding is in front of or in the first layer. In each dimension, the stride is the last layer's that has more than one
     tap there, the first one's if none has.
     """
-    device = "meta" if morphing.with_weights else layer.module.weight.device
+    device = "meta" if transaction.with_weights else layer.module.weight.device
     weight = layer.module.weight
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     options: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def build_row(
             made.bias = bias  # the very parameter, and with it whatever it is tied to
         parts[f"layer{index}"] = made
         if spec.norm is not None:
-            parts[f"norm{index}"] = make_norm(morphing, layer, new)
+            parts[f"norm{index}"] = make_norm(transaction, layer, new)
         if spec.activation is not None:
             parts[f"activation{index}"] = PActivation(deepcopy(spec.activation)).to(weight)
         channels, options = new, {}
@@ -129,40 +129,42 @@ def build_row(
     return Replacement(OrderedDict((names.get(name, name), module) for name, module in parts.items()))
 
 
-def make_norm(morphing: Morphing, layer: Layer, channels: int) -> nn.Module:
+def make_norm(transaction: Transaction, layer: Layer, channels: int) -> nn.Module:
     """A BatchNorm for that many channels of the layer's map, the identity in eval mode, to be calibrated."""
     weight = layer.module.weight
     norm: nn.Module = identity_batch_norm(_NORMS[layer.dims](channels, device=weight.device, dtype=weight.dtype))
-    morphing.norms.append(norm)
+    transaction.norms.append(norm)
     return norm
 
 
-def solve_row(morphing: Morphing, layer: Layer, row: Row, modules: Sequence[nn.Module], share: Tensor, part: str = "") -> None:
+def solve_row(
+    transaction: Transaction, layer: Layer, row: Row, modules: Sequence[nn.Module], share: Tensor, part: str = ""
+) -> None:
     """Fill the row's layers, so that their composition is its share of the weight, (groups, Co, Ci, *share).
 
     That queues the first of the row's equations; `part` says for errors which row it is.
     """
-    if not morphing.with_weights:
+    if not transaction.with_weights:
         return
     if not row.frames:  # a single kernel: the share, with zeros around it
         widths = zip(row.reach, row.share, Frame(row.share, row.reach, (1,) * layer.dims).before, strict=True)
         around = [width for n, k, b in reversed(list(widths)) for width in (b, n - k - b)]
-        morphing.fill(modules[0], pad(share, around) if around else share)
+        transaction.fill(modules[0], pad(share, around) if around else share)
         return
 
     def queue(index: int, weight: Tensor) -> None:
         frame, channels = row.frames[index], row.specs[index].channels
 
         def assign(found: Decomposition) -> None:
-            morphing.fill(modules[index], found.first)  # groups join the output channels
+            transaction.fill(modules[index], found.first)  # groups join the output channels
             if index + 1 == len(row.frames):
-                morphing.fill(modules[index + 1], found.second)
+                transaction.fill(modules[index + 1], found.second)
             else:
                 queue(index + 1, found.second)
 
         where = ", ".join(filter(None, (part, f"kernel {index} of {len(modules)}" if len(row.frames) > 1 else "")))
         problem = Problem(weight, int(channels or 0) // layer.groups, (frame.first, frame.second), layer.dims)
-        morphing.solve(problem, assign, layer=layer.name, modules=modules, part=where)
+        transaction.solve(problem, assign, layer=layer.name, modules=modules, part=where)
 
     queue(0, share)
 

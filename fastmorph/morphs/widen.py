@@ -22,7 +22,7 @@ from fastmorph.graph.skeleton import Skeleton
 from fastmorph.morphs.widen_fill import FILLS, Filling
 
 if TYPE_CHECKING:
-    from fastmorph.plan.transaction import Morphing
+    from fastmorph.plan.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,30 @@ class Widen:
     channels: int
     fill: str = "pair"
 
-    def apply(self, morphing: Morphing) -> None:
-        """Widen the layer of `morphing.model`, in place.
+    def apply(self, transaction: Transaction) -> None:
+        """Widen the layer of `transaction.model`, in place.
 
         Raises MorphError if that cannot be exact, with the module, the cause and, if there is one, the nearest width that
         works.
         """
         if self.fill not in FILLS:
             raise MorphError(f"layer {self.layer!r}: fill={self.fill!r} must be one of {', '.join(map(repr, FILLS))}.")
-        growth = self._growth(morphing.model, morphing.example_inputs)
+        growth = self._growth(transaction.model, transaction.example_inputs)
         if growth is None:
             return
         shapes = growth.shapes()
-        if morphing.with_weights:
-            morphing.settle()
-        filling = Filling(growth, self.fill, morphing.random) if morphing.with_weights else None
+        if transaction.with_weights:
+            transaction.settle()
+        filling = Filling(growth, self.fill, transaction.random) if transaction.with_weights else None
         for name, shape in shapes.items():
-            old = tensor_of(morphing.model, name)
+            old = tensor_of(transaction.model, name)
             if filling is None:
-                morphing.replace(old, old.detach().new_empty(shape), linear=None, square=None)
+                transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
             else:
                 with torch.no_grad():
                     new, linear, square = filling.tensor(name, old.detach())
-                morphing.replace(old, new, linear=linear, square=square)
-        update_attributes(morphing.model, growth)
+                transaction.replace(old, new, linear=linear, square=square)
+        update_attributes(transaction.model, growth)
 
     def _growth(self, model: nn.Module, example_inputs: tuple[Any, ...] | None) -> Growth | None:
         """What must grow for the layer to have so many channels; None if it has them."""

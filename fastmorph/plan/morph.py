@@ -21,7 +21,7 @@ from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
 from fastmorph.plan.plan import Plan
-from fastmorph.plan.transaction import Morphing, Operator, Step
+from fastmorph.plan.transaction import Operator, Step, Transaction
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def morph(
     given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
     before = record(model, given) if consume and verify and given is not None else None
-    morphing = Morphing(
+    transaction = Transaction(
         *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
         seed=seed,
         example_inputs=plan.example_inputs(model) if given is None else given,
@@ -116,19 +116,19 @@ def morph(
         },
     )
     for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
-        morphing.apply(operator)
-    morphing.settle()
-    child = morphing.model
+        transaction.apply(operator)
+    transaction.settle()
+    child = transaction.model
     if calibrate is not None:
         there = set(child.modules())
-        calibrate_norms(child, [norm for norm in morphing.norms if norm in there], calibrate)
+        calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
     if verify and given is not None:
         certificate = verify_models(model, child, *given) if before is None else certify(before, child, given)
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
-    carried = None if optimizer is None else carry_over(optimizer, child, morphing.lineage, consume=consume)
-    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(morphing.steps))
+    carried = None if optimizer is None else carry_over(optimizer, child, transaction.lineage, consume=consume)
+    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(transaction.steps))
 
 
 def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_inputs: Any = None) -> nn.Module:
@@ -146,10 +146,10 @@ def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_in
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
     inputs = plan.example_inputs(model) if given is None else given
-    morphing = Morphing(*_copied(model), example_inputs=inputs, with_weights=False)
+    transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
     for operator in plan:
-        morphing.apply(operator)
-    return morphing.model
+        transaction.apply(operator)
+    return transaction.model
 
 
 def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:

@@ -1,7 +1,7 @@
 """The transaction in which the operators of a plan work on one model.
 
-Operators change `Morphing.model` in place and hand their equations over instead of solving them, so that a whole plan is solved
-in one call of `decompose_many`, however many layers it has. Until then the weights of new layers stand on the meta device,
+Operators change its `model` in place and hand their equations over instead of solving them, so that a whole plan is solved in
+one call of `decompose_many`, however many layers it has. Until then the weights of new layers stand on the meta device,
 where nothing can read them by mistake; an operator that needs a model's or a layer's weights settles them first.
 """
 
@@ -35,8 +35,8 @@ class Operator(Protocol):
     def layer(self) -> str:
         """Dotted name of the layer that it changes, as the operators before it in the plan left it."""
 
-    def apply(self, morphing: Morphing) -> None:
-        """Change `morphing.model` in place."""
+    def apply(self, transaction: Transaction) -> None:
+        """Change `transaction.model` in place."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class _Equation:
 
 
 @dataclass(eq=False)
-class Morphing:
+class Transaction:
     """One transaction on one model.
 
     Attributes:
