@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmorph import reference
-from fastmorph.frame import make_frame
+from fastmorph.equation import reference
+from fastmorph.equation.frame import make_frame
 
 VISITS = 5  # contenders take turns, so that a slow spell of the machine falls on all of them
 

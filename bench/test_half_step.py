@@ -16,9 +16,9 @@ import torch
 import fastmorph as fm
 from bench.conftest import Race
 from bench.race import Contender
-from fastmorph import reference
-from fastmorph.frame import make_frame
-from fastmorph.solvers import Solver
+from fastmorph.equation import reference
+from fastmorph.equation.frame import make_frame
+from fastmorph.equation.solvers import Solver
 
 CHANNELS, HIDDEN, SIZES = 48, 144, (3, 3)
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

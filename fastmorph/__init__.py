@@ -1,25 +1,26 @@
 """fastmorph: grow a trained PyTorch network without changing what it computes."""
 
-from fastmorph import nn
-from fastmorph.bounds import tolerance
-from fastmorph.certificate import Certificate
-from fastmorph.decomposition import Decomposition
-from fastmorph.deepen import Deepen
-from fastmorph.equation import compose, decompose
-from fastmorph.errors import InexactMorphError, MorphError
+from fastmorph import graph, nn
+from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.verify import verify
+from fastmorph.equation.alternate import alternate
+from fastmorph.equation.bounds import tolerance
+from fastmorph.equation.decompose import compose, decompose
+from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.many import decompose_many
+from fastmorph.equation.problem import Problem
+from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompose_sum
+from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
+from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, coupled
-from fastmorph.grow_kernel import GrowKernel
-from fastmorph.insert_subnet import InsertSubnet
-from fastmorph.many import decompose_many
-from fastmorph.morph import Morphed, morph, restructure
-from fastmorph.operators import deepen, grow_kernel, insert_subnet, widen
-from fastmorph.plan import Plan
-from fastmorph.problem import Problem
-from fastmorph.sequence import Chain, Sum, decompose_sequence, decompose_sum
-from fastmorph.solvers import Auto, Direct, General, Practical
-from fastmorph.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
-from fastmorph.verify import verify
-from fastmorph.widen import Widen
+from fastmorph.morphs.deepen import Deepen
+from fastmorph.morphs.grow_kernel import GrowKernel
+from fastmorph.morphs.insert_subnet import InsertSubnet
+from fastmorph.morphs.operators import deepen, grow_kernel, insert_subnet, widen
+from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
+from fastmorph.morphs.widen import Widen
+from fastmorph.plan.morph import Morphed, morph, restructure
+from fastmorph.plan.plan import Plan
 
 __version__ = "0.1.0"
 
@@ -44,9 +45,11 @@ __all__ = [
     "Residual",
     "Sequential",
     "Skip",
+    "Solver",
     "Stacked",
     "Sum",
     "Widen",
+    "alternate",
     "compose",
     "coupled",
     "decompose",
@@ -54,6 +57,7 @@ __all__ = [
     "decompose_sequence",
     "decompose_sum",
     "deepen",
+    "graph",
     "grow_kernel",
     "insert_subnet",
     "morph",

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastmorph.cli import main
+from fastmorph.cli.main import main
 
 sys.exit(main())

@@ -6,7 +6,7 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
-from fastmorph.cli import main
+from fastmorph.cli.main import main
 
 FILES = ("parent.safetensors", "child.safetensors", "plan.toml", "certificate.json", "morph.png")
 

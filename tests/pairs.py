@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmorph.certificate import Certificate, Row
+from fastmorph.certify.certificate import Certificate, Row
 
 X = torch.ones(2, 3)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastmorph import reference
-from fastmorph.frame import Frame, make_frame, volume
+from fastmorph.equation import reference
+from fastmorph.equation.frame import Frame, make_frame, volume
 
 
 @dataclass(frozen=True)

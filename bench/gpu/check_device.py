@@ -14,8 +14,7 @@ from bench.gpu import oracle
 from bench.gpu.clock import captured, nbytes
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
-from fastmorph import ops
-from fastmorph.backends import find_backend
+from fastmorph.equation.backends import find_backend
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -94,7 +93,7 @@ def graphs(setup: Setup, report: Report) -> None:
     """Capture the closed form and the fixed half-steps, and replay them on another weight."""
     k, before = setup.k, setup.before
     if setup.rehearsal:
-        report.skip("CUDA graphs (replay of direct and of ops.alternate on new weights)")
+        report.skip("CUDA graphs (replay of direct and of fm.alternate on new weights)")
         return
     channels = 256
     for hidden in (2 * channels, channels + 4):
@@ -112,14 +111,14 @@ def graphs(setup: Setup, report: Report) -> None:
     ):
         weight, new = (setup.random(batch, channels, channels, *kernel, dtype=F64, seed=seed) for seed in range(2))
         start = setup.random(batch, hidden, channels, *k, dtype=F64, seed=2)
-        graph, replayed = captured(lambda weight=weight, start=start, steps=steps: ops.alternate(weight, start, k, steps))
+        graph, replayed = captured(lambda weight=weight, start=start, steps=steps: fm.alternate(weight, start, k, steps))
         weight.copy_(new)
         graph.replay()
-        eager = ops.alternate(new, start, k, steps)
+        eager = fm.alternate(new, start, k, steps)
         gap = max(oracle.relative(one, two) for one, two in zip(replayed[:2], eager[:2], strict=True))
-        report.check(f"graph of ops.alternate, {name}, on new weights", gap, fm.tolerance(F64))
+        report.check(f"graph of fm.alternate, {name}, on new weights", gap, fm.tolerance(F64))
         if steps == 1:
-            report.check(f"graph of ops.alternate, {name}: residual", float(replayed[2].max()), fm.tolerance(F64))
+            report.check(f"graph of fm.alternate, {name}: residual", float(replayed[2].max()), fm.tolerance(F64))
 
 
 def streams(setup: Setup, report: Report) -> None:
@@ -135,7 +134,7 @@ def streams(setup: Setup, report: Report) -> None:
         "column_gram": lambda w: kernels.column_gram(w, k),
         "direct": lambda w: direct(w, 2 * channels, k, k, before, 7)[0],
         "move": lambda w: kernels.move([w.flatten(3)[0]], [(index, None, None)], [(None, None)])[0],
-        "ops.alternate": lambda w: ops.alternate(w.double(), w.double(), k, 1)[1],
+        "fm.alternate": lambda w: fm.alternate(w.double(), w.double(), k, 1)[1],
     }
     new = setup.random(1, channels, channels, *k, seed=1)
     for name, run in runs.items():

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from math import prod
 
-from fastmorph.frame import Frame
+from fastmorph.equation.frame import Frame
 
 
 def half_step(co: int, ch: int, ci: int, frame: Frame) -> float:

@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 
-from fastmorph import reference
-from fastmorph.frame import make_frame
+from fastmorph.equation import reference
+from fastmorph.equation.frame import make_frame
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmorph.backends import TorchBackend
-from fastmorph.backends.torch_backend import pad
+from fastmorph.equation.backends import TorchBackend
+from fastmorph.equation.backends.torch_backend import pad
 
 MAPS = TorchBackend()
 

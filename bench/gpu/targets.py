@@ -20,9 +20,8 @@ from bench.gpu.clock import Times, captured, nbytes, on_device, once, whole
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 from bench.measurements import Measured, Measurement
-from fastmorph import ops
-from fastmorph.backends.torch_backend import pad
-from fastmorph.frame import make_frame
+from fastmorph.equation.backends.torch_backend import pad
+from fastmorph.equation.frame import make_frame
 
 F64, F32 = torch.float64, torch.float32
 # C_out and C_in of the 13 convolutions of VGG-16 (Simonyan and Zisserman 2015).
@@ -93,10 +92,10 @@ def half_step(setup: Setup, report: Report, ceilings: Ceilings) -> None:
         del system, target
         setup.release()
         name = str(dtype).removeprefix("torch.")
-        goal = Measurement("gpu", f"half-step by ops.alternate, {name} throughout: arithmetic floor / call", "floor", "call")
+        goal = Measurement("gpu", f"half-step by fm.alternate, {name} throughout: arithmetic floor / call", "floor", "call")
 
         def alternate(weight: Tensor = weight, start: Tensor = start) -> Tensor:
-            return ops.alternate(weight[None], start, k, backend=setup.backend)[2]
+            return fm.alternate(weight[None], start, k, backend=setup.backend)[2]
 
         _ratio(report, goal, operations / ceilings.matrix[name], whole(setup, alternate, 5), float(alternate().max()))
     weight = setup.random(channels, channels, *k)

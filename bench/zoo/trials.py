@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastmorph as fm
 from bench.zoo.models import build
-from fastmorph.recorded import certify, record
+from fastmorph.certify.recorded import certify, record
 
 OPERATORS = ("deepen", "widen", "grow_kernel")
 _NEAREST = re.compile(r"the nearest number that works is (\d+)")

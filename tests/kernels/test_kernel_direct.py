@@ -11,7 +11,7 @@ from fastmorph_kernels import direct, direct_op
 from fastmorph_kernels.direct_mixing import deal, shares_pairs
 from fastmorph_kernels.direct_torch import mix
 
-from fastmorph.bounds import tolerance
+from fastmorph.equation.bounds import tolerance
 
 pytest.importorskip("triton")
 

@@ -1,0 +1,1 @@
+"""Whether a child computes what its parent computes."""

@@ -1,0 +1,185 @@
+"""The equation's linear maps as batched matrix products over taps, on any device that PyTorch has.
+
+Every map takes one leading batch dimension and loops over kernel taps at most, never over the batch, and never builds the
+dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co, Ch, *K2); N = K1 + K2 - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.banded import BandedCholesky
+from fastmorph.equation.frame import Frame, Size, taps, volume, window
+
+_LITTLE = 2**15  # numbers
+_SOME = 2**17  # numbers that may be copied
+PRECISIONS = ("float64", "ieee", "tf32x3", "tf32")
+
+
+class TorchBackend:
+    """Plain PyTorch. Other backends replace the maps they have kernels for.
+
+    Attributes:
+        name: what `backend=` calls it.
+        precision: of products, one of `PRECISIONS`, or None to choose.
+    """
+
+    name = "torch"
+
+    def __init__(self, precision: str | None = None) -> None:
+        self.precision = precision
+
+    def working_dtype(self, device: torch.device) -> torch.dtype:
+        """What the solvers work in: float64 unless told otherwise, or float32 on Apple's GPUs, which have no float64."""
+        return torch.float64 if self.precision in (None, "float64") and device.type != "mps" else torch.float32
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
+        k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
+        if volume(k1) < volume(k2):  # loop over the smaller kernel: the transposed equation swaps the two
+            return self.compose(second.transpose(1, 2), first.transpose(1, 2)).transpose(1, 2)
+        b, ch, ci = first.shape[:3]
+        co = second.shape[1]
+        rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
+        by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, volume(k2), co, ch)  # (B, |K2|, Co, Ch)
+        out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
+        # As many taps at once as fit into little memory: for small kernels a product costs no more than its launch.
+        some = max(1, _LITTLE // max(1, b * co * rows.shape[2]))
+        for at, v in enumerate(taps(k2)):
+            if at % some == 0:
+                products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(
+                    b, min(some, volume(k2) - at), co, ci, *k1
+                )
+            out[(..., *window(v, k1))].add_(products[:, at % some])  # += would write it twice
+        return out
+
+    def error(self, target: Tensor, before: Size, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """T - F2 * F1, (B, Co, Ci, *N), where the target (B, Co, Ci, *K) stands behind `before` zeros, and its norm (B,)."""
+        composed = self.compose(first, second)
+        error = pad(target, before, tuple(composed.shape[3:])) - composed
+        return error, batch_norm(error)
+
+    def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
+        """Adjoint of `compose` in F2: sum over i, w of T[o, i, v + w] * F1[h, i, w], -> (B, Co, Ch, *K2).
+
+        `target` (B, Co, Ci, *K) stands in the frame behind `before` zeros; products with the zeros around it are skipped.
+        """
+        k, k1 = tuple(target.shape[3:]), tuple(first.shape[3:])
+        by_tap = first.new_zeros(*k2, target.shape[0], target.shape[1], first.shape[1])
+        for v in taps(k2):
+            # F1's taps w in [low, high) are those that meet the target: 0 <= v + w - before < K.
+            low = tuple(max(0, b - x) for b, x in zip(before, v, strict=True))
+            high = tuple(min(n, b - x + m) for n, b, x, m in zip(k1, before, v, k, strict=True))
+            size = tuple(h - a for h, a in zip(high, low, strict=True))
+            if min(size, default=1) <= 0:
+                continue
+            start = tuple(x + a - b for x, a, b in zip(v, low, before, strict=True))
+            left = target[(..., *window(start, size))].flatten(2)  # (B, Co, Ci*|size|)
+            right = first[(..., *window(low, size))].flatten(2)  # (B, Ch, Ci*|size|)
+            by_tap[v] = torch.bmm(left, right.mT)
+        return taps_last(by_tap)
+
+    def row_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """Lower triangle of A A^T, (B, |K2|*Ch, |K2|*Ch), rows ordered tap by tap; the upper one is left at zero.
+
+        Block Toeplitz: the block (v, v') depends on the lag v - v' alone, and a lag's block is the transpose of its
+        opposite's, so each is computed once and the lower triangle needs the lexicographically non-negative ones only.
+        """
+        b, ch = first.shape[:2]
+        k1 = tuple(first.shape[3:])
+        out = first.new_zeros(b, volume(k2), ch, volume(k2), ch)
+        positions = list(taps(k2))
+        pairs: dict[Size, list[tuple[int, int]]] = {}
+        for r, v in enumerate(positions):
+            for c, w in enumerate(positions[: r + 1]):
+                pairs.setdefault(tuple(x - y for x, y in zip(v, w, strict=True)), []).append((r, c))
+        for lag, places in pairs.items():
+            # sum over i, w of F1[h, i, w] * F1[h', i, w + lag]
+            size = tuple(n - abs(d) for n, d in zip(k1, lag, strict=True))
+            if min(size, default=1) <= 0:
+                continue
+            here = first[(..., *window(tuple(max(0, -d) for d in lag), size))].flatten(2)
+            there = first[(..., *window(tuple(max(0, d) for d in lag), size))].flatten(2)
+            block = torch.bmm(here, there.mT)
+            for r, c in places:
+                out[:, r, :, c, :] = block
+        return out.view(b, volume(k2) * ch, volume(k2) * ch)
+
+    def column_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A^T A, (B, |N|*Ci, |N|*Ci), columns ordered tap by tap: |K2| shifted copies of one product over the hidden channels.
+
+        Tap by tap, because channels are then what lies side by side in memory, and the copies are added up at its speed.
+        """
+        b, ch, ci = first.shape[:3]
+        k1 = tuple(first.shape[3:])
+        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+        rows = first.permute(0, *range(3, first.ndim), 2, 1).reshape(b, -1, ch)  # (B, |K1|*Ci, Ch)
+        product = torch.bmm(rows, rows.mT).view(b, *k1, ci, *k1, ci)
+        out = first.new_zeros(b, *n, ci, *n, ci)
+        for v in taps(k2):
+            out[(slice(None), *window(v, k1), slice(None), *window(v, k1))].add_(product)
+        return out.view(b, ci * volume(n), ci * volume(n))
+
+    def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
+        """Cholesky factor of the lower triangle of (B, n, n), of so many block rows, zero further than `width` blocks away."""
+        return BandedCholesky(gram, blocks, width)
+
+    def anderson_step(self, image: Tensor, move: Tensor, images: Tensor, moves: Tensor) -> Tensor:
+        """The image less the combination of `images` whose combination of `moves` is nearest to `move`.
+
+        image (B, ...) of n numbers; move (B, n); images and moves (B, m, n) -> (B, ...).
+        """
+        share = torch.linalg.pinv(moves.mT) @ move[:, :, None]  # (B, m, 1)
+        return image - (images.mT @ share).view(image.shape)
+
+    def direct(
+        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The closed form by one kernel, both factors in the weight's dtype; None where there is no such kernel.
+
+        `seeds()` draws a seed for each item, (B,) int64; `density` is that of `Direct`.
+        """
+        return None
+
+    def dense_system(self, first: Tensor, k2: Size) -> Tensor:
+        """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
+        b, ch, ci = first.shape[:3]
+        k1 = tuple(first.shape[3:])
+        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+        out = first.new_zeros(b, *k2, ch, ci, *n)
+        for v in taps(k2):
+            out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+        return out.view(b, volume(k2) * ch, ci * volume(n))
+
+
+def taps_first(kernel: Tensor) -> Tensor:
+    """(B, O, I, *K) -> (*K, B, O, I), contiguous."""
+    return kernel.permute(*range(3, kernel.ndim), 0, 1, 2).contiguous()
+
+
+def taps_last(kernel: Tensor) -> Tensor:
+    """(*K, B, O, I) -> (B, O, I, *K), a view."""
+    dims = kernel.ndim - 3
+    return kernel.permute(dims, dims + 1, dims + 2, *range(dims))
+
+
+def pad(target: Tensor, before: Size, size: Size) -> Tensor:
+    """Put a kernel (B, Co, Ci, *K) into a frame of `size`, behind `before` zeros."""
+    kernel = target.shape[3:]
+    widths: list[int] = []
+    for k, b, n in reversed(list(zip(kernel, before, size, strict=True))):
+        widths += [b, n - k - b]
+    return torch.nn.functional.pad(target, widths) if any(widths) else target
+
+
+def batch_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
+    if dtype is None or dtype == tensor.dtype or not tensor.numel():
+        return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
+    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
+    dims = tuple(range(1, tensor.ndim))
+    parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]
+    return torch.stack(parts).norm(dim=0)

@@ -1,0 +1,117 @@
+"""The Triton kernels of `fastmorph_kernels` as a backend; Triton is imported at first use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.backends.torch_backend import TorchBackend
+from fastmorph.equation.banded import BandedCholesky, unsure
+from fastmorph.equation.frame import Frame, Size
+
+_CAPABILITY = (8, 0)  # the oldest that they are compiled for ahead of time
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonBackend(TorchBackend):
+    """The linear maps with their residuals and Gram matrices, Anderson's memory and the closed form by kernels.
+
+    Half-steps are solved in float64 unless `precision` says otherwise; the closed form takes float32 products as three of tf32.
+    """
+
+    name = "triton"
+
+    @property
+    def products(self) -> str:
+        """The kernels' word for how float32 products are taken, where the solvers work in float32."""
+        return "ieee" if self.precision in (None, "float64") else str(self.precision)
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        """Full convolution F2 * F1, (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
+        out: Tensor = kernels().compose(first, second, precision=self.products)
+        return out
+
+    def error(self, target: Tensor, before: Size, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """T - F2 * F1 and its norm in one pass; the padded target is never stored."""
+        error, squared = kernels().residual(first, second, target, before, precision=self.products)
+        return error, squared.sqrt().to(error.dtype)
+
+    def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
+        """Adjoint of `compose` in F2, -> (B, Co, Ch, *K2)."""
+        out: Tensor = kernels().correlate(target, before, first, k2, precision=self.products)
+        return out
+
+    def row_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A A^T, (B, |K2|*Ch, |K2|*Ch), lower triangle at least."""
+        out: Tensor = kernels().row_gram(first, k2, precision=self.products)
+        return out
+
+    def column_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least."""
+        out: Tensor = kernels().column_gram(first, k2, precision=self.products)
+        return out
+
+    def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
+        """The vendor's Cholesky, or the kernels' where their table says that it is faster."""
+        batch, size, _ = gram.shape
+        if kernels().cholesky_preferred(size, batch, gram.dtype, gram.device):
+            return _KernelCholesky(gram)
+        return BandedCholesky(gram, blocks, width)
+
+    def anderson_step(self, image: Tensor, move: Tensor, images: Tensor, moves: Tensor) -> Tensor:
+        """As the base class has it, by normal equations in float64: one pass over the memory for them, one for the update."""
+        products = kernels().anderson_gram(moves, move, accumulate=torch.float64)  # (B, m, m + 1)
+        inverse = torch.linalg.pinv(products[:, :, :-1], hermitian=True, rtol=torch.finfo(torch.float64).eps * moves.shape[1])
+        share = (inverse @ products[:, :, -1:])[:, :, 0].to(images.dtype)
+        out: Tensor = kernels().anderson_update(image.flatten(1), images, share).view(image.shape)
+        return out
+
+    def direct(
+        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The closed form in one pass, with noise made on the way."""
+        sizes = (frame.first, frame.second, frame.before)
+        precision = "tf32x3" if self.precision is None else self.products
+        first, second = kernels().direct(
+            weight, hidden, *sizes, seeds(), density=density, precision=precision, into_first=into_first
+        )
+        return first, second
+
+
+class _KernelCholesky(BandedCholesky):
+    """The same interface on the kernels' factor, which is one block."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        factor, info = kernels().cholesky(matrix)
+        self.width, self.lower = 0, [[factor]]
+        self.failed = (info != 0) | unsure(self.lower)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(B, n, m) -> (B, n, m)."""
+        out: Tensor = kernels().cholesky_solve(self.dense, right)
+        return out
+
+
+def kernels() -> ModuleType:
+    """The kernel package."""
+    return importlib.import_module("fastmorph_kernels")
+
+
+def why_unavailable(tensor: Tensor) -> str | None:
+    """Why the kernels cannot run on `tensor`, in half a sentence; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if tensor.device.type != "cuda" and not (interpreted and tensor.device.type == "cpu"):
+        return f"its kernels run on CUDA tensors, and this one is on {tensor.device} (TRITON_INTERPRET=1 takes CPU tensors)"
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < _CAPABILITY:
+        return f"its kernels need compute capability {'.'.join(map(str, _CAPABILITY))} or later"
+    if tensor.dtype not in _DTYPES:
+        return f"its kernels take {', '.join(map(str, _DTYPES))}, and this tensor is {tensor.dtype}"
+    return None

@@ -1,0 +1,120 @@
+"""What can be exact: Claim 1, the counting bound and the rank bound, before any equation is solved."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.backends.torch_backend import TorchBackend
+from fastmorph.equation.frame import Frame, volume
+
+_LARGEST_RANK = 2048  # columns; a singular value decomposition of this size takes seconds
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative residual, ||G - F2 * F1|| / ||G||, that counts as exact for kernels stored in `dtype`.
+
+    What rounding leaves, with a margin for the cancellation inside F2 * F1, and no more: float64 1e-10 (Gram systems cost
+    digits that float64 has to spare), float32 5e-6 (42 eps), bfloat16 and float16 2 eps (both kernels are rounded).
+    """
+    fixed = {torch.float64: 1e-10, torch.float32: 5e-6}
+    return fixed.get(dtype) or 2.0 * torch.finfo(dtype).eps
+
+
+def half_step_is_exact(frame: Frame, co: int, ci: int, hidden: int, *, for_second: bool = True) -> bool:
+    """Whether one half-step for F2 (or, by symmetry, for F1) has loss 0 for random noise in the other kernel.
+
+    Claim 1 of the paper: it has when C_hid * |K2| >= C_in * |K1 + K2 - 1|. That counts rows as independent, and they are, but
+    for the few-channel layers (depthwise ones above all) that have two or more spatial dimensions: there, determinants of
+    C_in + 1 hidden channels compose to zero as soon as kernels of size C_in * (K1 - 1) + 1 fit into K2. In that case alone the
+    rank is computed, for noise, so that the answer is right there too.
+    """
+    if not for_second:
+        return half_step_is_exact(frame.transposed, ci, co, hidden)
+    if hidden * volume(frame.second) < ci * volume(frame.size):
+        return False
+    sizes = tuple((k1, k2) for k1, k2 in zip(frame.first, frame.second, strict=True) if k1 > 1)
+    if len(sizes) < 2 or any(ci * (k1 - 1) + 1 > k2 for k1, k2 in sizes):
+        return True
+    return _has_full_rank(min(hidden, ci * volume(frame.size)), ci, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _has_full_rank(hidden: int, ci: int, sizes: tuple[tuple[int, int], ...]) -> bool:
+    k1, k2 = zip(*sizes, strict=True)
+    columns = ci * volume(tuple(a + b - 1 for a, b in sizes))
+    if columns > _LARGEST_RANK:
+        return False  # not known, so not promised
+    noise = torch.randn(1, hidden, ci, *k1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return int(torch.linalg.matrix_rank(TorchBackend().dense_system(noise, k2)[0])) == columns
+
+
+def smallest_half_step(frame: Frame, co: int, ci: int) -> int:
+    """The smallest C_hid for which one half-step is exact, on either side."""
+    n = volume(frame.size)
+    hidden = min(-(-ci * n // volume(frame.second)), -(-co * n // volume(frame.first)))
+    while not any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False)):
+        hidden += 1
+    return hidden
+
+
+def freedom(frame: Frame, co: int, ci: int, hidden: int) -> int:
+    """Unknowns less the gauge (an invertible C_hid x C_hid matrix) less equations; negative: no exact answer in general."""
+    unknowns = hidden * (ci * volume(frame.first) + co * volume(frame.second)) - hidden**2
+    return unknowns - co * ci * volume(frame.size)
+
+
+def smallest_by_counting(frame: Frame, co: int, ci: int) -> int | None:
+    """The smallest C_hid at which the unknowns, less the gauge, reach the number of equations; None if none does.
+
+    The gauge makes the count fall again beyond half the unknowns per channel, where Claim 1 has long taken over.
+    """
+    per_channel = ci * volume(frame.first) + co * volume(frame.second)
+    discriminant = per_channel**2 - 4 * co * ci * volume(frame.size)
+    if discriminant < 0:
+        return None
+    guess = max(1, math.floor((per_channel - math.sqrt(discriminant)) / 2) - 1)
+    while freedom(frame, co, ci, guess) < 0:
+        guess += 1
+    return guess
+
+
+def smallest_direct(frame: Frame, co: int, ci: int) -> int | None:
+    """The smallest C_hid with a closed form for any weight; None if the weight fits into neither kernel.
+
+    It is the rank that a weight can have as a matrix, (C_out, C_in * |K|) in F1 or (C_out * |K|, C_in) in F2.
+    """
+    taps = volume(frame.kernel)
+    options = [min(co, ci * taps)] * frame.fits(within_first=True) + [min(ci, co * taps)] * frame.fits(within_first=False)
+    return min(options, default=None)
+
+
+def smallest_exact(frame: Frame, co: int, ci: int) -> int:
+    """The smallest C_hid that can be exact for any weight: by closed form, by Claim 1, or where the counting bound allows."""
+    options = [smallest_half_step(frame, co, ci), smallest_direct(frame, co, ci), smallest_by_counting(frame, co, ci)]
+    floor = min(co, ci)  # the rank of a general weight at any frequency
+    return min(max(option, floor) for option in options if option is not None)
+
+
+def numerical_rank(matrix: Tensor, relative: float) -> Tensor:
+    """Smallest rank of (*B, m, n) matrices that leaves at most `relative` of the Frobenius norm, -> (*B,) int64."""
+    values = torch.linalg.svdvals(matrix).to(torch.float64)
+    tails = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # tails[r] = norm of what is beyond rank r
+    return (tails > relative * tails[..., :1]).sum(-1)
+
+
+def rank_bound(weight: Tensor, relative: float) -> Tensor:
+    """Fewest hidden channels that any exact answer needs, (B, Co, Ci, *K) -> (B,).
+
+    At each frequency z the composition is a product of matrices, G(z) = F2(z) F1(z), of rank C_hid at most. The rank of G(z)
+    is the same for almost every z, so one odd frequency shows it.
+    """
+    value = weight.to(torch.complex128)
+    for dim, size in enumerate(weight.shape[3:]):
+        angle = torch.arange(size, dtype=torch.float64, device=weight.device) * (math.sqrt(2.0) + dim)
+        phase = torch.polar(torch.ones_like(angle), angle)
+        value = torch.tensordot(value, phase, dims=([3], [0]))
+    return numerical_rank(value, relative)

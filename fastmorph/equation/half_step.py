@@ -1,0 +1,107 @@
+"""One half-step of the paper's algorithms: with F1 fixed, the least-squares F2 of smallest norm.
+
+F2 A = G is solved through the smaller of two Gram matrices: A A^T, n = Ch * |K2| unknowns, where the system is
+overdetermined; A^T A, m = Ci * |N| equations, where it is not, which gives the solution of minimum norm. Cholesky on a Gram
+matrix squares the condition; iterative refinement against A itself wins the digits back. An item whose Gram matrix is
+numerically singular (a rank-deficient F1) is solved by the pseudo-inverse of A instead: the same least-squares solution of
+minimum norm, with the condition unsquared. Nothing is regularised.
+
+The half-step for F1 is the one for F2 on the transposed equation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.backends.torch_backend import TorchBackend, batch_norm, pad, taps_first, taps_last
+from fastmorph.equation.frame import Size, volume
+
+_MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
+_ROUNDING = 32  # eps: an error that no refinement makes smaller
+_REFINEMENTS = 3  # at most; each that does not halve the residual is the last
+
+
+class HalfStep:
+    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets.
+
+    Attributes:
+        singular: (B,) items whose Gram matrix is numerically singular.
+    """
+
+    def __init__(self, first: Tensor, k2: Size, backend: TorchBackend, *, wait: bool = True) -> None:
+        """`wait=False` never waits for the device, as a CUDA graph asks; singular items are then not solved, only told."""
+        self.first, self.k2, self.backend = first, k2, backend
+        self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
+        self.by_rows = first.shape[1] * volume(k2) <= first.shape[2] * volume(self.size)
+        gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
+        # Frame rows further apart than K1 - 1 share no kernel: there the columns' Gram matrix is zero, and its factor stays so.
+        blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
+        if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
+            blocks, width = 1, 0
+        self.factor = backend.factor(gram, blocks, width)
+        self.singular = self.factor.failed
+        self.inverse: Tensor | None = None
+        if not wait:
+            self.factor.drop_failed()
+        elif bool(self.singular.any()):
+            self.factor.drop_failed()
+            self.inverse = torch.linalg.pinv(backend.dense_system(first[self.singular], k2))
+
+    def solve(self, target: Tensor, before: Size) -> Tensor:
+        """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
+        b, co, ci = target.shape[:3]
+        ch = self.first.shape[1]
+        if self.by_rows:
+            right = taps_first(self.backend.correlate(target, before, self.first, self.k2))  # (*K2, B, Co, Ch)
+            right = right.reshape(volume(self.k2), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
+            second = self._unflatten(self.factor.solve(right))
+        else:
+            dims = range(3, target.ndim)
+            right = pad(target, before, self.size).permute(0, *dims, 2, 1).reshape(b, -1, co)  # (B, |N|*Ci, Co)
+            weights = self.factor.solve(right).view(b, *self.size, ci, co).permute(0, -1, -2, *(d - 2 for d in dims))
+            second = self.backend.correlate(weights, (0,) * len(before), self.first, self.k2)
+        if self.inverse is not None:
+            padded = pad(target[self.singular], before, self.size).flatten(2)
+            second = second.clone()
+            second[self.singular] = self._unflatten((padded @ self.inverse).mT)
+        return second
+
+    def refined(
+        self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Iterative refinement of a solution, its error and the norm of that, item by item, while it halves the error."""
+        rounding = _ROUNDING * torch.finfo(norm.dtype).eps * batch_norm(target)
+        for _ in range(_REFINEMENTS):
+            if bool((norm <= rounding).all()):
+                break
+            last = norm
+            second, error, norm = self.refine(second, error, norm, target, before)
+            if not bool((norm < 0.5 * last).any()):
+                break
+        return second, error, norm
+
+    def refine(
+        self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of iterative refinement, for the items that it brings nearer."""
+        candidate = second + self.solve(error, (0,) * len(self.size))
+        candidate_error, candidate_norm = self.error(target, before, candidate)
+        better = candidate_norm < norm
+        error = per_item(better, candidate_error, error)
+        return per_item(better, candidate, second), error, torch.where(better, candidate_norm, norm)
+
+    def error(self, target: Tensor, before: Size, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Target minus composition, (B, Co, Ci, *N), and its norm (B,)."""
+        return self.backend.error(target, before, self.first, second)
+
+    def _unflatten(self, rows: Tensor) -> Tensor:
+        """(B, |K2|*Ch, Co) -> (B, Co, Ch, *K2)."""
+        b, _, co = rows.shape
+        by_tap = rows.view(b, volume(self.k2), -1, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
+        return taps_last(by_tap.reshape(*self.k2, b, co, -1))
+
+
+def per_item(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`torch.where` with a condition of one entry per batch item."""
+    return torch.where(condition.view(-1, *(1,) * (yes.ndim - 1)), yes, no)

@@ -1,0 +1,100 @@
+"""Hundreds of equations of different shapes in as few batched solves as they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.problem import Checked, Problem, check
+from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.solve import solve_alike
+from fastmorph.equation.solvers import Auto, Direct, Solver
+from fastmorph.errors import MorphError
+
+_BYTES = 8  # of a working-precision number
+
+
+@torch.no_grad()
+def decompose_many(
+    problems: Sequence[Problem],
+    *,
+    solver: Solver = Auto(),  # noqa: B008 - frozen
+    backend: str | None = None,
+    precision: str | None = None,
+    generator: Generator = None,
+    allow_inexact: bool = False,
+    memory_budget: int = 2**31,
+    progress: bool | None = None,
+) -> list[Decomposition]:
+    """Solve many equations; each gets the answer that `decompose` would give it, to rounding.
+
+    Problems that agree in sizes, dtype, device and the solver chosen for them share a batched solve. Every problem has noise
+    of its own, seeded in the order of the list, so that neither its neighbours nor the budget change its answer.
+
+    Args:
+        problems: what to solve.
+        solver: see `decompose`; `Auto` chooses for each problem.
+        backend: see `decompose`.
+        precision: see `decompose`.
+        generator: see `decompose`; one seed is drawn for each problem, in order.
+        allow_inexact: see `decompose`.
+        memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
+            chunks, a single problem that would is solved alone.
+        progress: show a progress bar; None: where standard error is a terminal.
+
+    Returns:
+        Decompositions in the order of the problems.
+
+    Raises:
+        MorphError: a problem is unusable; the message says which. Nothing is solved then.
+        InexactMorphError: an answer is not exact; the message says which, and the error carries the answer.
+    """
+    checked = [_check(index, problem, solver, backend, precision, allow_inexact) for index, problem in enumerate(problems)]
+    seeds = [draw_seed(generator) for _ in checked]
+    answers: dict[int, Decomposition] = {}
+    with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
+        for chunk in _chunks(checked, memory_budget):
+            solved = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk])
+            for index, (found, error) in zip(chunk, solved, strict=True):
+                if error is not None and not allow_inexact:
+                    raise InexactMorphError(f"problem {index}: {error}", found)
+                answers[index] = found
+            bar.update(len(chunk))
+    return [answers[index] for index in range(len(checked))]
+
+
+def _check(
+    index: int, problem: Problem, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool
+) -> Checked:
+    try:
+        return check(problem, solver=solver, backend=backend, precision=precision, allow_inexact=allow_inexact)
+    except MorphError as error:
+        raise MorphError(f"problem {index}: {error}") from None
+
+
+def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:
+    """Indices of problems that are solved together, in the order of each chunk's first."""
+    buckets: dict[object, list[int]] = {}
+    for index, p in enumerate(problems):
+        co, ci = p.weight.shape[1:3]
+        # A closed form by low rank takes the rank of what it is solved with: alone, it is what `decompose` would give.
+        lone = index if isinstance(p.solver, Direct) and Direct.needs_rank(p.frame, co, ci, p.hidden) else None
+        key = (co, ci, p.hidden, p.frame, p.weight.dtype, p.weight.device, p.backend.name, p.solver, lone)
+        buckets.setdefault(key, []).append(index)
+    chunks: list[list[int]] = []
+    for bucket in buckets.values():
+        p = problems[bucket[0]]
+        co, ci = p.weight.shape[1:3]
+        item = _BYTES * p.solver.memory(co, ci, p.hidden, p.frame)
+        room = 0.0
+        for index in bucket:
+            need = item * len(problems[index].weight)
+            if need > room:
+                chunks.append([])
+                room = float(memory_budget)
+            chunks[-1].append(index)
+            room -= need
+    return chunks

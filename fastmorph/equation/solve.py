@@ -1,0 +1,205 @@
+"""From checked problems of one shape to decompositions: stack, solve, equalise, round, measure, split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmorph.equation import reference
+from fastmorph.equation.backends import NumpyBackend, TorchBackend
+from fastmorph.equation.backends.torch_backend import batch_norm, pad
+from fastmorph.equation.bounds import tolerance
+from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.frame import Size
+from fastmorph.equation.gauge import balance, equalise
+from fastmorph.equation.half_step import HalfStep
+from fastmorph.equation.problem import Checked
+from fastmorph.equation.randomness import Noise
+from fastmorph.equation.solvers.base import Equation, Solution, Solver
+
+_SUMS = 8  # random sums of channels that estimate a residual
+
+
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition, InexactMorphError | None]]:
+    """Solve problems that share sizes, dtype, device, backend and solver as one batch.
+
+    Returns, in order, each answer with the error to raise if it is not exact and has to be.
+    """
+    first = problems[0]
+    weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
+    batches = [len(p.weight) for p in problems]
+    work = first.backend.working_dtype(weight.device)
+    noise = Noise(seeds, batches, weight.device, work)
+    given = weight if first.solver.closed_form else weight.to(work)
+    equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend)
+    answer = _attempt(equation, first.solver)
+    _, co, ci = equation.sizes
+    for _ in range(first.solver.draws(co, ci, first.hidden, first.frame) - 1):
+        bad = torch.nonzero(~(answer.residual <= _comfort(equation.dtype))).flatten()
+        if len(bad) == 0:
+            break
+        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.solver), bad)
+    answers: list[tuple[Decomposition, InexactMorphError | None]] = []
+    at, limit = 0, tolerance(equation.dtype)
+    for problem, batch in zip(problems, batches, strict=True):
+        part = slice(at, at + batch)
+        found, residual = _decomposition(problem, answer, part), answer.residual[part]
+        exact = bool((residual <= limit).all())
+        answers.append((found, None if exact else InexactMorphError(_inexact(problem, float(residual.max()), limit), found)))
+        at += batch
+    return answers
+
+
+def _comfort(dtype: torch.dtype) -> float:
+    """A residual above which another draw is worth its while.
+
+    Rounding leaves a residual of |F2| |F1| / |G| times the unit roundoff. Where that factor is large the answer may still be
+    exact, but the child's forward pass would round by as much at every pixel.
+    """
+    return tolerance(dtype) * (0.1 if torch.finfo(dtype).bits >= 32 else 0.5)
+
+
+class _Answer(NamedTuple):
+    """Rounded kernels with their residual (B,), trace (steps, B) and iterations (B,)."""
+
+    first: Tensor
+    second: Tensor
+    residual: Tensor
+    trace: Tensor
+    iterations: Tensor
+
+    def improved(self, other: _Answer, items: Tensor) -> _Answer:
+        """This answer, with another one for some of its items where that is better; the work of both is told."""
+        better = other.residual < self.residual[items]
+        kept = [value.index_copy(0, items[better], new[better]) for value, new in zip(self[:3], other[:3], strict=True)]
+        trace = self.trace.new_full((len(other.trace), len(self.residual)), torch.nan)
+        trace[:, items] = other.trace
+        iterations = self.iterations.index_add(0, items, other.iterations)
+        return _Answer(kept[0], kept[1], kept[2], torch.cat([self.trace, trace]), iterations)
+
+
+def _attempt(equation: Equation, solver: Solver) -> _Answer:
+    numpy = isinstance(equation.backend, NumpyBackend)
+    solution = _by_reference(equation, solver) if numpy else solver.solve(equation)
+    first, second = _rounded(equation, solution, solver)
+    residual = _residual(equation, first, second, estimate=solver.closed_form)
+    return _Answer(first, second, residual, solution.trace, solution.iterations)
+
+
+def _by_reference(equation: Equation, solver: Solver) -> Solution:
+    draws: list[np.ndarray] = []  # every item takes its rows of the same draws, as a batch would
+
+    def noise_for(item: int) -> reference.Draw:
+        calls = iter(range(2**30))
+
+        def draw(*shape: int) -> reference.Array:
+            call = next(calls)
+            if call == len(draws):
+                draws.append(equation.noise(*shape).cpu().numpy())
+            return draws[call][item]
+
+        return draw
+
+    found = [
+        solver.reference(weight, equation.hidden, equation.frame, noise_for(item), equation.tolerance)
+        for item, weight in enumerate(equation.weight.to(equation.work).cpu().numpy())
+    ]
+    steps = max((len(f.trace) for f in found), default=0)
+    trace = torch.tensor([[*f.trace, *[torch.nan] * (steps - len(f.trace))] for f in found], dtype=torch.float64)
+    trace = trace.reshape(len(found), steps).T
+    frame, (_, co, ci) = equation.frame, equation.sizes
+    first = torch.tensor(np.array([f.first for f in found])).reshape(-1, equation.hidden, ci, *frame.first)
+    second = torch.tensor(np.array([f.second for f in found])).reshape(-1, co, equation.hidden, *frame.second)
+    device = equation.weight.device
+    return Solution(first.to(device), second.to(device), trace.to(device), (~trace.isnan()).sum(0).to(device))
+
+
+def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Tensor, Tensor]:
+    """Equal standard deviations (a closed form has seen to its own), and the answer's dtype."""
+    first, second = solution.first, solution.second
+    if not solver.closed_form:
+        if equation.dtype != first.dtype:
+            first, second = balance(first, second)
+        first, second = equalise(first, second)
+    if equation.corrected:
+        # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
+        first = first.to(equation.dtype).to(first.dtype)
+        step = HalfStep(first, equation.frame.second, equation.backend)
+        error, _ = step.error(equation.weight.to(first.dtype), equation.frame.before, second)
+        second = second + step.solve(error, (0,) * len(equation.frame.before))
+    return first.to(equation.dtype), second.to(equation.dtype)
+
+
+def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bool) -> Tensor:
+    """||G - F2 * F1|| / ||G|| of the kernels as returned, (B,) float64.
+
+    Composing costs C_out * C_in * C_hid products, more than a closed form does. To `estimate`, input and output channels are
+    first added up with random signs, a few sums each: the square of what is left is then right on average (the count sketch of
+    Charikar, Chen and Farach-Colton 2002), whatever the error looks like, and for rounding errors, which are many and
+    independent, within a few per cent.
+    """
+    weight = equation.weight
+    _, co, ci = equation.sizes
+    if estimate and ci > 4 * _SUMS:
+        weight, first = _added_up(weight, 2, equation.work), _added_up(first, 2, equation.work)
+    if estimate and co > 4 * _SUMS:
+        weight, second = _added_up(weight, 1, equation.work), _added_up(second, 1, equation.work)
+    weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
+    composed = TorchBackend().compose(first, second)
+    padded = pad(weight, equation.frame.before, equation.frame.size)
+    return (batch_norm(padded - composed) / equation.norm()).double()
+
+
+def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K), without a copy of the kernel."""
+    signs = _signs(kernel.shape[dim], dim, tuple(kernel.shape[3:]), dtype, kernel.device)
+    runs = kernel.split(_SUMS, dim)
+    out = runs[0] * signs[0]
+    for run, sign in zip(runs[1:], signs[1:], strict=True):
+        (out if len(sign) == _SUMS else out.narrow(dim, 0, len(sign))).addcmul_(run, sign)
+    return out
+
+
+@lru_cache(maxsize=64)
+def _signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """A random sign for each channel of `dim`, the same at every call, in runs of 8 channels.
+
+    Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
+    """
+    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels)) - 1
+    signs = signs.repeat_interleave(math.prod(taps)).to(device, dtype)
+    return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
+
+
+def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:
+    shape, restore = problem.batch_shape, problem.restore
+    first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
+    co, ci = problem.weight.shape[1:3]
+    trace, iterations = answer.trace[:, part], answer.iterations[part]
+    return Decomposition(
+        first=restore(first.reshape(*shape, *first.shape[1:])),
+        second=restore(second.reshape(*shape, *second.shape[1:])),
+        residual=restore(residual.reshape(shape)),
+        iterations=restore(iterations.reshape(shape)),
+        converged=restore((residual <= tolerance(problem.weight.dtype)).reshape(shape)),
+        solver=problem.solver,
+        reason=problem.reason,
+        cost=sum(problem.solver.cost(co, ci, problem.hidden, problem.frame, int(steps)) for steps in iterations),
+        trace=restore(trace.reshape(len(trace), *shape)),
+    )
+
+
+def _inexact(problem: Checked, residual: float, limit: float) -> str:
+    co, ci = problem.weight.shape[1:3]
+    return (
+        f"{problem.solver} left a relative residual of {residual:.1e} for a weight of {co} x {ci} channels, size "
+        f"{problem.frame.kernel}, split at {problem.hidden} hidden channels into {problem.frame.first} and "
+        f"{problem.frame.second}; exact for {problem.weight.dtype} means at most {limit:.1e}. Give it more hidden channels "
+        f"or iterations, or pass allow_inexact=True to take the answer as it is."
+    )

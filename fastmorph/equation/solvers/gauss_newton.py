@@ -1,0 +1,194 @@
+"""Algorithm 1 by variable projection and truncated Gauss-Newton steps.
+
+Alternating least squares crawls where the two kernels share hidden directions, as they do for fewer hidden channels than
+Claim 1 asks for. Here F2 is eliminated (Golub and Pereyra 1973, Kaufman 1975): each F1 has its least-squares F2, and F1 alone
+is sought, by Gauss-Newton steps whose linear systems are solved roughly at first and well at last (`steihaug`).
+
+Where this departs from the textbook:
+1. G is whitened first where an exact answer can be expected; whether it is exact is still tested on G itself (`whiten`).
+2. The start is not noise but one power step from it on the windows of G, with a tenth of the noise to keep full rank.
+3. The gauge (F2 takes back any invertible mix of F1's hidden channels) needs no care but for scale: hidden channels of F1
+   are kept at norm 1. The rest of it are directions along which H is zero, which CG never enters.
+4. An item whose step fails has its next direction computed in full precision, within half of the radius, before it is
+   given up as stalled.
+5. Every flag, radius and precision is an item's own: an item takes the path in a batch that it takes alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.bounds import freedom
+from fastmorph.equation.half_step import HalfStep, per_item
+from fastmorph.equation.solvers.base import Equation, Solution
+from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, direction, ridged_factor
+from fastmorph.equation.solvers.sweeps import History, project, unit
+from fastmorph.equation.solvers.whiten import mix_in, mix_out, whiten
+
+_RADIUS = 0.5  # of the first step, as a share of |G|
+_NOISE = 0.1  # share of the noise in the start
+_SHORTER, _TRIES = 0.4, 8  # a step that does not reduce the residual is cut to this, so many times
+
+
+class _State(NamedTuple):
+    """The items that are still being solved, one row each."""
+
+    items: Tensor  # which of the batch they are
+    weight: Tensor  # G', (B, Co, Ci, *K), of norm 1
+    left: Tensor  # Lo
+    right: Tensor  # Li
+    first: Tensor  # F1'
+    second: Tensor  # F2', least squares for F1'
+    error: Tensor  # R, (B, Co, Ci, *N)
+    factor: Tensor  # of the Gram matrix of F1', (B, |K2|*Ch, |K2|*Ch)
+    residual: Tensor  # |R|
+    before: Tensor  # |R| one step ago
+    radius: Tensor  # of the trust region
+    used: Tensor  # half-steps
+    careful: Tensor  # whether CG runs in full precision
+    stalled: Tensor
+
+    def at(self, rows: Tensor) -> _State:
+        return _State(*(x[rows] for x in self))
+
+
+def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
+    """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
+    weight, scale, history = equation.weight, equation.norm(), History(equation.weight)
+    state = _start(equation, noise)
+    first, second = torch.empty_like(noise), weight.new_empty(len(weight), *state.second.shape[1:])
+    residual, used = torch.empty_like(scale), torch.empty_like(state.used)
+    limit = 2 * max_iter - 1  # the last half-step is kept for an item that is not exact by then
+    while True:
+        remaining = batch_norm(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
+        history.add(state.items, remaining)
+        done = (remaining <= tol) | state.stalled | (state.used + 3 > limit)
+        if bool(done.any()):
+            ended = state.at(done)
+            first[ended.items] = mix_in(ended.first, ended.right)
+            second[ended.items] = mix_out(ended.left, ended.second)
+            residual[ended.items], used[ended.items] = remaining[done], ended.used
+            state, remaining = state.at(~done), remaining[~done]
+        if len(state.items) == 0:
+            break
+        state = _advance(equation, state, 0.3 * tol / remaining, limit)
+
+    rest = (~(residual <= tol)).nonzero().flatten()
+    if len(rest):  # the nearest F2 for G', so far: now for G
+        step = HalfStep(first[rest], equation.frame.second, equation.backend)
+        found, _, norm = project(step, weight[rest], equation.frame.before, always_refine=True)
+        last = norm / scale[rest]
+        second[rest] = per_item(last < residual[rest], found, second[rest])
+        history.add(rest, last.minimum(residual[rest]))
+        used[rest] += 1
+    return Solution(first, second, history.stacked(), used)
+
+
+def _start(equation: Equation, noise: Tensor) -> _State:
+    frame, backend, (b, co, ci) = equation.frame, equation.backend, equation.sizes
+    solvable = equation.hidden >= min(co, ci) and freedom(frame, co, ci, equation.hidden) >= 0
+    roundoff = torch.finfo(equation.dtype).eps
+    weight, left, right = whiten(equation.weight, roundoff) if solvable else whiten(equation.weight, roundoff, passes=0)
+    second = backend.correlate(weight, frame.before, noise, frame.second)
+    mirrored = backend.correlate(weight.transpose(1, 2), frame.before, second.transpose(1, 2), frame.first)
+    first = unit(unit(mirrored.transpose(1, 2)) + _NOISE * unit(noise))
+    second, error, residual, factor = _projected(equation, weight, first)
+    items = torch.arange(b, device=weight.device)
+    no = torch.zeros_like(items, dtype=torch.bool)
+    return _State(
+        items=items,
+        weight=weight,
+        left=left,
+        right=right,
+        first=first,
+        second=second,
+        error=error,
+        factor=factor,
+        residual=residual,
+        before=3**0.5 * residual,  # so that the first forcing term is 0.3
+        radius=torch.full_like(residual, _RADIUS),
+        used=torch.ones_like(items),
+        careful=no,
+        stalled=no.clone(),
+    )
+
+
+def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The least-squares F2 for F1, its error with its norm, and a factor of the rows' Gram matrix for directions."""
+    step = HalfStep(first, equation.frame.second, equation.backend)
+    second, error, norm = project(step, weight, equation.frame.before)
+    factor = step.factor.dense if step.by_rows else None
+    if factor is None:
+        factor = ridged_factor(equation.backend.row_gram(first, step.k2))
+    elif bool(step.singular.any()):
+        factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], step.k2))
+    return second, error, norm, factor
+
+
+def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _State:
+    """One Gauss-Newton step of every item; `enough` is the forcing term, (B,), beyond which tol would be overshot."""
+    found = _directions(equation, state, enough, limit)
+    state.used.add_(2 * found.steps)
+    taken = torch.ones_like(state.residual)
+    residual = state.residual.clone()
+    first, second, error, factor = state.first, state.second, state.error, state.factor
+    open_rows = (found.gain > 0).nonzero().flatten()
+    failed = torch.ones_like(state.stalled)
+    for _ in range(_TRIES):
+        open_rows = open_rows[state.used[open_rows] < limit]
+        if len(open_rows) == 0:
+            break
+        shape = (-1, *(1,) * (first.ndim - 1))
+        trial = unit(first[open_rows] + taken[open_rows].view(shape) * found.change[open_rows])
+        trial_second, trial_error, trial_residual, trial_factor = _projected(equation, state.weight[open_rows], trial)
+        state.used[open_rows] += 1
+        better = trial_residual < residual[open_rows]
+        rows = open_rows[better]
+        first[rows], second[rows], error[rows] = trial[better], trial_second[better], trial_error[better]
+        factor[rows], residual[rows], failed[rows] = trial_factor[better], trial_residual[better], False
+        open_rows = open_rows[~better]
+        taken[open_rows] *= _SHORTER
+
+    # Along the step the model's gain is gain * (1 - (1 - t)^2), where |R - P A2 d| is least at t = 1.
+    ratio = (1 - (residual / state.residual) ** 2) / (found.gain * (1 - (1 - taken) ** 2)).clamp_min(1e-30)
+    radius = torch.where((ratio > 0.75) & found.on_sphere, 2 * state.radius, state.radius)
+    radius = torch.where(ratio < 0.25, 0.5 * found.length, radius)
+    radius = torch.where(taken < 1, taken * found.length, radius)
+    return state._replace(
+        residual=residual,
+        before=state.residual,
+        radius=torch.where(failed, 0.5 * state.radius, radius),
+        careful=state.careful | failed,
+        stalled=failed & state.careful,
+    )
+
+
+def _directions(equation: Equation, state: _State, enough: Tensor, limit: int) -> Direction:
+    """Directions for F1', in the precision that each item calls for."""
+    work = state.weight.dtype
+    most = ((limit - state.used - 1) // 2).clamp_max(MOST_STEPS)
+    change, length = torch.empty_like(state.first), torch.empty_like(state.residual)
+    whole = Direction(change, length, length.clone(), torch.empty_like(state.stalled), torch.empty_like(most))
+    for careful in (False, True):
+        rows = (state.careful == careful).nonzero().flatten()
+        if len(rows) == 0:
+            continue
+        dtype = work if careful else torch.float32
+        residual = state.residual[rows]
+        norm = residual.view(-1, *(1,) * (change.ndim - 1))
+        # Forcing terms of Eisenstat and Walker, down to what the precision allows and tol can use.
+        forcing = (0.9 * (residual / state.before[rows]) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
+        forcing = forcing.maximum(enough[rows])
+        first, second, factor = (x[rows].to(dtype) for x in (state.first, state.second, state.factor))
+        factor2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
+        about = Linearised((state.error[rows] / norm).to(dtype), first, second, factor, factor2)
+        radius = (state.radius[rows] / residual).to(dtype)
+        found = direction(equation.backend, about, forcing.to(dtype), radius, most[rows])
+        found = found._replace(change=found.change * norm, length=found.length * residual)
+        for into, values in zip(whole, found, strict=True):
+            into[rows] = values.to(into.dtype)
+    return whole

@@ -1,0 +1,168 @@
+"""Algorithm 1 of the paper, alternating least squares, and what to run in its place where it stalls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastmorph.equation import reference
+from fastmorph.equation.bounds import half_step_is_exact
+from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.half_step import HalfStep
+from fastmorph.equation.solvers.anderson import MEMORY, anderson
+from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.equation.solvers.gauss_newton import gauss_newton
+from fastmorph.equation.solvers.sweeps import History, project
+from fastmorph.errors import MorphError
+
+_CACHE = 16 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class General(Solver):
+    """General network morphism (Wei et al. 2016, Algorithm 1), accelerated unless told not to.
+
+    Where Claim 1 holds for either kernel, one half-step is exact and acceleration has nothing to do. Below it, the paper's
+    alternation stalls, and the accelerations find what it cannot: variable projection with truncated Gauss-Newton steps
+    down to the counting bound, Anderson's a good part of the way there.
+
+    Work is counted in half-steps, the least-squares solutions for one kernel with the other fixed. A sweep is two. A
+    projection of Gauss-Newton's is one, and each of its CG steps counts as two: it has a sweep's products, but no
+    factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
+    sweep; Gauss-Newton: each outer step), NaN for items that had ended.
+
+    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and
+    some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
+
+    Attributes:
+        max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
+        tol: relative residual that counts as loss 0; None: what is exact for the dtype.
+        acceleration: "gauss-newton", "anderson", or None for the paper's own algorithm.
+    """
+
+    max_iter: int = 400
+    tol: float | None = None
+    acceleration: Literal["gauss-newton", "anderson"] | None = "gauss-newton"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.max_iter < 1:
+            raise MorphError(f"{name}(max_iter={self.max_iter}): at least one sweep is needed.")
+        if self.tol is not None and not self.tol > 0.0:
+            raise MorphError(f"{name}(tol={self.tol}): tol must be positive, or None for what is exact for the dtype.")
+        if self.acceleration not in ("gauss-newton", "anderson", None):
+            raise MorphError(f"{name}(acceleration={self.acceleration!r}): it must be 'gauss-newton', 'anderson' or None.")
+
+    def solve(self, equation: Equation) -> Solution:
+        """Solve a batch, from the side that one half-step makes exact (Claim 1), if there is one."""
+        frame, (batch, co, ci) = equation.frame, equation.sizes
+        if batch == 0:
+            second = equation.weight.new_empty(0, co, equation.hidden, *frame.second)
+            trace = History(equation.weight).stacked()
+            return Solution(equation.start(), second, trace, (~trace.isnan()).sum(0))
+        if half_step_is_exact(frame, co, ci, equation.hidden):
+            return self._in_parts(equation)
+        if half_step_is_exact(frame, co, ci, equation.hidden, for_second=False):
+            return self._in_parts(equation.transposed).transposed
+        if self.acceleration is None:
+            return self.run(equation, equation.start())
+        accelerated = gauss_newton if self.acceleration == "gauss-newton" else anderson
+        return accelerated(equation, equation.start(), max_iter=self.max_iter, tol=self._tol(equation.tolerance))
+
+    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """Three under Claim 1, which holds for almost all noise: an item with nearly singular noise is soon solved again."""
+        return 3 if any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False)) else 1
+
+    def _in_parts(self, equation: Equation) -> Solution:
+        """`run`, on a CPU in parts whose systems stay in cache; the noise is drawn for all at once."""
+        first, (batch, co, ci) = equation.start(), equation.sizes
+        part = max(1, _CACHE // (8 * self.memory(co, ci, equation.hidden, equation.frame)))
+        if equation.weight.device.type != "cpu" or part >= batch:
+            return self.run(equation, first)
+        found = [self.run(equation.subset(rows, equation.frame), first[rows]) for rows in torch.arange(batch).split(part)]
+        steps = max(len(f.trace) for f in found)
+        trace = [torch.nn.functional.pad(f.trace, (0, 0, 0, steps - len(f.trace)), value=torch.nan) for f in found]
+        one, two, iterations = (
+            torch.cat(parts) for parts in zip(*((f.first, f.second, f.iterations) for f in found), strict=True)
+        )
+        return Solution(one, two, torch.cat(trace, 1), iterations)
+
+    def run(self, equation: Equation, first: torch.Tensor) -> Solution:
+        """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""
+        tol, backend, scale = self._tol(equation.tolerance), equation.backend, equation.norm()
+        batch, co, ci = equation.sizes
+        history = History(equation.weight)
+        # Of each side: its frame, its target and whether Claim 1 makes its half-step exact. The kernels stand as that side's
+        # second kernel: F2, then F1 transposed.
+        sides = [
+            (equation.frame, equation.weight, half_step_is_exact(equation.frame, co, ci, equation.hidden)),
+            (
+                equation.frame.transposed,
+                equation.weight.transpose(1, 2),
+                half_step_is_exact(equation.frame, co, ci, equation.hidden, for_second=False),
+            ),
+        ]
+        kernels = [equation.weight.new_zeros(batch, co, equation.hidden, *equation.frame.second), first.transpose(1, 2).clone()]
+        active = torch.arange(batch, device=equation.weight.device)
+        for half_step in range(2 * self.max_iter):
+            solved = half_step % 2
+            frame, target, exact = sides[solved]
+            step = HalfStep(kernels[1 - solved][active].transpose(1, 2), frame.second, backend)
+            found, _, norm = project(step, target[active], frame.before, always_refine=exact)
+            kernels[solved][active] = found
+            residual = norm / scale[active]
+            history.add(active, residual)
+            # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
+            active = active[~(residual <= tol)]
+            if len(active) == 0:
+                break
+        trace = history.stacked()
+        return Solution(kernels[1].transpose(1, 2), kernels[0], trace, (~trace.isnan()).sum(0))
+
+    def _tol(self, exact: float) -> float:
+        return exact if self.tol is None else self.tol
+
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """Gram matrix, Cholesky factor, solution and composition of each half-step; a bound for CG, which does not factor."""
+        for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+        second, first = _half_step_cost(co, ci, hidden, frame), _half_step_cost(ci, co, hidden, frame.transposed)
+        return half_steps * (second if for_second else first if for_first else (first + second) / 2)
+
+    def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """The Gram matrices and their factors, both kernels and the composition, a few times."""
+        n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+        second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
+        kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
+        exact = any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+        if exact or self.acceleration is None:
+            return 2 * max(second, first) ** 2 + kernels
+        if self.acceleration == "anderson":
+            return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
+        return 4 * second**2 + 2 * first**2 + 4 * kernels  # a factor is kept while another is tried
+
+    def reference(
+        self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
+    ) -> reference.Solved:
+        """Algorithm 1 by the numpy oracle, accelerated by dense versions of the same methods."""
+        limit = self._tol(tol)
+        co, ci = weight.shape[:2]
+        for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+        if for_first and not for_second:
+            start = reference.start(draw, hidden, co, frame.second)
+            found = reference.general(weight.swapaxes(0, 1), start, frame.transposed, max_iter=self.max_iter, tol=limit)
+            return reference.Solved(found.second.swapaxes(0, 1), found.first.swapaxes(0, 1), found.trace)
+        algorithm = {
+            None: reference.general,
+            "anderson": reference.general_anderson,
+            "gauss-newton": reference.general_gauss_newton,
+        }[None if for_second else self.acceleration]
+        return algorithm(weight, reference.start(draw, hidden, ci, frame.first), frame, max_iter=self.max_iter, tol=limit)
+
+
+def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:
+    n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+    system = min(hidden * m2, ci * n)
+    gram = 2.0 * hidden**2 * ci * m1 * m2
+    return gram + system**3 / 3 + 2.0 * co * system**2 + 4.0 * co * hidden * ci * m1 * m2

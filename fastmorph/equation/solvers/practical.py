@@ -1,0 +1,79 @@
+"""Algorithm 2 of the paper: shrink the second kernel until one sweep is exact, then pad it back with zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad as pad_tensor
+
+from fastmorph.equation import reference
+from fastmorph.equation.frame import Frame
+from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.equation.solvers.general import General
+
+
+@dataclass(frozen=True)
+class Practical(Solver):
+    """Practical network morphism (Wei et al. 2016, Algorithm 2).
+
+    Always ends with loss 0 where K1 >= K and C_hid >= C_out, at the price of zeros in F2's outer taps. Memory: that of a sweep
+    of `General` at full size.
+
+    Attributes:
+        max_iter: sweeps of Algorithm 1 at each size of F2; the paper's algorithm takes one.
+        tol: relative residual that counts as loss 0; None: what is exact for the dtype.
+    """
+
+    max_iter: int = 1
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        General(self.max_iter, self.tol, acceleration=None)  # the same limits hold
+
+    def solve(self, equation: Equation) -> Solution:
+        """Solve a batch; items that are exact at one size leave the batch for the next."""
+        frame, weight = equation.frame, equation.weight
+        batch, co, _ci = equation.sizes
+        noise = equation.start()
+        first = torch.empty_like(noise)
+        second = weight.new_empty(batch, co, equation.hidden, *frame.second)
+        tol = equation.tolerance if self.tol is None else self.tol
+        open_items = torch.arange(batch, device=weight.device)
+        traces: list[torch.Tensor] = []
+        iterations = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        sweep = General(self.max_iter, tol, acceleration=None)
+        for inner in frame.shrinking():
+            part = equation.subset(open_items, inner)
+            found = sweep.run(part, noise[open_items])
+            first[open_items] = found.first
+            widths = [w for pair in reversed(frame.second_padding(inner)) for w in pair]
+            second[open_items] = pad_tensor(found.second, widths) if widths else found.second
+            iterations[open_items] += found.iterations
+            trace = found.trace.new_full((len(found.trace), batch), torch.nan)
+            trace[:, open_items] = found.trace
+            traces.append(trace)
+            open_items = open_items[~(found.final_residual() <= tol)]
+            if len(open_items) == 0:
+                break
+        return Solution(first, second, torch.cat(traces), iterations)
+
+    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """Three: almost all noise leads to a well-conditioned answer, and another draw is cheap."""
+        return 3
+
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """As if every half-step were at full size."""
+        return General().cost(co, ci, hidden, frame, half_steps)
+
+    def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """That of a sweep at full size."""
+        return General().memory(co, ci, hidden, frame)
+
+    def reference(
+        self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
+    ) -> reference.Solved:
+        """Algorithm 2 by the numpy oracle."""
+        start = reference.start(draw, hidden, weight.shape[1], frame.first)
+        limit = tol if self.tol is None else self.tol
+        return reference.practical(weight, start, frame, tol=limit, max_iter=self.max_iter)

@@ -1,0 +1,60 @@
+"""Depth: one layer becomes two, with an activation (and a norm) between them that is the identity at birth.
+
+The composition of two convolutions is a convolution with the full convolution of their kernels only while nothing is lost at
+the border of the hidden map, so all padding goes to the first layer, enlarged by what the frame adds around the kernel, and the
+second layer pads nothing. The hidden map is then as large as the second layer needs and every output pixel is preserved.
+Stride goes to the second layer, except in dimensions where its kernel has size 1, which the first layer may stride as well;
+dilation is the same in both; the bias is the second layer's. Groups are independent equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastmorph.equation.bounds import smallest_direct, smallest_half_step
+from fastmorph.equation.frame import Frame, make_frame
+from fastmorph.errors import MorphError
+from fastmorph.morphs.rows import build_row, check_hidden, make_row, solve_row
+from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential
+from fastmorph.plan.layers import Layer
+from fastmorph.plan.transaction import Transaction
+
+_NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "layer1": "second"}
+
+
+@dataclass(frozen=True)
+class Deepen:
+    """Replace a layer by nn.Sequential(first, norm, activation, second), as data (the arguments of `deepen`)."""
+
+    layer: str
+    hidden_channels: int | None = None
+    kernel_sizes: Any = None
+    activation: Activation = None
+    norm: str | None = None
+
+    def apply(self, transaction: Transaction) -> None:
+        """Replace the layer by two, whose weights solve one equation, a batch of groups."""
+        layer = transaction.find_layer(self.layer)
+        frame, hidden = self._sizes(layer)
+        if self.norm not in (None, "batch"):
+            raise MorphError(f"layer {layer.name!r}: norm={self.norm!r} must be None or 'batch'.")
+        first = LayerSpec(hidden, frame.first, self.activation, self.norm)
+        row = make_row(layer, Sequential([first, LayerSpec(None, frame.second)]))
+        new = build_row(transaction, layer, row, layer.module.bias, _NAMES)
+        solve_row(transaction, layer, row, [new.get_submodule("first"), new.get_submodule("second")], layer.grouped_weight())
+        transaction.replace_module(layer.module, new, near=layer.module.weight)
+
+    def _sizes(self, layer: Layer) -> tuple[Frame, int]:
+        kernel, groups, (co, ci) = layer.kernel, layer.groups, layer.channels
+        try:
+            # By default the first layer keeps its size and the second sees its neighbours, if the layer sees any.
+            frame = make_frame(kernel, self.kernel_sizes or (kernel, tuple(3 if k > 1 else 1 for k in kernel)))
+        except MorphError as error:
+            raise MorphError(f"layer {layer.name!r}: {error}") from None
+        if self.hidden_channels is not None:
+            return frame, check_hidden(layer, self.hidden_channels)
+        if frame.fits(within_first=True):
+            return frame, co
+        per_group = co // groups, ci // groups
+        return frame, groups * (smallest_direct(frame, *per_group) or smallest_half_step(frame, *per_group))

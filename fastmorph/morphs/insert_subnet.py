@@ -1,0 +1,139 @@
+"""Subnets: a layer becomes layers in a row, branches that sum, or itself with a residual block behind it.
+
+Branches share the weight out among them, each share with noise of its own; the first that reaches over the whole kernel takes
+what is left, and the bias. As in `deepen.py`, all padding is in the first layer of each branch, so that nothing is lost
+at the border of the maps between.
+
+Source: Wei et al., "Network Morphism" (2016), Section 3.4, and "Modularized Transaction of Neural Networks" (2017).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from fastmorph.equation.frame import size_per_dimension, window
+from fastmorph.errors import MorphError
+from fastmorph.morphs.rows import CONVS, Row, build_row, make_norm, make_row, solve_row
+from fastmorph.morphs.subnet import Residual, Sequential, Skip, Stacked, Subnet
+from fastmorph.nn import PActivation, Replacement
+from fastmorph.nn.branches import Branches
+from fastmorph.plan.layers import Layer
+from fastmorph.plan.transaction import Transaction
+
+
+@dataclass(frozen=True)
+class InsertSubnet:
+    """Replace a layer by a subnet, as data: its name and an `fm.Sequential`, `fm.Stacked` or `fm.Residual`."""
+
+    layer: str
+    subnet: Subnet
+
+    def apply(self, transaction: Transaction) -> None:
+        """Build the subnet and queue its equations."""
+        layer, subnet = transaction.find_layer(self.layer), self.subnet
+        if isinstance(subnet, Residual):
+            _add_residual(transaction, layer, subnet)
+        elif isinstance(subnet, Sequential | Stacked):
+            _replace(transaction, layer, subnet.branches if isinstance(subnet, Stacked) else (subnet,))
+        else:
+            raise MorphError(f"layer {layer.name!r}: {subnet!r} is not an fm.Sequential, fm.Stacked or fm.Residual.")
+
+
+def _replace(transaction: Transaction, layer: Layer, branches: Sequence[Sequential | Skip]) -> None:
+    weight, bias = layer.module.weight, layer.module.bias
+    rows = {index: make_row(layer, branch) for index, branch in enumerate(branches) if isinstance(branch, Sequential)}
+    whole = next((i for i, row in rows.items() if row.share == layer.kernel), None)
+    if whole is None:
+        raise MorphError(
+            f"layer {layer.name!r}: no branch reaches over its whole kernel of size {layer.kernel}; enlarge the kernels of one."
+        )
+    skip = _identity(layer) if len(rows) < len(branches) else None
+    built = {i: build_row(transaction, layer, row, bias if i == whole else None) for i, row in rows.items()}
+    new = Branches(built.get(i, nn.Identity()) for i in range(len(branches))) if len(branches) > 1 else built[whole]
+    if transaction.with_weights:
+        for i, share in _shares(transaction, layer, rows, whole, skip).items():
+            modules = [part for name, part in built[i].named_children() if name.startswith("layer")]
+            solve_row(transaction, layer, rows[i], modules, share, f"branch {i}" if len(branches) > 1 else "")
+    transaction.replace_module(layer.module, new, near=weight)
+
+
+def _identity(layer: Layer) -> tuple[int, ...]:
+    """The tap at which the layer's weight would be the identity. Raises MorphError where none would."""
+    co, ci = layer.channels
+    taps = []
+    if layer.dims:
+        sides = zip(layer.padding(), layer.module.stride, layer.module.dilation, layer.kernel, strict=True)
+        taps = [a // d if s == 1 and a + b == d * (k - 1) and a % d == 0 else -1 for (a, b), s, d, k in sides]
+    if co != ci or -1 in taps:
+        raise MorphError(
+            f"layer {layer.name!r} cannot have an fm.Skip beside it: it must have as many outputs as inputs ({co} and {ci}), "
+            "stride 1, and padding that keeps its map's size and each pixel under a tap; use a branch of a 1x1 kernel instead."
+        )
+    return tuple(taps)
+
+
+def _shares(
+    transaction: Transaction, layer: Layer, rows: dict[int, Row], whole: int, skip: tuple[int, ...] | None
+) -> dict[int, Tensor]:
+    """Each branch's share of the weight, (groups, Co, Ci, *share), in its dtype; `whole` has what the others leave."""
+    given = layer.grouped_weight()
+    if len(rows) == 1 and skip is None:
+        return {whole: given}
+    rest = given.to(torch.float32 if given.device.type == "mps" else torch.float64, copy=True)
+    if skip is not None:
+        at: Any = (slice(None), slice(None), slice(None), *skip)
+        rest[at] -= torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
+    spread = rest.flatten(1).square().mean(1).sqrt().view(-1, *(1,) * (rest.ndim - 1)) / len(rows)
+    shares = {}
+    for index, row in rows.items():
+        if index != whole:
+            cut: Any = (..., *window(row.offset, row.share))
+            noise = torch.randn(rest[cut].shape, generator=transaction.random, dtype=torch.float32).to(rest)
+            shares[index] = (rest[cut] / len(rows) + noise * spread).to(given)
+            rest[cut] -= shares[index]
+    return {**shares, whole: rest.to(given)}
+
+
+def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> None:
+    weight, (channels, _), hidden = layer.module.weight, layer.channels, subnet.hidden_channels
+    made = {"bias": False, "device": "meta" if transaction.with_weights else weight.device, "dtype": weight.dtype}
+    size: tuple[int, ...] = ()
+    if layer.dims:
+        try:
+            size = size_per_dimension(subnet.kernel_size, layer.dims)
+        except MorphError as error:
+            raise MorphError(f"layer {layer.name!r}: {error}") from None
+        odd = all(k % 2 for k in size)
+        made |= {"kernel_size": size, "padding": tuple(k // 2 for k in size) if odd else "same"}
+    first, second = (skip_init(CONVS[layer.dims], *sizes, **made) for sizes in ((channels, hidden), (hidden, channels)))
+    parts: OrderedDict[str, nn.Module] = OrderedDict(first=first)
+    if subnet.norm is not None:
+        parts["norm"] = make_norm(transaction, layer, hidden)
+    parts["activation"] = PActivation(deepcopy(subnet.activation)).fn.to(weight)
+    if any(parameter.numel() > 1 for parameter in parts["activation"].parameters()):
+        raise MorphError(
+            f"layer {layer.name!r}: {subnet.activation!r} treats channels apart, so that twins would not cancel; give a "
+            "Residual an activation that is one function for all channels."
+        )
+    parts["second"] = second
+    for part in (first, second):
+        part.weight.requires_grad_(weight.requires_grad)
+    if transaction.with_weights:
+        one, two = (
+            torch.randn(*shape, *size, generator=transaction.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
+            for shape, fan in (((hidden // 2, channels), channels), ((channels, hidden // 2), hidden))
+        )
+        transaction.fill(first, torch.cat([one, one]).to(weight))
+        transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
+    block = Branches([nn.Identity(), nn.Sequential(parts)])
+    whole = Replacement(OrderedDict(layer=layer.module, residual=block))
+    transaction.replace_module(layer.module, whole, near=weight)

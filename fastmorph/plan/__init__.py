@@ -1,0 +1,1 @@
+"""Plans of morphs, and the one transaction that carries a plan out."""

@@ -1,0 +1,168 @@
+"""Running a plan: one transaction on a copy of the parent, with its equations, statistics, optimizer and certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.recorded import certify, record
+from fastmorph.certify.verify import verify as verify_models
+from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.solvers import Auto, Solver
+from fastmorph.errors import MorphError
+from fastmorph.plan.calibrate import calibrate_norms
+from fastmorph.plan.lineage import Lineage
+from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
+from fastmorph.plan.plan import Plan
+from fastmorph.plan.transaction import Operator, Step, Transaction
+
+
+@dataclass(frozen=True)
+class Morphed:
+    """A finished plan.
+
+    Attributes:
+        model: the child.
+        optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
+        certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
+        history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
+            same settings on the same machine, but for what `calibrate` batches decided.
+        steps: what each operator did.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    certificate: Certificate | None
+    history: Plan
+    steps: tuple[Step, ...] = field(repr=False)
+
+    def rebind(self, scheduler: Any) -> Any:
+        """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
+
+        Raises MorphError if there is no optimizer, or one of other parameter groups.
+        """
+        if self.optimizer is None:
+            raise MorphError("there is no optimizer to drive; pass the parent's to morph(..., optimizer=).")
+        return rebound(scheduler, self.optimizer)
+
+
+def morph(
+    model: nn.Module,
+    plan: Plan | Sequence[Operator],
+    *,
+    example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
+    calibrate: Iterable[Any] | None = None,
+    verify: bool = True,
+    consume: bool = False,
+    memory_budget: int = 2**31,
+    solver: Solver = Auto(),  # noqa: B008 - frozen
+    backend: str | None = None,
+    generator: Generator = None,
+    allow_inexact: bool = False,
+    progress: bool = False,
+) -> Morphed:
+    """Apply a plan to a copy of `model`, all of it or, where anything fails, none.
+
+    Args:
+        model: the parent. It is not touched, unless it is consumed.
+        plan: morphs, in order; each names layers as those before it left them.
+        example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
+            follow channels through the model.
+        optimizer: the parent's, an SGD, Adam, AdamW, RMSprop, Adagrad, or any without state; it is not touched. Its options,
+            moments and step counts are carried over, each moment as its weight: `Morphed.optimizer`.
+        calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
+            nearly exact in train mode, where a BatchNorm uses the batch's own.
+        verify: whether to compare parent and child on `example_inputs`.
+        consume: make the child out of the parent itself, layer by layer, each old tensor freed as soon as its successor is
+            there, so that no more than the child and one layer's old weights and solver are held at a time. Whatever fails
+            then leaves the parent half done, and of `optimizer` only what does not change. The child is compared with the
+            parent's recorded outputs, in its own dtype alone.
+        memory_budget: see `decompose_many`.
+        solver: see `decompose`.
+        backend: see `decompose`.
+        generator: see `decompose`; one seed is drawn from it, which decides the child. None: the plan's seed, if it has one.
+        allow_inexact: keep a child that is not exact instead of raising.
+        progress: show progress bars.
+
+    Raises:
+        MorphError: a layer cannot be morphed, or the certificate does not hold.
+        InexactMorphError: an equation was not solved exactly.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
+    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
+    before = record(model, given) if consume and verify and given is not None else None
+    transaction = Transaction(
+        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
+        seed=seed,
+        example_inputs=plan.example_inputs(model) if given is None else given,
+        consume=consume,
+        solving={
+            "solver": solver,
+            "backend": backend,
+            "allow_inexact": allow_inexact,
+            "memory_budget": memory_budget,
+            "progress": progress,
+        },
+    )
+    for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
+        transaction.apply(operator)
+    transaction.settle()
+    child = transaction.model
+    if calibrate is not None:
+        there = set(child.modules())
+        calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
+    certificate = None
+    if verify and given is not None:
+        certificate = verify_models(model, child, *given) if before is None else certify(before, child, given)
+        if not certificate and not allow_inexact:
+            raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
+    carried = None if optimizer is None else carry_over(optimizer, child, transaction.lineage, consume=consume)
+    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(transaction.steps))
+
+
+def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_inputs: Any = None) -> nn.Module:
+    """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
+
+    Args:
+        model: the parent, or any network of its architecture, on the meta device too; it is not touched.
+        plan: the plan that made the child, or `Morphed.history`.
+        example_inputs: as in `morph`, for operators that follow channels through the model; None: those whose shapes and
+            dtypes the plan has recorded.
+
+    Raises:
+        MorphError: a layer cannot be morphed.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    inputs = plan.example_inputs(model) if given is None else given
+    transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
+    for operator in plan:
+        transaction.apply(operator)
+    return transaction.model
+
+
+def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+    computed = [
+        (name, key)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for name, key in computed:  # PyTorch refuses to copy these
+        raise MorphError(
+            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
+            f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
+        )
+    child = deepcopy(model)
+    return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))

@@ -1,0 +1,274 @@
+"""The transaction in which the operators of a plan work on one model.
+
+Operators change its `model` in place and hand their equations over instead of solving them, so that a whole plan is solved in
+one call of `decompose_many`, however many layers it has. Until then the weights of new layers stand on the meta device,
+where nothing can read them by mistake; an operator that needs a model's or a layer's weights settles them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.many import decompose_many
+from fastmorph.equation.problem import Problem
+from fastmorph.equation.randomness import draw_seed
+from fastmorph.errors import MorphError
+from fastmorph.plan.layers import Layer, find_layer, replace_module
+from fastmorph.plan.lineage import Lineage, Map
+
+Assign = Callable[[Decomposition], None]
+
+
+class Operator(Protocol):
+    """A morph as frozen data."""
+
+    @property
+    def layer(self) -> str:
+        """Dotted name of the layer that it changes, as the operators before it in the plan left it."""
+
+    def apply(self, transaction: Transaction) -> None:
+        """Change `transaction.model` in place."""
+
+
+@dataclass
+class Step:
+    """What one operator did.
+
+    Attributes:
+        layer: the layer's name.
+        before: shape of its weight before.
+        after: shapes of the weights (of two or more dimensions) that stand under that name after.
+        residual: largest relative residual of the equations that it solved; 0 without one.
+        milliseconds: time it took, with its share, by cost, of the equations solved together.
+        how: how the equations were solved.
+    """
+
+    layer: str
+    before: tuple[int, ...]
+    after: tuple[tuple[int, ...], ...] = ()
+    residual: float = 0.0
+    milliseconds: float = 0.0
+    how: str = "no equation to solve"
+
+
+@dataclass(eq=False)
+class _Equation:
+    problem: Problem
+    assign: Assign
+    layer: str
+    part: str
+    modules: tuple[nn.Module, ...]
+    step: Step | None
+
+    @property
+    def name(self) -> str:
+        groups = self.problem.weight.shape[: -2 - self.problem.spatial_dims].numel()
+        return f"layer {self.layer!r}{self.part and ', '}{self.part}" + (
+            f" (each of its {groups} groups)" if groups > 1 else ""
+        )
+
+
+@dataclass(eq=False)
+class Transaction:
+    """One transaction on one model.
+
+    Attributes:
+        model: the child in the making; operators change it in place, and reassign it (`replace_module` does) where the layer is
+            the model itself.
+        lineage: where its parameters come from.
+        seed: of all noise; the same seed, plan, parent and settings give the same bits.
+        example_inputs: positional arguments of the model, for operators that trace it; None where none were given.
+        with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
+            the right shapes, dtypes and devices. The model may then stand on the meta device.
+        consume: whether the parent's tensors may go: see `release`.
+        solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
+        random: CPU generator for the operators' own noise. The equations have another, so that settling early or late does not
+            change what it draws.
+        norms: the BatchNorms that operators inserted, to be calibrated.
+        steps: what each operator did.
+    """
+
+    model: nn.Module
+    lineage: Lineage
+    seed: int = 0
+    example_inputs: tuple[Any, ...] | None = None
+    with_weights: bool = True
+    consume: bool = False
+    solving: dict[str, Any] = field(default_factory=dict)
+    random: torch.Generator = field(init=False)
+    norms: list[nn.Module] = field(default_factory=list, init=False)
+    steps: list[Step] = field(default_factory=list, init=False)
+    _equation_noise: torch.Generator = field(init=False)
+    _queue: list[_Equation] = field(default_factory=list, init=False)
+    _step: Step | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.random = torch.Generator().manual_seed(self.seed)
+        self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
+
+    def apply(self, operator: Operator) -> None:
+        """Run one operator and note what it did."""
+        began = perf_counter()
+        self._step = step = Step(operator.layer, next(iter(self._kernel_shapes(operator.layer)), ()))
+        self.steps.append(step)
+        operator.apply(self)
+        step.after = self._kernel_shapes(operator.layer)
+        self._step = None
+        step.milliseconds += 1e3 * (perf_counter() - began)
+        if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
+            self.settle()
+
+    def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        module = dict(self.model.named_modules(remove_duplicate=False)).get(name, nn.Module())
+        weights = (part._parameters.get("weight") for part in module.modules())
+        return tuple(tuple(w.shape) for w in weights if w is not None and not is_lazy(w) and w.ndim > 1)
+
+    # --- equations ------------------------------------------------------------------------------------------------------------
+
+    def find_layer(self, name: str, *, transposed: bool = False) -> Layer:
+        """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`."""
+        layer = find_layer(self.model, name, transposed=transposed)
+        self.settle(layer.module)
+        return layer
+
+    def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
+        """Queue an equation.
+
+        Args:
+            problem: the equation, its weight of any batch dimensions (groups).
+            assign: called with the answer, to set weights (`fill`); it may queue further equations. Not called without weights.
+            layer: the name that errors give.
+            modules: whose weights are not to be read before the answer is there.
+            part: of what the equation is, for errors, where a layer needs several.
+        """
+        if self.with_weights:
+            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), self._step))
+
+    def settle(self, *modules: nn.Module) -> None:
+        """Solve everything queued, in one `decompose_many`, and assign the answers.
+
+        With modules given, only if one of them, or of their submodules, waits for an answer. Equations that an answer leads to
+        (chains) follow in further rounds.
+
+        Raises MorphError and InexactMorphError as `decompose_many` does, with the layer.
+        """
+        if modules and not self._is_pending(*modules):
+            return
+        while self._queue:
+            queue, self._queue = self._queue, []
+            began = perf_counter()
+            answers = self._decompose(queue)
+            elapsed = 1e3 * (perf_counter() - began)
+            total = sum(answer.cost for answer in answers) or 1.0
+            waiting = [(equation.step, equation.assign) for equation in queue]
+            queue.clear()  # and with it the weights that are no longer needed
+            for answer, (step, assign) in zip(answers, waiting, strict=True):
+                if step is not None:
+                    _add(step, answer, elapsed * answer.cost / total)
+                with self._resumed(step):
+                    assign(answer)
+
+    def _is_pending(self, *modules: nn.Module) -> bool:
+        pending = {module for equation in self._queue for module in equation.modules}
+        return any(part in pending for module in modules for part in module.modules())
+
+    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition]:
+        try:
+            return decompose_many([e.problem for e in queue], generator=self._equation_noise, **self.solving)
+        except MorphError as error:
+            number, _, message = str(error).removeprefix("problem ").partition(": ")
+            if not number.isdecimal():
+                raise
+            message = f"{queue[int(number)].name}: {message}"
+            if isinstance(error, InexactMorphError):
+                raise InexactMorphError(message, error.decomposition) from None
+            raise MorphError(message) from None
+
+    @contextmanager
+    def _resumed(self, step: Step | None) -> Iterator[None]:
+        """Let equations queued inside count for `step`."""
+        current, self._step = self._step, step
+        try:
+            yield
+        finally:
+            self._step = current
+
+    # --- tensors and modules --------------------------------------------------------------------------------------------------
+
+    def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
+        """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.
+
+        It is not for models without weights.
+        """
+        old = module._parameters[name]
+        assert old is not None
+        value = value.detach().reshape(old.shape)
+        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone(memory_format=torch.contiguous_format)  # part of a batch, which it would keep alive
+        module._parameters[name] = new = nn.Parameter(value, requires_grad=old.requires_grad)
+        self.lineage.replaced(old, new, None, None)
+
+    @torch.no_grad()
+    def replace(self, old: Tensor, new: Tensor, *, linear: Map | None, square: Map | None) -> None:
+        """Put `new` wherever the model has the parameter or buffer `old`, tied places included, and let `old` go.
+
+        Args:
+            old: a registered parameter or buffer.
+            new: its values, any shape; they take `old`'s dtype and device. A parameter stays one, and keeps requires_grad.
+            linear: the map from a first moment (momentum, average of gradients) of `old` to that of `new`; None: it starts
+                afresh. Of no meaning for buffers.
+            square: the same for second moments.
+        """
+        value = new.detach().to(old)
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+            value.__dict__.update(old.__dict__)  # attributes by which training code marks parameters
+        found = False
+        for module in self.model.modules():
+            registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in registered:
+                for name, tensor in tensors.items():
+                    if tensor is old:
+                        tensors[name], found = value, True
+        if not found:
+            raise MorphError(f"the model has no parameter or buffer of shape {tuple(old.shape)} that is the given one.")
+        if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
+            self.lineage.replaced(old, value, linear, square)
+        self.release(old)
+
+    def replace_module(self, old: nn.Module, new: nn.Module, near: nn.Parameter) -> None:
+        """Put `new` wherever the model has `old`, with its hooks and mode.
+
+        Parameters of `new` that the model did not have join the optimizer's parameter group of `near`, one that it had.
+        Those of `old` that it has no more are released.
+        """
+        gone = set(old.parameters())
+        self.model = replace_module(self.model, old, new)
+        for parameter in new.parameters():
+            self.lineage.joined(parameter, near)
+        if self.consume:
+            for parameter in gone.difference(self.model.parameters()):
+                self.release(parameter)
+
+    def release(self, old: Tensor) -> None:
+        """Free a tensor that the child has no more, where the parent is consumed: whoever still holds it finds it empty."""
+        if self.consume:
+            old.grad = None
+            old.data = old.data.new_empty(0)
+
+
+def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
+    residual = float(answer.residual.max())
+    if residual >= step.residual:
+        step.how = answer.reason
+    step.residual = max(step.residual, residual)
+    step.milliseconds += milliseconds
