@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .support import interprets
 
+
 class Operator(NamedTuple):
     """The three functions, which take the same arguments; the last two have the outputs in front and fill them."""
 

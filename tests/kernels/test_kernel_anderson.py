@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 from fastmorph_kernels import anderson_gram as gram
-from fastmorph_kernels import anderson_op, support
-from fastmorph_kernels import anderson_push as push
 from fastmorph_kernels import anderson_update as update
-from fastmorph_kernels import anderson_update_with_squares as update_with_squares
+from fastmorph_kernels import support
+from fastmorph_kernels.anderson.op import MOST
 from numpy.typing import NDArray
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels.anderson_kernel import AndersonConfig, launch_gram, launch_total, launch_update, stretches_of
+from fastmorph_kernels.anderson.kernel import AndersonConfig, launch_gram, launch_total, launch_update, stretches_of
 from fastmorph_kernels.configs import shipped
 
 F32, F64 = torch.float32, torch.float64
@@ -28,8 +27,8 @@ def random(*shape: int, dtype: torch.dtype = F64, device: torch.device | str = "
 
 
 def memories(batch: int, memory: int, size: int, dtype: torch.dtype = F64, device: torch.device | str = "cpu"):
-    """images, moves, image, last_image, move, last_move."""
-    shapes = [(batch, memory, size)] * 2 + [(batch, size)] * 4
+    """images, moves, image, move."""
+    shapes = [(batch, memory, size)] * 2 + [(batch, size)] * 2
     return [random(*shape, dtype=dtype, device=device, seed=seed) for seed, shape in enumerate(shapes)]
 
 
@@ -57,20 +56,12 @@ def assert_update(out: torch.Tensor, image: torch.Tensor, images: torch.Tensor, 
     assert (error <= bound).all(), f"off by {np.nanmax(error / bound)} times the bound (or nan)"
 
 
-def assert_squares(squares: torch.Tensor, out: torch.Tensor) -> None:
-    rows = out.cpu().double().numpy().reshape(*squares.shape, -1)
-    exact = (rows**2).sum(2)
-    assert (abs(squares.cpu().double().numpy() - exact) <= rows.shape[2] * torch.finfo(out.dtype).eps * exact).all()
-
-
-def run_gram(moves, move, config=SMALL, newest=None, accumulate=None) -> torch.Tensor:
+def run_gram(moves, move, config=SMALL, accumulate=None) -> torch.Tensor:
     """The kernels themselves, through NaN."""
     batch, memory, _ = moves.shape
     shape, dtype = (batch, stretches_of(moves, config), memory, memory + 1), accumulate or moves.dtype
     partial = torch.full(shape, torch.nan, dtype=dtype, device=moves.device)
-    images, slot, image, last_image, last_move = newest or (moves, move[:, 0], move, move, move)
-    tensors = (images, moves, image, move, last_image, last_move, slot)
-    launch_gram(*tensors, partial, push=newest is not None, config=config)
+    launch_gram(moves, move, partial, config=config)
     out = torch.full_like(partial[:, 0], torch.nan)
     launch_total(partial, out)
     return out
@@ -79,67 +70,42 @@ def run_gram(moves, move, config=SMALL, newest=None, accumulate=None) -> torch.T
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(("batch", "memory", "size"), SHAPES)
 def test_gram_matches_numpy(batch, memory, size, dtype, kernel_device):
-    _, moves, _, _, move, _ = memories(batch, memory, size, dtype, kernel_device)
+    _, moves, _, move = memories(batch, memory, size, dtype, kernel_device)
     assert_gram(run_gram(moves, move), moves, move)
 
 
 def test_float64_sums_of_float32(kernel_device):
-    _, moves, _, _, move, _ = memories(1, 3, 70, F32, kernel_device)
+    _, moves, _, move = memories(1, 3, 70, F32, kernel_device)
     assert_gram(run_gram(moves, move, accumulate=F64), moves, move)  # to float64's bound
 
 
 @pytest.mark.parametrize("entry", [pytest.param(e, id=f"{e.device}-{e.dtype}-{e.variant}") for e in shipped("anderson")])
 def test_every_config(entry, kernel_device):
-    config, (images, moves, image, _, move, _) = (
-        AndersonConfig(**entry.config),
-        memories(1, 20, 1100, entry.dtype, kernel_device),
-    )
+    config = AndersonConfig(**entry.config)
+    images, moves, image, move = memories(1, 20, 1100, entry.dtype, kernel_device)
     if entry.variant == "gram":
         assert_gram(run_gram(moves, move, config), moves, move)
     else:
         share, out = random(1, 20, dtype=entry.dtype, device=kernel_device), torch.full_like(image, torch.nan)
-        launch_update(image, images, share, out, None, config=config)
+        launch_update(image, images, share, out, config=config)
         assert_update(out, image, images, share)
 
 
 def test_gram_does_not_depend_on_the_batch(kernel_device):
-    _, moves, _, _, move, _ = memories(3, 4, 70, F32, kernel_device)
+    _, moves, _, move = memories(3, 4, 70, F32, kernel_device)
     whole = run_gram(moves, move)
     assert torch.equal(whole[1:2], run_gram(moves[1:2], move[1:2]))
     assert torch.equal(whole[:, :, :4], whole[:, :, :4].mT)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_push_writes_one_slot_and_multiplies_what_it_wrote(dtype, kernel_device):
-    images, moves, image, last_image, move, last_move = memories(4, 3, 70, dtype, kernel_device)
-    slot = torch.tensor([2, 0, -1, 3], device=kernel_device)  # the last two are no slots
-    for item, place in ((0, 2), (1, 0)):
-        images[item, place] = moves[item, place] = torch.nan  # is not read
-    wanted_images, wanted_moves = images.clone(), moves.clone()
-    for item, place in ((0, 2), (1, 0)):
-        wanted_images[item, place] = image[item] - last_image[item]
-        wanted_moves[item, place] = move[item] - last_move[item]
-    out = run_gram(moves, move, newest=(images, slot, image, last_image, last_move))
-    assert torch.equal(images, wanted_images)
-    assert torch.equal(moves, wanted_moves)
-    assert torch.equal(out, run_gram(moves, move))
-    assert_gram(out, moves, move)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize(
-    ("batch", "memory", "size", "channels"), [(1, 1, 1, 1), (2, 3, 33, 11), (2, 20, 66, 2), (1, 32, 31, 31)]
-)
-def test_update_matches_numpy(batch, memory, size, channels, dtype, kernel_device):
-    images, _, image, *_ = memories(batch, memory, size, dtype, kernel_device)
+@pytest.mark.parametrize(("batch", "memory", "size"), SHAPES)
+def test_update_matches_numpy(batch, memory, size, dtype, kernel_device):
+    images, _, image, _ = memories(batch, memory, size, dtype, kernel_device)
     share = random(batch, memory, dtype=dtype, device=kernel_device, seed=9)
-    plain, out = torch.full_like(image, torch.nan), torch.full_like(image, torch.nan)
-    squares = image.new_full((batch, channels), torch.nan)
-    launch_update(image, images, share, plain, None, config=SMALL)
-    launch_update(image, images, share, out, squares, config=SMALL)
-    assert_update(plain, image, images, share)
+    out = torch.full_like(image, torch.nan)
+    launch_update(image, images, share, out, config=SMALL)
     assert_update(out, image, images, share)
-    assert_squares(squares, out)
 
 
 def test_strided_tensors(kernel_device):
@@ -149,18 +115,12 @@ def test_strided_tensors(kernel_device):
         view = wide.permute(*range(tensor.ndim - 1, -1, -1))[1::2]
         return view.copy_(tensor)
 
-    images, moves, image, last_image, move, last_move = memories(2, 3, 37, F64, kernel_device)
-    slot, share = torch.tensor([1, 2], device=kernel_device), random(2, 3, device=kernel_device)
-    views = [strided(x) for x in (images, moves, image, last_image, move, last_move)]
-    assert not views[0].is_contiguous()
-    expected = run_gram(moves, move, newest=(images, slot, image, last_image, last_move))
-    far_slot = torch.stack([slot, slot + 9], 1)[:, 0]
-    out = run_gram(views[1], views[4], newest=(views[0], far_slot, views[2], views[3], views[5]))
-    assert torch.equal(out, expected)
-    assert torch.equal(views[0], images)
-    assert torch.equal(views[1], moves)
+    images, moves, image, move = memories(2, 3, 37, F64, kernel_device)
+    assert not strided(images).is_contiguous()
+    assert torch.equal(run_gram(strided(moves), strided(move)), run_gram(moves, move))
+    share = random(2, 3, device=kernel_device)
     around = torch.full((37, 5), torch.nan, dtype=F64, device=kernel_device)
-    launch_update(views[2], views[0], strided(share), around.mT[1:4:2], None, config=SMALL)
+    launch_update(strided(image), strided(images), strided(share), around.mT[1:4:2], config=SMALL)
     assert_update(around.mT[1:4:2], image, images, share)
     assert int(around.isfinite().sum()) == 2 * 37
 
@@ -178,65 +138,34 @@ def device(request, kernel_device, monkeypatch) -> torch.device:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(("batch", "memory", "size"), [(0, 2, 3), (2, 0, 3), (2, 3, 0), (1, 1, 1), (2, 20, 33)])
 def test_operators_with_small_and_empty_sizes(batch, memory, size, dtype, device):
-    images, moves, image, last_image, move, last_move = memories(batch, memory, size, dtype, device)
+    images, moves, image, move = memories(batch, memory, size, dtype, device)
     assert_gram(gram(moves, move), moves, move)
     assert_gram(gram(moves, move, accumulate=F64), moves, move)
-    slot = torch.arange(batch, device=device) % max(1, memory)
-    wanted = moves.clone()
-    if memory:
-        wanted[torch.arange(batch), slot] = move - last_move
-    out = push(images, moves, slot, image, last_image, move, last_move)
-    assert torch.equal(moves, wanted)
-    assert_gram(out, moves, move)
     share = random(batch, memory, dtype=dtype, device=device, seed=9)
     assert_update(update(image, images, share), image, images, share)
-    rows, squares = update_with_squares(image, images, share, max(1, size // 3))
-    assert_update(rows, image, images, share)
-    if rows.numel():
-        assert_squares(squares, rows)
-    else:
-        assert not squares.any()
-
-
-def test_push_without_the_interpreter_agrees(monkeypatch, kernel_device):
-    slot = torch.tensor([2, -1, 3, 0])
-    both = [memories(4, 3, 40, F64), memories(4, 3, 40, F64)]
-    push(both[0][0], both[0][1], slot, *both[0][2:])
-    monkeypatch.setattr(support, "interpreted", lambda: False)
-    push(both[1][0], both[1][1], slot, *both[1][2:])
-    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 def test_opcheck(device):
-    images, moves, image, last_image, move, last_move = memories(2, 3, 8, F32, device)
-    moves = moves.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # dense, and not contiguous
+    images, moves, image, move = memories(2, 3, 8, F32, device)
+    moves, images = (x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (moves, images))  # dense, and not contiguous
     assert not moves.is_contiguous()
-    operators, slot = torch.ops.fastmorph_kernels, torch.tensor([0, -1], device=device)
-    torch.library.opcheck(operators.anderson_gram.default, (moves, move, F64))
-    torch.library.opcheck(operators.anderson_push.default, (images, moves, slot, image, last_image, move, last_move, F32))
     share = random(3, 2, dtype=F32, device=device).mT
-    for channels in (0, 4):
-        torch.library.opcheck(operators.anderson_update.default, (image.mT.contiguous().mT, moves, share, channels))
+    torch.library.opcheck(torch.ops.fastmorph_kernels.anderson_gram.default, (moves, move, F64))
+    torch.library.opcheck(torch.ops.fastmorph_kernels.anderson_update.default, (image.mT.contiguous().mT, images, share))
 
 
 # aot_eager traces as inductor does and needs no C++ compiler. Sizes that are equal by chance would become a guard.
 def test_compiles_into_one_graph_for_every_shape(kernel_device):
-    def step(images, moves, slot, image, last_image, move, last_move):
-        products = push(images, moves, slot, image, last_image, move, last_move)
-        return update_with_squares(image, images, products[:, :, -1], 2)
+    def step(images, moves, image, move):
+        return update(image, images, gram(moves, move)[:, :, -1])
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, memory, size in ((3, 5, 8), (2, 4, 6)):
-        given, expected = (memories(batch, memory, size, F64, kernel_device) for _ in range(2))
-        slot = torch.arange(batch, device=kernel_device)
+        given = memories(batch, memory, size, F64, kernel_device)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            out, squares = compiled(given[0], given[1], slot, *given[2:])
-        wanted, wanted_squares = step(expected[0], expected[1], slot, *expected[2:])
-        assert torch.equal(given[0], expected[0])
-        assert torch.equal(given[1], expected[1])
-        assert torch.equal(out, wanted)
-        assert torch.equal(squares, wanted_squares)
+            out = compiled(*given)
+        assert torch.equal(out, step(*given))
 
 
 def zeros(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -251,20 +180,11 @@ def zeros(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
         (lambda: gram(*zeros((1, 3, 4), (1, 5))), r"gram needs move \(B, N\) for a memory \(1, 3, 4\)"),
         (lambda: gram(torch.zeros(1, 3, 4), torch.zeros(1, 4, device="meta")), "on meta"),
         (lambda: update(*zeros((1, 4), (1, 3, 4), (1, 2))), r"a share for each of the differences \(1, 3\)"),
-        (lambda: update_with_squares(*zeros((1, 4), (1, 3, 4), (1, 3)), 3), "as 3 rows of equal length"),
-        (lambda: push(*zeros((1, 3, 4), (1, 2, 4), (1,), *[(1, 4)] * 4)), "two memories of one shape"),
-        (lambda: push(*zeros((1, 3, 4), (1, 3, 4), (1,), *[(1, 4)] * 4)), "a slot for each of 1 items, int64"),
     ],
 )
 def test_wrong_tensors_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_one_tensor_for_both_memories_is_refused():
-    (memory,) = zeros((1, 3, 4))
-    with pytest.raises(ValueError, match="give each its own"):
-        push(memory, memory, torch.zeros(1, dtype=torch.int64), *zeros(*[(1, 4)] * 4))
 
 
 def test_wrong_dtypes_are_refused():
@@ -277,4 +197,4 @@ def test_wrong_dtypes_are_refused():
 
 
 def test_a_memory_fits_into_one_tile():
-    assert anderson_op.MOST == 32
+    assert MOST == 32

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastmorph_kernels import cholesky, cholesky_preferred, cholesky_solve, configs, factor_op, support
+from fastmorph_kernels import cholesky, cholesky_preferred, cholesky_solve, configs, support
 from numpy.typing import NDArray
 
 pytest.importorskip("triton")
 
+from fastmorph_kernels.cholesky import op
+from fastmorph_kernels.cholesky.kernel import CholeskyConfig, launch_single, launch_spread
+from fastmorph_kernels.cholesky.solve_kernel import launch_solve
 from fastmorph_kernels.configs import shipped
-from fastmorph_kernels.factor_kernel import FactorConfig, launch_single, launch_spread
-from fastmorph_kernels.factor_solve_kernel import launch_solve
 
 F32, F64 = torch.float32, torch.float64
-SMALL = FactorConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+SMALL = CholeskyConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
 SHAPES = [(1, 1), (2, 2), (1, 33), (1, 65)]  # batch, n
 
 
@@ -40,7 +41,7 @@ def unread(matrix: torch.Tensor) -> torch.Tensor:
     return matrix + torch.full_like(matrix, torch.nan).triu(1)
 
 
-def run(matrix: torch.Tensor, kind: str, config: FactorConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
+def run(matrix: torch.Tensor, kind: str, config: CholeskyConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels themselves, into a lower triangle of NaN and with NaN to work in."""
     lower = torch.full_like(matrix, torch.nan, memory_format=torch.contiguous_format).tril()
     info = torch.zeros(len(matrix), dtype=torch.int32, device=matrix.device)
@@ -51,7 +52,7 @@ def run(matrix: torch.Tensor, kind: str, config: FactorConfig = SMALL) -> tuple[
     return lower, info
 
 
-def run_solve(lower: torch.Tensor, right: torch.Tensor, config: FactorConfig = SMALL) -> torch.Tensor:
+def run_solve(lower: torch.Tensor, right: torch.Tensor, config: CholeskyConfig = SMALL) -> torch.Tensor:
     out = torch.full_like(right, torch.nan, memory_format=torch.contiguous_format)
     launch_solve(lower, right, out, config=config)
     return out
@@ -108,10 +109,10 @@ def test_solution_has_the_backward_error_of_two_substitutions(batch, size, colum
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(e, id=f"{e.device}-{e.dtype}-{e.variant}") for e in shipped("factor") if "block_m" in e.config]
+    "entry", [pytest.param(e, id=f"{e.device}-{e.dtype}-{e.variant}") for e in shipped("cholesky") if "block_m" in e.config]
 )
 def test_every_config(entry, kernel_device):
-    config, matrix = FactorConfig(**entry.config), positive(1, 67, entry.dtype, kernel_device)
+    config, matrix = CholeskyConfig(**entry.config), positive(1, 67, entry.dtype, kernel_device)
     if entry.variant == "solve":
         lower = torch.linalg.cholesky(matrix.double()).to(entry.dtype)
         right = right_sides(1, 67, 5, entry.dtype, kernel_device)
@@ -191,8 +192,8 @@ def device(request, kernel_device, monkeypatch) -> torch.device:
 @pytest.mark.parametrize("single", [0, 256])
 @pytest.mark.parametrize(("batch", "size", "dtype"), [(0, 3, F32), (2, 0, F32), (1, 1, F32), (2, 9, F64)])
 def test_operators_factor_and_solve(batch, size, dtype, single, device, monkeypatch):
-    sizes = configs.lookup("factor", dtype, "sizes", device) | {"single": single}
-    monkeypatch.setattr(factor_op, "lookup", lambda *_: sizes)
+    sizes = configs.lookup("cholesky", dtype, "sizes", device) | {"single": single}
+    monkeypatch.setattr(op, "lookup", lambda *_: sizes)
     matrix, right = positive(batch, size, dtype, device), right_sides(batch, size, 3, dtype, device)
     lower, info = cholesky(unread(matrix))
     assert info.dtype == torch.int32
@@ -237,7 +238,7 @@ def test_compiles_into_one_graph_for_every_shape(kernel_device):
 def test_linear_algebra_of_the_vendor_is_preferred_unless_a_range_is_configured(monkeypatch):
     cpu = torch.device("cpu")
     assert not any(cholesky_preferred(n, 1000, dtype, cpu) for n in (1, 64, 2000) for dtype in (F32, F64))
-    monkeypatch.setattr(factor_op, "lookup", lambda *_: {"prefer_from": 33, "prefer_to": 500, "prefer_batch": 8})
+    monkeypatch.setattr(op, "lookup", lambda *_: {"prefer_from": 33, "prefer_to": 500, "prefer_batch": 8})
     assert cholesky_preferred(33, 8, F32, cpu)
     assert cholesky_preferred(500, 9, F64, cpu)
     assert not cholesky_preferred(32, 8, F32, cpu)

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from fastmorph_kernels import compose, compose_op, support
+from fastmorph_kernels import compose, support
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels import compose_kernel
-from fastmorph_kernels.compose_kernel import launch_compose
+from fastmorph_kernels.compose import kernel
+from fastmorph_kernels.compose.kernel import launch_compose
+from fastmorph_kernels.compose.op import _allocate
 from fastmorph_kernels.tiling import TileConfig, choose, is_wide, packed
 from kernel_oracle import (
     BF16,
@@ -56,7 +57,7 @@ def launch(
 ) -> torch.Tensor:
     """Run the kernel itself, as the operator would configure it unless told otherwise, into NaN unless `out` is given."""
     if out is None:
-        out = torch.full_like(compose_op._empty_out(first, second), torch.nan)
+        out = torch.full_like(_allocate(first, second, "ieee"), torch.nan)
     config = config or choose("compose", out.dtype, "ieee", out.device, *out.shape[1:3], out[:, 0, 0].numel())
     first, second = packed(first, 1, config.pack), packed(second, 2, config.pack)
     launch_compose(*map(support.six_dimensional, (first, second, out)), precision="ieee", config=config)
@@ -161,7 +162,7 @@ def test_config_follows_the_channels():
 # Offsets of 64 bits, which only items of more than 2^31 elements need otherwise.
 def test_wide_offsets(kernel_device, monkeypatch):
     first, second = kernels(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
-    monkeypatch.setattr(compose_kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
     assert_close(launch(first, second), first, second)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastmorph_kernels import configs
-from fastmorph_kernels.configs import FOLDER, lookup, shipped
+from fastmorph_kernels.configs import lookup, shipped, table_paths
 from fastmorph_kernels.tiling import TileConfig, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -57,7 +57,7 @@ def test_a_tile_holds_several_offsets_of_few_channels(columns, blocks):
     assert TileConfig(16, 32, 16, 4, 2, 0).blocks(columns) == blocks
 
 
-@pytest.mark.parametrize("kernel", sorted(path.stem for path in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("kernel", table_paths())
 def test_block_sizes_are_powers_of_two(kernel):
     entries = list(shipped(kernel))
     assert entries

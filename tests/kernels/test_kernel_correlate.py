@@ -11,7 +11,9 @@ from fastmorph_kernels import compose, correlate, support
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels import compose_kernel, correlate_op, tiling
+from fastmorph_kernels import tiling
+from fastmorph_kernels.compose import kernel
+from fastmorph_kernels.correlate import op
 from kernel_oracle import (
     BF16,
     F16,
@@ -79,7 +81,7 @@ def test_target_that_fills_the_frame(kernel_device):
 
 @every_config("correlate")
 def test_every_config_matches_numpy(entry, rows, columns, kernel_device, monkeypatch):
-    monkeypatch.setattr(correlate_op, "choose", lambda *_: tiling.TileConfig(**entry.config))
+    monkeypatch.setattr(op, "choose", lambda *_: tiling.TileConfig(**entry.config))
     arguments = problem(1, rows, columns, 19, (3,), (2,), entry.dtype, kernel_device)
     assert_close(correlate(*arguments), *arguments)
 
@@ -104,7 +106,7 @@ def test_permuted_sliced_and_flat_inputs(kernel_device):
 
 
 def test_offsets_of_64_bits(kernel_device, monkeypatch):
-    monkeypatch.setattr(compose_kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
     arguments = problem(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
     assert_close(correlate(*arguments), *arguments)
 

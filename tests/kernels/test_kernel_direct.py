@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fastmorph_kernels import direct, direct_op
-from fastmorph_kernels.direct_mixing import deal, shares_pairs
-from fastmorph_kernels.direct_torch import mix
+from fastmorph_kernels import direct, support
+from fastmorph_kernels.direct.mixing import deal, dealing_table, groups_of, mixing_table, shares_pairs
+from fastmorph_kernels.direct.plain import mix
 
 from fastmorph.equation.bounds import tolerance
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels import direct_launch
+from fastmorph_kernels.direct import launch as direct_launch
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
 # The requirement: rounding grows with the noise that cancels, not with sizes. `tolerance` leaves more in float64, for solvers.
@@ -73,7 +73,7 @@ def device(request, kernel_device, monkeypatch) -> torch.device:
     """Where the operator runs: the kernels, or what a CPU without the interpreter runs."""
     if request.param == "kernel":
         return kernel_device
-    monkeypatch.setattr(direct_op, "interprets", lambda dtype: False)
+    monkeypatch.setattr(support, "interpreted", lambda: False)
     return torch.device("cpu")
 
 
@@ -206,13 +206,13 @@ def fill(weight, hidden, out_first, out_second, config=None):
     """Launch the kernels of a weight (1, Co, Ci, K) into two given tensors."""
     weight, one, two = (x.unsqueeze(3).unsqueeze(3) for x in (weight, out_first, out_second.transpose(1, 2)))
     tables = (
-        direct_op.mixing_table(weight.dtype, weight.device),
-        direct_op.dealing_table(hidden, weight.shape[1], weight.device),
+        mixing_table(weight.dtype, weight.device),
+        dealing_table(hidden, weight.shape[1], weight.device),
     )
     seeds, scales = torch.tensor([5], device=weight.device), weight.new_tensor([[0.5, 1.5]])
     sums = None
     if shares_pairs(hidden, weight.shape[1]):
-        sums = weight.new_full((1, direct_op.groups_of(hidden, weight.shape[1]), 2, one[0, 0].numel()), torch.nan)
+        sums = weight.new_full((1, groups_of(hidden, weight.shape[1]), 2, one[0, 0].numel()), torch.nan)
         direct_launch.launch_sums(weight, sums, one.shape[3:], (0, 0, 1), tables[1], config=config)
     arguments = {"tables": tables, "seeds": seeds, "scales": scales, "precision": "ieee", "config": config}
     direct_launch.launch_direct(weight, sums, one, weight.shape[1], (0, 0, 1), **arguments)
@@ -261,8 +261,8 @@ def test_nothing_is_written_beside_an_output(kernel_device):
 def test_wide_offsets(kernel_device, monkeypatch):
     weight = noise(1, 20, 9, 3, device=kernel_device)
     plain = direct(weight, 30, (3,), (3,), (1,), 0)
-    columns_of = direct_launch.columns_of
-    monkeypatch.setattr(direct_launch, "columns_of", lambda *given: columns_of(*given)._replace(wide=True))
+    layout_of = direct_launch.layout_of
+    monkeypatch.setattr(direct_launch, "layout_of", lambda *given: layout_of(*given)._replace(wide=True))
     torch.testing.assert_close(direct(weight, 30, (3,), (3,), (1,), 0), plain, rtol=0, atol=64 * torch.finfo(F64).eps)
 
 

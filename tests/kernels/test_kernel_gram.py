@@ -10,7 +10,11 @@ from fastmorph_kernels import column_gram, row_gram, support
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels import column_gram_kernel, gram_op, row_gram_kernel, tiling
+from fastmorph_kernels import tiling
+from fastmorph_kernels.column_gram import kernel as column_kernel
+from fastmorph_kernels.column_gram import op as column_op
+from fastmorph_kernels.row_gram import kernel as row_kernel
+from fastmorph_kernels.row_gram import op as row_op
 from kernel_oracle import (
     BF16,
     DTYPES,
@@ -62,14 +66,14 @@ def test_kernel_matches_numpy(operator, batch, hidden, inputs, k1, k2, dtype, ke
 
 @every_config("row_gram")
 def test_every_config_of_the_rows(entry, rows, columns, kernel_device, monkeypatch):
-    monkeypatch.setattr(gram_op, "choose", lambda *_, **__: tiling.TileConfig(**entry.config))
+    monkeypatch.setattr(row_op, "choose", lambda *_, **__: tiling.TileConfig(**entry.config))
     first = random(1, columns, 19, 2, dtype=entry.dtype, device=kernel_device)
     assert_close(row_gram, row_gram(first, (2,)), first, (2,))
 
 
 @every_config("column_gram")
 def test_every_config_of_the_columns(entry, rows, columns, kernel_device, monkeypatch):
-    monkeypatch.setattr(gram_op, "choose", lambda *_, **__: tiling.TileConfig(**entry.config))
+    monkeypatch.setattr(column_op, "choose", lambda *_, **__: tiling.TileConfig(**entry.config))
     first = random(1, 19, columns, 2, dtype=entry.dtype, device=kernel_device)
     assert_close(column_gram, column_gram(first, (2,)), first, (2,))
 
@@ -77,7 +81,7 @@ def test_every_config_of_the_columns(entry, rows, columns, kernel_device, monkey
 # Large tiles have no registers to spare for the addresses of an output that is not aligned.
 def test_rows_of_an_odd_size_take_no_large_tiles(kernel_device, monkeypatch):
     chosen = []
-    monkeypatch.setattr(gram_op, "choose", lambda *a, **k: chosen.append(tiling.choose(*a, **k)) or chosen[-1])
+    monkeypatch.setattr(row_op, "choose", lambda *a, **k: chosen.append(tiling.choose(*a, **k)) or chosen[-1])
     for channels in (144, 145):
         row_gram(random(1, channels, 1, device=kernel_device), ())
     assert chosen[0].block_m > chosen[1].block_m
@@ -102,7 +106,7 @@ def test_permuted_and_sliced_input(operator, kernel_device):
 
 @pytest.mark.parametrize("operator", MATRICES)
 def test_offsets_of_64_bits(operator, kernel_device, monkeypatch):
-    for module in (row_gram_kernel, column_gram_kernel):
+    for module in (row_kernel, column_kernel):
         monkeypatch.setattr(module, "is_wide", lambda *_: True)
     first = random(2, 5, 4, 2, 2, device=kernel_device)
     assert_close(operator, operator(first, (2, 1)), first, (2, 1))

@@ -1,17 +1,17 @@
-"""The residual kernel, its error and its norm, against numpy float64, interpreted or on a GPU, and its operators."""
+"""The residual kernel, its error and its squared norm, against numpy float64, interpreted or on a GPU, and its operators."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from fastmorph_kernels import residual, residual_norm, support
+from fastmorph_kernels import residual, support
 
 pytest.importorskip("triton")
 
-from fastmorph_kernels import residual_op, tiling
+from fastmorph_kernels import tiling
+from fastmorph_kernels.residual import kernel, op
 from kernel_oracle import (
     BF16,
     F16,
@@ -69,12 +69,11 @@ def assert_squared(squared: torch.Tensor, first: torch.Tensor, second: torch.Ten
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("batch", "out", "hidden", "inputs", "k1", "k2", "dtype"), SHAPES_AND_DTYPES)
-def test_error_and_norm_match_numpy(batch, out, hidden, inputs, k1, k2, dtype, kernel_device):
+def test_error_and_squared_norm_match_numpy(batch, out, hidden, inputs, k1, k2, dtype, kernel_device):
     arguments = problem(batch, out, hidden, inputs, k1, k2, dtype, kernel_device)
     error, squared = residual(*arguments)
     assert_error(error, *arguments)
     assert_squared(squared, *arguments)
-    torch.testing.assert_close(residual_norm(*arguments), squared.sqrt(), rtol=2 * torch.finfo(F64).eps, atol=0)
 
 
 @pytest.mark.parametrize("before", befores((4, 3), (2, 2)), ids=str)
@@ -91,7 +90,7 @@ def test_weight_that_fills_the_frame(kernel_device):
 
 @every_config("residual")
 def test_every_config_matches_numpy(entry, rows, columns, kernel_device, monkeypatch):
-    monkeypatch.setattr(residual_op, "choose", lambda *_: tiling.TileConfig(**entry.config))
+    monkeypatch.setattr(op, "choose", lambda *_: tiling.TileConfig(**entry.config))
     arguments = problem(1, rows, 19, columns, (3,), (2,), entry.dtype, kernel_device)
     error, squared = residual(*arguments)
     assert_error(error, *arguments)
@@ -106,7 +105,6 @@ def test_exact_composition_leaves_nothing(kernel_device):
     error, squared = residual(first, second, weight, (0,))
     assert error.eq(0).all()
     assert squared.eq(0).all()
-    assert residual_norm(first, second, weight, (0,)).eq(0).all()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -120,11 +118,10 @@ def test_norm_neither_underflows_nor_overflows(size, kernel_device):
 
 # In the parts of a tile that lie outside the output an infinity meets zeros, of which numpy warns where interpreted.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-def test_infinite_errors_have_an_infinite_norm(kernel_device):
+def test_infinite_errors_have_an_infinite_squared_norm(kernel_device):
     first, second, weight, before = problem(1, 3, 2, 3, (3,), (2,), F32, kernel_device)
     first[0, 0, 0, 0] = torch.inf
     assert residual(first.abs(), second.abs(), weight, before)[1].item() == torch.inf
-    assert residual_norm(first.abs(), second.abs(), weight, before).item() == torch.inf
 
 
 def test_permuted_and_sliced_inputs(kernel_device):
@@ -136,9 +133,7 @@ def test_permuted_and_sliced_inputs(kernel_device):
 
 
 def test_offsets_of_64_bits(kernel_device, monkeypatch):
-    from fastmorph_kernels import residual_kernel
-
-    monkeypatch.setattr(residual_kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
     arguments = problem(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
     assert_error(residual(*arguments)[0], *arguments)
 
@@ -147,14 +142,13 @@ def test_equal_inputs_give_equal_bits(kernel_device):
     arguments = problem(2, 9, 20, 17, (3,), (2,), F32, kernel_device)
     for one, two in zip(residual(*arguments), residual(*arguments), strict=True):
         assert one.equal(two)
-    assert residual_norm(*arguments).equal(residual_norm(*arguments))
 
 
 # An item's norm owes nothing to the items beside it.
 def test_norm_of_an_item_is_that_of_a_batch_of_one(kernel_device):
     first, second, weight, before = problem(3, 9, 5, 17, (3,), (2,), F32, kernel_device)
-    alone = [residual_norm(first[i : i + 1], second[i : i + 1], weight[i : i + 1], before) for i in range(3)]
-    assert residual_norm(first, second, weight, before).equal(torch.cat(alone))
+    alone = [residual(first[i : i + 1], second[i : i + 1], weight[i : i + 1], before)[1] for i in range(3)]
+    assert residual(first, second, weight, before)[1].equal(torch.cat(alone))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -169,7 +163,6 @@ def test_small_and_empty_sizes(batch, out, hidden, inputs, interpreted, kernel_d
     error, squared = residual(*arguments)
     assert_error(error, *arguments)
     assert_squared(squared, *arguments)
-    assert residual_norm(*arguments).equal(squared.sqrt())
 
 
 # What a CPU without the interpreter runs.
@@ -182,7 +175,6 @@ def test_fallback_matches_numpy(batch, out, hidden, inputs, k1, k2, dtype, monke
     error, squared = residual(*arguments)
     assert_error(error, *arguments)
     assert_squared(squared, *arguments)
-    assert residual_norm(*arguments).equal(squared.sqrt())
 
 
 @pytest.mark.parametrize("interpreted", [True, False])
@@ -192,7 +184,6 @@ def test_opcheck(interpreted, kernel_device, monkeypatch):
     first, second, weight, before = problem(2, 3, 4, 2, (3, 1), (2, 3), F32, kernel_device if interpreted else "cpu")
     arguments = (permuted(first), second, permuted(weight), list(before), "ieee")
     torch.library.opcheck(torch.ops.fastmorph_kernels.residual.default, arguments)
-    torch.library.opcheck(torch.ops.fastmorph_kernels.residual_norm.default, arguments)
 
 
 # aot_eager traces as inductor does and needs no C++ compiler. Sizes that are equal by chance would become a guard.
@@ -201,15 +192,15 @@ def test_compiles_into_one_graph_for_every_shape(kernel_device):
 
     def both(first, second, weight):
         error, squared = residual(first, second, weight, (1,))
-        return error * 2, squared, residual_norm(first, second, weight, (1,))
+        return error * 2, squared
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
     for sizes in ((9, 8, 5, 6, (4,), (2,)), (2, 3, 4, 2, (3,), (3,))):
         first, second, weight, _ = problem(*sizes, F32, kernel_device)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            error, squared, norm = compiled(first, second, weight)
+            error, squared = compiled(first, second, weight)
         assert_error(error / 2, first, second, weight, (1,))
-        assert np.allclose(numpy(norm), np.sqrt(numpy(squared)), rtol=2 * torch.finfo(F64).eps, atol=0)
+        assert_squared(squared, first, second, weight, (1,))
 
 
 @pytest.mark.parametrize(
@@ -224,10 +215,9 @@ def test_compiles_into_one_graph_for_every_shape(kernel_device):
         ((1, 4, 5, 0), (0,), r"size \(0,\) behind"),
     ],
 )
-@pytest.mark.parametrize("operator", [residual, residual_norm])
-def test_weights_that_do_not_fit_are_refused(operator, weight, before, message):
+def test_weights_that_do_not_fit_are_refused(weight, before, message):
     with pytest.raises(ValueError, match=message):
-        operator(torch.zeros(1, 2, 5, 3), torch.zeros(1, 4, 2, 2), torch.zeros(weight), before)
+        residual(torch.zeros(1, 2, 5, 3), torch.zeros(1, 4, 2, 2), torch.zeros(weight), before)
 
 
 def test_other_wrong_arguments_are_refused():

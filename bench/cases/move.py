@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastmorph_kernels.configs import shipped
-from fastmorph_kernels.moves_kernel import COLUMNS, _move_kernel
+from fastmorph_kernels.move.kernel import COLUMNS, _move_kernel
 
 from bench.cases.case import Case
 
 
 def cases(target: str) -> Iterator[Case]:
     """It sees no stride and no size: those stand in its table, so that there is one layout."""
-    for entry in shipped("moves"):
+    for entry in shipped("move"):
         dtype = str(entry.dtype).removeprefix("torch.")
         for scaled in (False, True) if target == "sm_90" else (True,):
             yield Case(
-                kernel="moves",
+                kernel="move",
                 function=_move_kernel,
                 dtype=dtype,
                 variant=entry.variant,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fastmorph_kernels.cholesky.kernel import _panel_kernel, _single_kernel, _trailing_kernel
+from fastmorph_kernels.cholesky.solve_kernel import _solve_kernel
 from fastmorph_kernels.configs import shipped
-from fastmorph_kernels.factor_kernel import _panel_kernel, _single_kernel, _trailing_kernel
-from fastmorph_kernels.factor_solve_kernel import _solve_kernel
 
 from bench.cases.case import Case, aligned_with
 
@@ -24,13 +24,13 @@ _KERNELS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
 
 def cases(target: str) -> Iterator[Case]:
     """Each kernel at every entry of the table; the variant "sizes" holds no tiles."""
-    for entry in shipped("factor"):
+    for entry in shipped("cholesky"):
         config = entry.config
         for function, unit in _KERNELS.get(entry.variant, ()):
             for layout in ("any", "contiguous") if target == "sm_90" else ("any",):
                 contiguous = layout == "contiguous"
                 yield Case(
-                    kernel="factor",
+                    kernel="cholesky",
                     function=function,
                     dtype=str(entry.dtype).removeprefix("torch."),
                     variant=entry.variant,
