@@ -29,7 +29,7 @@ def cases(target: str) -> Iterator[Case]:
         if entry.variant == "update":
             yield from _layouts(target, _update_kernel, _UPDATE_UNIT, common | {"constants": tile})
             continue
-        for sums in {dtype, "float64"} if target == "sm_90" else {dtype}:
+        for sums in dict.fromkeys((dtype, "float64")) if target == "sm_90" else (dtype,):
             constants = tile | {"TILES": config["tiles"]}
             types = {"partial_ptr": {"float64": "*fp64", "float32": "*fp32"}[sums]}
             yield from _layouts(target, _gram_kernel, _GRAM_UNIT, common | {"constants": constants, "types": types})

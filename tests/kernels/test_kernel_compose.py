@@ -162,14 +162,22 @@ def test_config_follows_the_channels():
 # Offsets of 64 bits, which only items of more than 2^31 elements need otherwise.
 def test_wide_offsets(kernel_device, monkeypatch):
     first, second = kernels(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
-    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_, **__: True)
     assert_close(launch(first, second), first, second)
 
 
 def test_items_of_two_billion_elements_are_wide():
-    kernel = torch.empty(1, device="meta").expand(2, 3, 2, 2)
-    assert not is_wide(kernel.as_strided((2, 3, 2), (2**40, 2**30 - 1, 1)))
-    assert is_wide(kernel.as_strided((2, 3, 2), (2**40, 2**30, 1)))
+    empty = torch.empty(1, device="meta")
+    near, far = (empty.as_strided((2, 3, 1, 1, 1, 2), (2**40, step, 1, 0, 0, 1)) for step in (2**30 - 1, 2**30))
+    assert not is_wide(near, first=near, offsets=(0, 0, 1))
+    assert is_wide(near, first=far, offsets=(0, 0, 1))
+    assert is_wide(far, first=near, offsets=(0, 0, 1))
+
+
+def test_a_window_that_reaches_two_billion_elements_is_wide():
+    first = torch.empty(1, device="meta").as_strided((1, 2, 2, 1, 1, 2), (0, 2, 1, 0, 0, 2**29))
+    assert not is_wide(first=first, offsets=(0, 0, 3))
+    assert is_wide(first=first, offsets=(0, 0, 4))
 
 
 @pytest.mark.parametrize("hidden", [1, 2])

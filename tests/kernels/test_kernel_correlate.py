@@ -106,7 +106,7 @@ def test_permuted_sliced_and_flat_inputs(kernel_device):
 
 
 def test_offsets_of_64_bits(kernel_device, monkeypatch):
-    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_, **__: True)
     arguments = problem(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
     assert_close(correlate(*arguments), *arguments)
 

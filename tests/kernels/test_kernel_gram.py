@@ -107,7 +107,7 @@ def test_permuted_and_sliced_input(operator, kernel_device):
 @pytest.mark.parametrize("operator", MATRICES)
 def test_offsets_of_64_bits(operator, kernel_device, monkeypatch):
     for module in (row_kernel, column_kernel):
-        monkeypatch.setattr(module, "is_wide", lambda *_: True)
+        monkeypatch.setattr(module, "is_wide", lambda *_, **__: True)
     first = random(2, 5, 4, 2, 2, device=kernel_device)
     assert_close(operator, operator(first, (2, 1)), first, (2, 1))
 

@@ -133,7 +133,7 @@ def test_permuted_and_sliced_inputs(kernel_device):
 
 
 def test_offsets_of_64_bits(kernel_device, monkeypatch):
-    monkeypatch.setattr(kernel, "is_wide", lambda *_: True)
+    monkeypatch.setattr(kernel, "is_wide", lambda *_, **__: True)
     arguments = problem(2, 5, 4, 3, (3, 2), (2, 3), F32, kernel_device)
     assert_error(residual(*arguments)[0], *arguments)
 

@@ -179,7 +179,7 @@ def launch_product(first: torch.Tensor, product: torch.Tensor, *, precision: str
         *product.stride()[:2],
         PRECISION=precision,
         ALONG_H=closer(first, 1, 2),
-        WIDE=is_wide(first),
+        WIDE=is_wide(first=first, offsets=(0, 0, 0)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

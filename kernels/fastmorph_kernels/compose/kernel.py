@@ -179,7 +179,7 @@ def _launch(
         PRECISION=precision,
         FIRST_T=closer(first, 1, 2),
         SECOND_T=closer(second, 1, 2),
-        WIDE=is_wide(first, second, out),
+        WIDE=is_wide(second, out, first=first, offsets=[max(abs(a), abs(a + n - 1)) for a, n in zip(start, size, strict=True)]),
         BLOCK_M=config.block_m,
         BLOCK_I=block_i,
         BLOCK_U=block_u,

@@ -17,6 +17,8 @@ from .mixing import SIDE, deal, groups_of, shares_pairs
 
 # A row of so many taps or more fills sectors of memory well as it is.
 _LONG_ROW = 32
+# Columns of the largest tile that a table may ask for.
+_WIDEST = 256
 # A GPU is well filled by so many programs; where there are more tiles, each keeps its block of P for several of them.
 _PROGRAMS = 2048
 
@@ -50,7 +52,7 @@ def layout_of(tensor: Tensor, size: Sequence[int]) -> ColumnLayout:
     """Of a tensor (B, rows, channels, x, y, z), where columns are counted through taps of `size`."""
     row, *strides = tensor.stride()[1:]
     channels, *extent = tensor.shape[2:]
-    reach = SIDE * (row + strides[0]) + sum((n - 1) * stride for n, stride in zip(size, strides[1:], strict=True))
+    reach = SIDE * row + _WIDEST * strides[0] + sum((n - 1) * stride for n, stride in zip(size, strides[1:], strict=True))
     # Neighbouring taps lie `step` apart, as far as they are evenly spaced; so do channels, where they follow on.
     step, taps = 1, 1
     for n, stride in zip(reversed(extent), reversed(strides[1:]), strict=True):

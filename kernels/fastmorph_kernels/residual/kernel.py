@@ -189,7 +189,7 @@ def launch_residual(
         PRECISION=precision,
         FIRST_T=closer(first, 1, 2),
         SECOND_T=closer(second, 1, 2),
-        WIDE=is_wide(first, second, weight, error),
+        WIDE=is_wide(second, weight, error, first=first, offsets=[n - 1 for n in error.shape[3:]]),
         BLOCK_M=config.block_m,
         BLOCK_I=block_i,
         BLOCK_U=block_u,

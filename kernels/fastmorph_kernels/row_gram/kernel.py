@@ -146,7 +146,7 @@ def launch_row_gram(first: torch.Tensor, k2: Sequence[int], out: torch.Tensor, *
         *out.stride()[:2],
         PRECISION=precision,
         ALONG_I=closer(first, 2, 1),
-        WIDE=is_wide(first, out),
+        WIDE=is_wide(out, first=first, offsets=[one + two - 2 for one, two in zip(first.shape[3:], k2, strict=True)]),
         BLOCK=config.block_m,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
