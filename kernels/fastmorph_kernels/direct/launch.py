@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..configs import lookup
+from ..configs import launch_options, lookup
 from .kernel import direct_kernel, sums_kernel
 from .mixing import SIDE, deal, groups_of, shares_pairs
 
@@ -144,9 +144,7 @@ def launch_direct(
         WIDE=source.wide or into.wide,
         BLOCK_M=block_m,
         **sides,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 
@@ -180,9 +178,7 @@ def launch_sums(
         WIDE=source.wide,
         BLOCK_M=block_m,
         BLOCK_R=config.span,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 
