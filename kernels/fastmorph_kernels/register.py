@@ -33,7 +33,8 @@ def register(
         allocate: returns the outputs, unwritten. What a trace sees, so that sizes must follow from shapes alone; its
             annotations are the operator's schema.
         launch: fills the outputs by Triton kernels, on a GPU and wherever the interpreter is right. It imports Triton.
-        plain: fills them in plain PyTorch, on a CPU without the interpreter.
+        plain: fills them in plain PyTorch, on a CPU without the interpreter; with products in float64, which no setting of
+            PyTorch's makes less exact.
     """
     OPERATORS[name] = Operator(allocate, launch, plain)
 

@@ -87,8 +87,7 @@ def _launch_gram(out: Tensor, moves: Tensor, move: Tensor, accumulate: torch.dty
 
 
 def _plain_gram(out: Tensor, moves: Tensor, move: Tensor, accumulate: torch.dtype) -> None:
-    moves = moves.to(accumulate)
-    out.copy_(moves @ torch.cat([moves, move.to(accumulate)[:, None]], 1).mT)
+    out.copy_(moves.double() @ torch.cat([moves, move[:, None]], 1).double().mT)
 
 
 def _allocate_update(image: Tensor, images: Tensor, share: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def _launch_update(out: Tensor, image: Tensor, images: Tensor, share: Tensor) ->
 
 
 def _plain_update(out: Tensor, image: Tensor, images: Tensor, share: Tensor) -> None:
-    out.copy_(image - (images.mT @ share[:, :, None])[:, :, 0])
+    out.copy_(image - (images.double().mT @ share.double()[:, :, None])[:, :, 0])
 
 
 def _check(operator: str, memory: Tensor, **vectors: Tensor) -> None:

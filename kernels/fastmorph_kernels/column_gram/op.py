@@ -50,14 +50,15 @@ def _launch(out: Tensor, first: Tensor, k2: Sequence[int], precision: str) -> No
 
 
 def _plain(out: Tensor, first: Tensor, k2: Sequence[int], precision: str) -> None:
-    exact, sizes = six_dimensional(first).to(accumulator(first.dtype)), three(k2, 1)
+    exact, sizes = six_dimensional(first).double(), three(k2, 1)
     k1, frame = exact.shape[3:], frame_size(exact, sizes)
     rows = exact.permute(0, 3, 4, 5, 2, 1).flatten(1, 4)  # (B, |K1| * Ci, Ch)
     product = (rows @ rows.mT).view(len(exact), *k1, exact.shape[2], *k1, exact.shape[2])
-    shifted = out.zero_().view(len(exact), *frame, exact.shape[2], *frame, exact.shape[2])
+    shifted = exact.new_zeros(len(exact), *frame, exact.shape[2], *frame, exact.shape[2])
     for v in itertools.product(*map(range, sizes)):
         box = tuple(slice(start, start + n) for start, n in zip(v, k1, strict=True))
         shifted[(slice(None), *box, slice(None), *box)] += product
+    out.copy_(shifted.view(out.shape))
 
 
 _column_gram_op = register("column_gram", allocate=_allocate, launch=_launch, plain=_plain)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from ..checks import Precision, check_pair, check_precision, check_tensors
 from ..register import register
-from ..support import accumulator, frame_size, six_dimensional
+from ..support import frame_size, six_dimensional
 from ..tiling import choose, packed
 
 
@@ -59,17 +60,16 @@ def _plain(out: Tensor, first: Tensor, second: Tensor, precision: str) -> None:
 
 
 def compose_torch(first: Tensor, second: Tensor) -> Tensor:
-    """The composition of kernels with three spatial dimensions, not rounded to their dtype.
+    """The composition of kernels with three spatial dimensions, in float64.
 
     One batched matrix product for each tap of `second`, added to the part of the result to which it shifts `first`.
     """
-    dtype = accumulator(first.dtype)
     frame = frame_size(first, second.shape[3:])
-    total = first.new_zeros((first.shape[0], second.shape[1], first.shape[2], *frame), dtype=dtype)
-    columns = first.to(dtype).flatten(2)  # (B, Ch, Ci * |K1|)
+    total = first.new_zeros((first.shape[0], second.shape[1], first.shape[2], *frame), dtype=torch.float64)
+    columns = first.double().flatten(2)  # (B, Ch, Ci * |K1|)
     size_x, size_y, size_z = first.shape[3:]
     for x, y, z in itertools.product(*map(range, second.shape[3:])):
-        tap = second[..., x, y, z].to(dtype)  # (B, Co, Ch)
+        tap = second[..., x, y, z].double()  # (B, Co, Ch)
         product = (tap @ columns).reshape(*tap.shape[:2], *first.shape[2:])  # (B, Co, Ci, *K1)
         total[..., x : x + size_x, y : y + size_y, z : z + size_z] += product
     return total

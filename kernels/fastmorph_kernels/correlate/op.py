@@ -73,7 +73,7 @@ def _plain(out: Tensor, target: Tensor, before: Sequence[int], first: Tensor, k2
 
 
 def correlate_torch(target: Tensor, before: Sequence[int], first: Tensor, k2: Sequence[int]) -> Tensor:
-    """The correlation of kernels with three spatial dimensions, not rounded to their dtype, (B, Co, Ch, *K2)."""
+    """The correlation of kernels with three spatial dimensions, in float64, (B, Co, Ch, *K2)."""
     whole = compose_torch(first.transpose(1, 2).flip(3, 4, 5), target)  # offset K1 - 1 - before is the first of the result
     widths: list[int] = []
     for k1, zeros, size, n in zip(first.shape[3:], before, k2, whole.shape[3:], strict=True):

@@ -179,7 +179,7 @@ def _plain(
 ) -> None:
     held = weight.shape[1 if into_first else 2]
     for given, factor, start, scales in _factors(out, weight, before, spread, density, into_first):
-        fill_factor(given, factor, held, start, seeds, scales)
+        fill_factor(given, factor, held, start, seeds, scales.double())
 
 
 def _launch(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import Precision, check_pair, check_place, check_precision, check_tensors
 from ..compose.op import compose_torch
 from ..register import register
-from ..support import accumulator, frame_size, six_dimensional, three
+from ..support import frame_size, six_dimensional, three
 from ..tiling import choose, packed
 
 
@@ -79,10 +79,10 @@ def _plain(
     exact = compose_torch(six_dimensional(first), six_dimensional(second)).neg_()
     weight = six_dimensional(weight)
     (x, y, z), (size_x, size_y, size_z) = three(before), weight.shape[3:]
-    exact[..., x : x + size_x, y : y + size_y, z : z + size_z] += weight.to(accumulator(weight.dtype))
+    exact[..., x : x + size_x, y : y + size_y, z : z + size_z] += weight.double()
     error, squared = out
     error.copy_(exact.view(error.shape))
-    squared.copy_(exact.double().square().sum(dim=tuple(range(1, 6))))
+    squared.copy_(exact.square().sum(dim=tuple(range(1, 6))))
 
 
 _residual_op = register("residual", allocate=_allocate, launch=_launch, plain=_plain)
