@@ -59,7 +59,7 @@ class Names:
             raise MorphError(f"{cls!r} cannot be {self.role}: it must be a class decorated with @dataclass(frozen=True).")
         if not isinstance(name, str) or not name:
             raise MorphError(f"name={name!r} of {cls.__name__} must be a text, by which plan files call it.")
-        if self.key in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        if self.key in cls.__dataclass_fields__:
             raise MorphError(
                 f"{cls.__name__} cannot be {self.role}: in plan files {self.key!r} is its name; rename that field."
             )

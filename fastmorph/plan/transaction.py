@@ -125,7 +125,7 @@ class Transaction:
         target: object = operator.target
         if not isinstance(target, str):
             names = [name for name, module in modules.items() if module is target]
-            hint = f"{names[0]!r} is this one's" if names else "see model.named_modules()"
+            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
             raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
         check_sizes(operator, target, modules.get(target))
         self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
