@@ -17,7 +17,7 @@ from fastmorph.equation.bounds import smallest_direct, smallest_half_step
 from fastmorph.equation.frame import Frame, make_frame
 from fastmorph.errors import MorphError
 from fastmorph.morphs.rows import build_row, check_hidden, make_row, solve_row
-from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential
+from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential, frozen_size
 from fastmorph.plan.layers import Layer
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
@@ -35,6 +35,15 @@ class Deepen:
     kernel_sizes: Any = None
     activation: Activation = None
     norm: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.kernel_sizes
+        if isinstance(sizes, list | tuple):
+            object.__setattr__(self, "kernel_sizes", tuple(map(frozen_size, sizes)))
+        elif sizes is not None and not isinstance(sizes, int):  # an int is refused where it has a meaning
+            raise MorphError(
+                f"layer {self.layer!r}: kernel_sizes={sizes!r} must hold two entries, one a layer, such as (3, 3)."
+            )
 
     @property
     def target(self) -> str:

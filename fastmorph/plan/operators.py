@@ -4,19 +4,22 @@ An operator from outside the library is a frozen dataclass that meets `Operator`
 library's own do: in `morph` and `restructure`, in plan files, in histories.
 
     @dataclass(frozen=True)
-    class Scale:
-        layer: str
-        factor: float
+    class Rescale:
+        maker: str
+        reader: str
+        factor: float  # more than 0: a ReLU between the two lets it pass
 
         @property
         def target(self) -> str:
-            return self.layer
+            return self.maker
 
         def apply(self, transaction: fm.Transaction) -> None:
-            weight = transaction.find_layer(self.layer).module.weight
-            transaction.replace(weight, self.factor * weight, linear=..., square=...)
+            maker, reader = (transaction.find_layer(name).module for name in (self.maker, self.reader))
+            up, down = (partial(torch.mul, other=factor) for factor in (self.factor, 1 / self.factor))
+            for tensor, by, back in ((maker.weight, up, down), (maker.bias, up, down), (reader.weight, down, up)):
+                transaction.replace(tensor, by(tensor), linear=back, square=lambda moment, back=back: back(back(moment)))
 
-    fm.register_operator(Scale, name="scale")
+    fm.register_operator(Rescale, name="rescale")
 
 Its fields are what a plan file holds: integers, finite floats, texts, booleans, None, tuples of them, and parts (frozen
 dataclasses of such fields) that `register_part` knows. The class checks them, and raises MorphError with the layer, the cause

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from outside.morphs import Between, Factor, Reorder
 from torch import nn
 
 import fastmorph as fm
-from fastmorph.plan import memory, transaction
+from fastmorph.plan import memory, operators, transaction
 from fastmorph.plan.operators import OPERATORS, PARTS
 
 PLAN = fm.Plan([Reorder("0", "2"), Factor("2", Between(12), 0.5), fm.Deepen("0", 9, activation="relu")])
@@ -93,6 +94,25 @@ def test_optimizer_state_follows_operators_from_outside(model):
     torch.testing.assert_close(
         grown.model[2].weight[:, grown.model[0].order], model[2].weight[:, model[0].order], rtol=0, atol=1e-12
     )
+
+
+def test_the_example_of_the_page_is_a_morph(model):
+    lines = inspect.cleandoc(operators.__doc__).splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    ") or not line)
+    scope = {"fm": fm, "torch": torch, "dataclass": dataclass, "partial": partial, "__name__": __name__}
+    exec(code, scope)
+    model[1] = nn.ReLU()
+    optimizer, x = torch.optim.RMSprop(model.parameters(), momentum=0.5), torch.randn(4, 5, dtype=torch.float64)
+    model(x).sum().backward()
+    optimizer.step()
+    grown = fm.morph(model, scope["Rescale"]("0", "2", 4.0), example_inputs=x, optimizer=optimizer)
+    assert grown.certificate
+    weights, states = ([m[0].bias, m[2].weight] for m in (model, grown.model)), (optimizer.state, grown.optimizer.state)
+    (bias, columns), (new_bias, new_columns) = ([state[w] for w in each] for state, each in zip(states, weights, strict=True))
+    # A gradient is divided by what its weight is multiplied with, and powers of two do not round.
+    assert torch.equal(new_bias["momentum_buffer"] * 4, bias["momentum_buffer"])
+    assert torch.equal(new_bias["square_avg"] * 16, bias["square_avg"])
+    assert torch.equal(new_columns["square_avg"], columns["square_avg"] * 16)
 
 
 # --- the registry ------------------------------------------------------------------------------------------------------------
@@ -178,9 +198,8 @@ def test_what_is_no_morph_is_refused_with_the_remedy(model, operator, words):
     ],
 )
 def test_fields_that_no_file_can_hold_are_refused(field, words):
-    fields = copy.copy(fm.Deepen("0", kernel_sizes=field))
     with pytest.raises(fm.MorphError, match=words):
-        fm.Plan([fields]).to_toml()
+        fm.Plan([Factor("0", field)]).to_toml()
 
 
 def test_a_single_operator_is_a_plan(model):

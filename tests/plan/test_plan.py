@@ -11,7 +11,7 @@ import fastmorph as fm
 ROW = fm.Sequential([(8, (3, 5), "relu", "batch"), (None, 1)])
 OPERATORS = [
     fm.Deepen("a", hidden_channels=12, kernel_sizes=((5, 5), 3), activation="relu", norm="batch"),
-    fm.Deepen('blocks."x"\\\n.ü'),
+    fm.Deepen('blocks."x"\\\n.ü\x7f', kernel_sizes=[[5, 5], 3]),
     fm.Widen("a.first", 24, "zero"),
     fm.GrowKernel("a.first", 5),
     fm.GrowKernel("a.first", [5, 7]),
