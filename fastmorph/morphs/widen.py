@@ -6,8 +6,9 @@ own class: its tensors and the sizes that its modules keep are changed, its code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -20,9 +21,9 @@ from fastmorph.graph.guess import traced
 from fastmorph.graph.propose import Proposals
 from fastmorph.graph.skeleton import Skeleton
 from fastmorph.morphs.widen_fill import FILLS, Filling
-
-if TYPE_CHECKING:
-    from fastmorph.plan.transaction import Transaction
+from fastmorph.plan.morph import M, Options, grow
+from fastmorph.plan.operators import register_operator
+from fastmorph.plan.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Widen:
     layer: str
     channels: int
     fill: str = "pair"
+
+    @property
+    def target(self) -> str:
+        """The layer."""
+        return self.layer
 
     def apply(self, transaction: Transaction) -> None:
         """Widen the layer of `transaction.model`, in place.
@@ -104,3 +110,27 @@ def find_growth(proposals: Proposals, layer: str, channels: int) -> Growth:
         raise MorphError(f"layer {layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
     width, cause = nearest
     raise MorphError(f"layer {layer!r} cannot have {channels} channels: {cause}; the nearest number that works is {width}.")
+
+
+def widen(
+    model: M,
+    channels: Mapping[str, int],
+    *,
+    fill: str = "pair",
+    **options: Unpack[Options],
+) -> M:
+    """Give layers more output channels, and all that reads them as many inputs, so that the network computes the same.
+
+    Args:
+        model: the parent; it is not touched.
+        channels: {layer: number of output channels}, in the order in which they are widened.
+        fill: how new channels cancel in what reads them, see `Widen`.
+        **options: those of `morph`, see `Options`; channels are followed on `example_inputs`, guessed where there are none.
+
+    Raises:
+        MorphError: a layer cannot be widened exactly, with the cause and the remedy.
+    """
+    return grow(model, [Widen(layer, number, fill) for layer, number in channels.items()], options)
+
+
+register_operator(Widen, name="widen")

@@ -24,19 +24,20 @@ from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
+from fastmorph.plan.memory import check_memory, check_sizes
 
 Assign = Callable[[Decomposition], None]
 
 
 class Operator(Protocol):
-    """A morph as frozen data."""
+    """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do."""
 
     @property
-    def layer(self) -> str:
-        """Dotted name of the layer that it changes, as the operators before it in the plan left it."""
+    def target(self) -> str:
+        """Dotted name of the module that it changes, as the operators before it in the plan left it."""
 
     def apply(self, transaction: Transaction) -> None:
-        """Change `transaction.model` in place."""
+        """Change `transaction.model` in place. Raises MorphError where that cannot be exact."""
 
 
 @dataclass
@@ -44,10 +45,11 @@ class Step:
     """What one operator did.
 
     Attributes:
-        layer: the layer's name.
+        layer: name of its target.
         before: shape of its weight before.
         after: shapes of the weights (of two or more dimensions) that stand under that name after.
         residual: largest relative residual of the equations that it solved; 0 without one.
+        estimated: whether that residual is an estimate from random sums of channels, see `Decomposition.residual`.
         milliseconds: time it took, with its share, by cost, of the equations solved together.
         how: how the equations were solved.
     """
@@ -56,6 +58,7 @@ class Step:
     before: tuple[int, ...]
     after: tuple[tuple[int, ...], ...] = ()
     residual: float = 0.0
+    estimated: bool = False
     milliseconds: float = 0.0
     how: str = "no equation to solve"
 
@@ -116,12 +119,19 @@ class Transaction:
         self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
 
     def apply(self, operator: Operator) -> None:
-        """Run one operator and note what it did."""
+        """Run one operator and note what it did. Raises MorphError for a target that is no name, and for absurd sizes."""
         began = perf_counter()
-        self._step = step = Step(operator.layer, next(iter(self._kernel_shapes(operator.layer)), ()))
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        target: object = operator.target
+        if not isinstance(target, str):
+            names = [name for name, module in modules.items() if module is target]
+            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
+            raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
+        check_sizes(operator, target, modules.get(target))
+        self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
         self.steps.append(step)
         operator.apply(self)
-        step.after = self._kernel_shapes(operator.layer)
+        step.after = self._kernel_shapes(target)
         self._step = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
@@ -207,10 +217,12 @@ class Transaction:
     def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
         """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.
 
-        It is not for models without weights.
+        Nothing is set in a model without weights.
         """
         old = module._parameters[name]
         assert old is not None
+        if not self.with_weights:
+            return
         value = value.detach().reshape(old.shape)
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.clone(memory_format=torch.contiguous_format)  # part of a batch, which it would keep alive
@@ -250,8 +262,12 @@ class Transaction:
 
         Parameters of `new` that the model did not have join the optimizer's parameter group of `near`, one that it had.
         Those of `old` that it has no more are released.
+
+        Raises MorphError where the new parameters fit into no memory.
         """
         gone = set(old.parameters())
+        size = sum(parameter.nbytes for parameter in new.parameters() if parameter not in gone)
+        check_memory(f"layer {self._step.layer!r}: the {type(new).__name__} for it" if self._step else "", size, near.device)
         self.model = replace_module(self.model, old, new)
         for parameter in new.parameters():
             self.lineage.joined(parameter, near)
@@ -269,6 +285,8 @@ class Transaction:
 def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
     residual = float(answer.residual.max())
     if residual >= step.residual:
+        batch = answer.residual.ndim
         step.how = answer.reason
+        step.estimated = answer.solver.closed_form and max(answer.second.shape[batch], answer.first.shape[batch + 1]) > 32
     step.residual = max(step.residual, residual)
     step.milliseconds += milliseconds
