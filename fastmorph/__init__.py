@@ -19,6 +19,7 @@ from fastmorph.morphs.insert_subnet import InsertSubnet
 from fastmorph.morphs.operators import deepen, grow_kernel, insert_subnet, widen
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
 from fastmorph.morphs.widen import Widen
+from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, morph, restructure
 from fastmorph.plan.plan import Plan
 
@@ -62,6 +63,7 @@ __all__ = [
     "insert_subnet",
     "morph",
     "nn",
+    "register_layer",
     "restructure",
     "tolerance",
     "verify",
