@@ -18,6 +18,7 @@ from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
 from fastmorph.morphs.widen import Widen, widen
+from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, Options, morph, restructure
 from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.plan import Plan
@@ -67,6 +68,7 @@ __all__ = [
     "insert_subnet",
     "morph",
     "nn",
+    "register_layer",
     "register_operator",
     "register_part",
     "restructure",

@@ -18,6 +18,7 @@ from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import as_inputs
+from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
@@ -182,16 +183,17 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
 
 
 def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+    memo = computed_copies(model)
     computed = [
         (name, key)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
+        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo
     ]
     for name, key in computed:  # PyTorch refuses to copy these
         raise MorphError(
-            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
-            f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
+            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning "
+            f"does); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
         )
-    child = deepcopy(model)
+    child = deepcopy(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))

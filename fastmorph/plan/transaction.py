@@ -22,7 +22,7 @@ from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
-from fastmorph.plan.layers import Layer, find_layer, replace_module
+from fastmorph.plan.layers import Layer, find_layer, make_plain, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
 
@@ -144,11 +144,18 @@ class Transaction:
 
     # --- equations ------------------------------------------------------------------------------------------------------------
 
-    def find_layer(self, name: str, *, transposed: bool = False) -> Layer:
-        """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`."""
+    def find_layer(self, name: str, *, transposed: bool = False, stays: bool = False) -> Layer:
+        """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`.
+
+        Unless it stays what it is, one that computes its weight is made a plain one first.
+        """
         layer = find_layer(self.model, name, transposed=transposed)
         self.settle(layer.module)
-        return layer
+        if layer.is_plain or (stays and isinstance(layer.module, layer.rule.plain)):
+            return layer
+        plain, whole = make_plain(layer)
+        self.replace_module(layer.module, whole, near=layer.origin)
+        return plain
 
     def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
         """Queue an equation.
