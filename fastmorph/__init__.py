@@ -12,7 +12,7 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph import Coupled, coupled
+from fastmorph.graph import Coupled, Structure, coupled, follow
 from fastmorph.morphs.deepen import Deepen
 from fastmorph.morphs.grow_kernel import GrowKernel
 from fastmorph.morphs.insert_subnet import InsertSubnet
@@ -47,6 +47,7 @@ __all__ = [
     "Skip",
     "Solver",
     "Stacked",
+    "Structure",
     "Sum",
     "Widen",
     "alternate",
@@ -57,6 +58,7 @@ __all__ = [
     "decompose_sequence",
     "decompose_sum",
     "deepen",
+    "follow",
     "graph",
     "grow_kernel",
     "insert_subnet",
