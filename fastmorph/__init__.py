@@ -12,7 +12,7 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph import Coupled, coupled
+from fastmorph.graph import Coupled, Structure, coupled, follow
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
@@ -52,6 +52,7 @@ __all__ = [
     "Solver",
     "Stacked",
     "Step",
+    "Structure",
     "Sum",
     "Transaction",
     "Widen",
@@ -63,6 +64,7 @@ __all__ = [
     "decompose_sequence",
     "decompose_sum",
     "deepen",
+    "follow",
     "graph",
     "grow_kernel",
     "insert_subnet",
