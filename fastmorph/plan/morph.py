@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     """The options of `morph` that functions of one morph pass on; `morph` says what each means."""
 
     example_inputs: Any
+    structure: Structure | None
     calibrate: Iterable[Any] | None
     verify: bool
     consume: bool
