@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,19 +17,41 @@ from fastmorph.certify.verify import verify as verify_models
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
+from fastmorph.graph.find import as_inputs
+from fastmorph.graph.structure import Structure
+from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.transaction import Operator, Step, Transaction
 
+M = TypeVar("M", bound=nn.Module)
+
+
+class Options(TypedDict, total=False):
+    """The options of `morph` that functions of one morph pass on; `morph` says what each means."""
+
+    example_inputs: Any
+    structure: Structure | None
+    calibrate: Iterable[Any] | None
+    verify: bool
+    consume: bool
+    memory_budget: int
+    solver: Solver
+    backend: str | None
+    precision: str | None
+    generator: Generator
+    allow_inexact: bool
+    progress: bool
+
 
 @dataclass(frozen=True)
-class Morphed:
+class Morphed(Generic[M]):
     """A finished plan.
 
     Attributes:
-        model: the child.
+        model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
         certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
         history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
@@ -37,7 +59,7 @@ class Morphed:
         steps: what each operator did.
     """
 
-    model: nn.Module
+    model: M
     optimizer: Optimizer | None
     certificate: Certificate | None
     history: Plan
@@ -54,10 +76,11 @@ class Morphed:
 
 
 def morph(
-    model: nn.Module,
-    plan: Plan | Sequence[Operator],
+    model: M,
+    plan: Plan | Sequence[Operator] | Operator,
     *,
     example_inputs: Any = None,
+    structure: Structure | None = None,
     optimizer: Optimizer | None = None,
     calibrate: Iterable[Any] | None = None,
     verify: bool = True,
@@ -65,17 +88,19 @@ def morph(
     memory_budget: int = 2**31,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
+    precision: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
     progress: bool = False,
-) -> Morphed:
+) -> Morphed[M]:
     """Apply a plan to a copy of `model`, all of it or, where anything fails, none.
 
     Args:
         model: the parent. It is not touched, unless it is consumed.
-        plan: morphs, in order; each names layers as those before it left them.
+        plan: morphs, in order, or a single one; each names layers as those before it left them.
         example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
             follow channels through the model.
+        structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, an SGD, Adam, AdamW, RMSprop, Adagrad, or any without state; it is not touched. Its options,
             moments and step counts are carried over, each moment as its weight: `Morphed.optimizer`.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
@@ -88,6 +113,7 @@ def morph(
         memory_budget: see `decompose_many`.
         solver: see `decompose`.
         backend: see `decompose`.
+        precision: see `decompose`.
         generator: see `decompose`; one seed is drawn from it, which decides the child. None: the plan's seed, if it has one.
         allow_inexact: keep a child that is not exact instead of raising.
         progress: show progress bars.
@@ -97,9 +123,11 @@ def morph(
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
+    if structure is not None:
+        structure.check(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
-    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    given = as_inputs(example_inputs)
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
     before = record(model, given) if consume and verify and given is not None else None
     transaction = Transaction(
@@ -107,16 +135,17 @@ def morph(
         seed=seed,
         example_inputs=plan.example_inputs(model) if given is None else given,
         consume=consume,
+        structure=structure,
         solving={
             "solver": solver,
             "backend": backend,
+            "precision": precision,
             "allow_inexact": allow_inexact,
             "memory_budget": memory_budget,
             "progress": progress,
         },
     )
-    for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
-        transaction.apply(operator)
+    transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
     transaction.settle()
     child = transaction.model
     if calibrate is not None:
@@ -128,10 +157,17 @@ def morph(
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
     carried = None if optimizer is None else carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(transaction.steps))
+    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps))
 
 
-def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_inputs: Any = None) -> nn.Module:
+def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
+    """The child of `morph` alone, for functions of one morph. Raises MorphError for an optimizer, which would be lost."""
+    if "optimizer" in options:
+        raise MorphError("this function returns the model alone; carry an optimizer over by fastmorph.morph(..., optimizer=).")
+    return morph(model, operators, **options).model
+
+
+def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example_inputs: Any = None) -> M:
     """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
 
     Args:
@@ -144,25 +180,25 @@ def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_in
         MorphError: a layer cannot be morphed.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    given = as_inputs(example_inputs)
     inputs = plan.example_inputs(model) if given is None else given
     transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
-    for operator in plan:
-        transaction.apply(operator)
-    return transaction.model
+    transaction.run(plan)
+    return cast(M, transaction.model)
 
 
 def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+    memo = computed_copies(model)
     computed = [
         (name, key)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
+        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo
     ]
     for name, key in computed:  # PyTorch refuses to copy these
         raise MorphError(
-            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
-            f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
+            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning "
+            f"does); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
         )
-    child = deepcopy(model)
+    child = deepcopy(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))
