@@ -12,12 +12,13 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph import Coupled, coupled
+from fastmorph.graph import Coupled, Structure, coupled, follow
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
 from fastmorph.morphs.widen import Widen, widen
+from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, Options, morph, restructure
 from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.plan import Plan
@@ -51,6 +52,7 @@ __all__ = [
     "Solver",
     "Stacked",
     "Step",
+    "Structure",
     "Sum",
     "Transaction",
     "Widen",
@@ -62,11 +64,13 @@ __all__ = [
     "decompose_sequence",
     "decompose_sum",
     "deepen",
+    "follow",
     "graph",
     "grow_kernel",
     "insert_subnet",
     "morph",
     "nn",
+    "register_layer",
     "register_operator",
     "register_part",
     "restructure",

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fastmorph.certify.certificate import TOLERANCES, Certificate, Row, coarsest_dtype, compare, dtype_name
 from fastmorph.certify.outputs import Path, copied, flatten, isolated, widened
 from fastmorph.errors import MorphError
+from fastmorph.nn.computed import computed_copies
 
 
 def verify(
@@ -84,7 +85,7 @@ def _run(
     """The flattened outputs of a copy of the model on copies of the inputs, all in float64 where `exact`."""
     try:
         # A fresh copy each time: a run in train mode moves BatchNorm's statistics, and the next must not see that.
-        model = deepcopy(model)
+        model = deepcopy(model, computed_copies(model))
         if exact:
             model.double()
             for tensor in chain(model.parameters(), model.buffers()):

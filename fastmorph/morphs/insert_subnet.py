@@ -46,7 +46,8 @@ class InsertSubnet:
 
     def apply(self, transaction: Transaction) -> None:
         """Build the subnet and queue its equations."""
-        layer, subnet = transaction.find_layer(self.layer), self.subnet
+        subnet = self.subnet
+        layer = transaction.find_layer(self.layer, stays=isinstance(subnet, Residual))
         if isinstance(subnet, Residual):
             _add_residual(transaction, layer, subnet)
         elif isinstance(subnet, Sequential | Stacked):
@@ -111,8 +112,12 @@ def _shares(
 
 
 def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> None:
-    weight, (channels, _), hidden = layer.module.weight, layer.channels, subnet.hidden_channels
-    made = {"bias": False, "device": "meta" if transaction.with_weights else weight.device, "dtype": weight.dtype}
+    weight, (channels, _), hidden = layer.origin, layer.channels, subnet.hidden_channels
+    made: dict[str, Any] = {
+        "bias": False,
+        "device": "meta" if transaction.with_weights else weight.device,
+        "dtype": weight.dtype,
+    }
     size: tuple[int, ...] = ()
     if layer.dims:
         try:
@@ -143,7 +148,7 @@ def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> N
         transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
-    transaction.replace_module(layer.module, whole, near=weight)
+    transaction.replace_module(layer.module, whole, near=layer.origin)
 
 
 def insert_subnet(model: M, layer: str, subnet: Subnet, **options: Unpack[Options]) -> M:

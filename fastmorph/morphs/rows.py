@@ -131,7 +131,7 @@ def build_row(
 
 def make_norm(transaction: Transaction, layer: Layer, channels: int) -> nn.Module:
     """A BatchNorm for that many channels of the layer's map, the identity in eval mode, to be calibrated."""
-    weight = layer.module.weight
+    weight = layer.origin
     norm: nn.Module = identity_batch_norm(_NORMS[layer.dims](channels, device=weight.device, dtype=weight.dtype))
     transaction.norms.append(norm)
     return norm

@@ -5,6 +5,7 @@ from fastmorph.nn.branches import Branches
 from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
 from fastmorph.nn.norm import BatchNormLast, identity_batch_norm
 from fastmorph.nn.replacement import Replacement
+from fastmorph.nn.same_pad import SamePad
 
 __all__ = [
     "ActivationSchedule",
@@ -13,6 +14,7 @@ __all__ = [
     "PActivation",
     "PReLU",
     "Replacement",
+    "SamePad",
     "activation_penalty",
     "fold_activations",
     "identity_batch_norm",

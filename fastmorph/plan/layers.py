@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
+from torch.nn.utils.prune import BasePruningMethod
 
+import fastmorph.plan.known_layers  # noqa: F401 - registers them
+from fastmorph.certify.outputs import eval_mode
 from fastmorph.errors import MorphError
+from fastmorph.nn import Replacement
+from fastmorph.nn.computed import compute_weights, weight_hooks
+from fastmorph.plan.layer_types import LayerRule, find_rule
 
-_DIMS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_TRANSPOSED: dict[type[nn.Module], int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 # Modules whose own forward reads a sublayer's weight instead of calling it: the sublayer cannot become two.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _SIZES = (
@@ -39,13 +44,32 @@ class Layer:
 
     Attributes:
         name: its dotted name.
-        module: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, or their transposed kin where asked for.
-        dims: its number of spatial dimensions.
+        module: a plain nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, or their transposed kin where asked for; before
+            `make_plain`, a module of any class that has a rule.
+        rule: how it is read.
     """
 
     name: str
     module: Any
-    dims: int
+    rule: LayerRule
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions."""
+        return self.rule.spatial_dims
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it computes with its own parameters as PyTorch's layers do."""
+        computed = parametrize.is_parametrized(self.module) or weight_hooks(self.module)
+        return self.rule.cls is self.rule.plain and not computed
+
+    @property
+    def origin(self) -> nn.Parameter:
+        """The parameter that its weight is, or is computed from: one of the weight's size, where there is one."""
+        parameters = _origins(self.module)
+        size = max(parameter.numel() for parameter in parameters)
+        return next(parameter for parameter in parameters if parameter.numel() == size)
 
     @property
     def groups(self) -> int:
@@ -96,32 +120,108 @@ def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Laye
     module = modules[name]
     if type(model).__name__ == "OptimizedModule":
         raise _refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
-    kinds = _DIMS | _TRANSPOSED if transposed else _DIMS
-    kind = next((base for base in kinds if isinstance(module, base)), None)
-    if kind is None:
-        raise _refusal(name, f"it is a {type(module).__name__}", f"name one of {', '.join(f'nn.{k.__name__}' for k in kinds)}")
-    weight = module._parameters.get("weight")
-    if parametrize.is_parametrized(module) or weight is None:
+    rule, override = find_rule(module)
+    if rule is None or (rule.transposed and not transposed):
+        kinds = ["Linear", *(f"Conv{dims}d" for dims in (1, 2, 3))] + [f"ConvTranspose{d}d" for d in (1, 2, 3) if transposed]
+        named = ", ".join(f"nn.{kind}" for kind in kinds)
+        raise _refusal(
+            name, f"it is a {type(module).__name__}", f"name one of {named}, or of a class that fm.register_layer knows"
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+        raise _refusal(name, "it is lazy and has no weight yet", "run the model once on a batch")
+    if not _origins(module) or _is_computed_elsewhere(module, rule):
         raise _refusal(
             name,
-            "its weight is computed anew from other tensors (weight_norm, spectral_norm, pruning or another parametrisation)",
-            "bake it first, e.g. torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+            "its weight is computed anew from other tensors (by pruning or a hook)",
+            "bake it first, e.g. torch.nn.utils.prune.remove(layer, 'weight')",
         )
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise _refusal(name, "it is lazy and has no weight yet", "run the model once on a batch")
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+    if override is not None:
+        remedy = (
+            f"say by fm.register_layer how to read its weight, or replace it by an equivalent plain nn.{rule.plain.__name__}"
+        )
+        raise _refusal(name, override, remedy)
+    layer = Layer(name, module, rule)
+    if layer.is_plain:
+        _check_weight(name, module.weight)
+    _check_surroundings(model, name, module, modules)
+    return layer
+
+
+def make_plain(layer: Layer) -> tuple[Layer, nn.Module]:
+    """A plain layer that computes what `layer` does, and what is to stand in its place: itself, with its padding if it has any.
+
+    The layer's own parameters go on where the plain one can have them; else it gets new ones.
+
+    Raises MorphError where the layer does not have the weight that its rule says.
+    """
+    module, rule = layer.module, layer.rule
+    weight = _effective_weight(layer)
+    settings: dict[str, Any] = {"bias": False, "device": "meta", "dtype": weight.dtype}
+    channels = [*weight.shape[:2]]
+    if rule.spatial_dims and weight.ndim > 1:
+        given = ("stride", "padding", "dilation", "groups", "padding_mode", *(["output_padding"] if rule.transposed else []))
+        settings |= {name: getattr(module, name) for name in given if hasattr(module, name)}
+        settings["kernel_size"] = tuple(weight.shape[2:])
+        channels[1] *= settings.get("groups", 1)
+    if weight.ndim != rule.spatial_dims + 2:
+        raise _refusal(
+            layer.name,
+            f"the rule of {type(module).__name__} gives a weight of shape {tuple(weight.shape)}",
+            f"register it with the spatial_dims that it has, and a weight of {rule.spatial_dims + 2} dimensions",
+        )
+    plain: Any = skip_init(rule.plain, *(channels if rule.transposed else channels[::-1]), **settings)
+    plain.weight = _as_parameter(weight, layer.origin.requires_grad)
+    bias = getattr(module, "bias", None)
+    plain.bias = None if bias is None else _as_parameter(bias, bias.requires_grad)
+    plain.train(module.training)
+    pad = None if rule.pad is None else rule.pad(module)
+    whole = plain if pad is None else Replacement(OrderedDict(pad=pad, layer=plain))
+    return Layer(layer.name, plain, find_rule(plain)[0] or rule), whole
+
+
+@torch.no_grad()
+def _effective_weight(layer: Layer) -> Tensor:
+    """What the layer computes with in eval mode; its own parameter where it is that."""
+    module, read = layer.module, layer.rule.weight
+    compute_weights(module)
+    with eval_mode(module):
+        first, second = (module.weight if read is None else read(module) for _ in range(2))
+    _check_weight(layer.name, first)
+    if first.device.type != "meta" and not torch.equal(first, second):
+        raise _refusal(
+            layer.name, "its weight is not the same each time that it is computed", "make it deterministic in eval mode"
+        )
+    return first
+
+
+def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
+    """Whether something that we do not know gives the layer its weight."""
+    if parametrize.is_parametrized(module, "weight") or any(hook.name == "weight" for hook in weight_hooks(module).values()):
+        return False
+    pruned = any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
+    return pruned or "weight" in vars(module) or (rule.weight is None and module._parameters.get("weight") is None)
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
         raise _refusal(
             name,
             f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
             "convert the layer to a plain floating-point one",
         )
-    overridden = [m for m in ("forward", "_conv_forward") if getattr(type(module), m, None) is not getattr(kind, m, None)]
-    if overridden or "forward" in vars(module):
-        raise _refusal(
-            name, f"{type(module).__name__} has a forward of its own", f"replace it by an equivalent plain nn.{kind.__name__}"
-        )
-    _check_surroundings(model, name, module, modules)
-    return Layer(name, module, kinds[kind])
+
+
+def _as_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=requires_grad)
+
+
+def _origins(module: nn.Module) -> list[nn.Parameter]:
+    """What a layer's weight is computed from."""
+    return [
+        parameter for name, parameter in module.named_parameters() if not name.startswith(("bias", "parametrizations.bias"))
+    ]
 
 
 def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -133,6 +233,7 @@ def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules:
                 f"{type(owner).__name__} {owner_name!r} reads the weight of its {attribute!r} instead of calling it",
                 "morph another layer, or replace that module by one that calls its layers",
             )
+    own, origins = set(module.modules()), _origins(module)
     for other_name, other in modules.items():
         for key, value in vars(other).items():
             if not key.startswith("_") and any(item is module for item in _items(value)):
@@ -141,9 +242,9 @@ def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules:
                     f"{type(other).__name__} {other_name!r} also keeps it in its attribute {key!r}, outside PyTorch's registry",
                     "keep it as a submodule (nn.ModuleList, nn.ModuleDict) only",
                 )
-        if other is not module:
+        if other not in own:
             for key, parameter in other._parameters.items():
-                if parameter is not None and _same_memory(parameter, module.weight):
+                if parameter is not None and any(_same_memory(parameter, origin) for origin in origins):
                     raise _refusal(
                         name,
                         f"its weight is tied to {other_name + '.' + key!r}",
@@ -197,6 +298,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
         setattr(old, hooks, getattr(bare, hooks))
+    for key in weight_hooks(new):  # these work on the module whose weight they compute
+        old._forward_pre_hooks[key] = new._forward_pre_hooks.pop(key)
     new.train(old.training)
     if old is model:
         return new

@@ -18,6 +18,8 @@ from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import as_inputs
+from fastmorph.graph.structure import Structure
+from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
@@ -77,6 +79,7 @@ def morph(
     plan: Plan | Sequence[Operator] | Operator,
     *,
     example_inputs: Any = None,
+    structure: Structure | None = None,
     optimizer: Optimizer | None = None,
     calibrate: Iterable[Any] | None = None,
     verify: bool = True,
@@ -96,6 +99,7 @@ def morph(
         plan: morphs, in order, or a single one; each names layers as those before it left them.
         example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
             follow channels through the model.
+        structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, an SGD, Adam, AdamW, RMSprop, Adagrad, or any without state; it is not touched. Its options,
             moments and step counts are carried over, each moment as its weight: `Morphed.optimizer`.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
@@ -118,6 +122,8 @@ def morph(
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
+    if structure is not None:
+        structure.check(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
     given = as_inputs(example_inputs)
@@ -128,6 +134,7 @@ def morph(
         seed=seed,
         example_inputs=plan.example_inputs(model) if given is None else given,
         consume=consume,
+        structure=structure,
         solving={
             "solver": solver,
             "backend": backend,
@@ -137,8 +144,7 @@ def morph(
             "progress": progress,
         },
     )
-    for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
-        transaction.apply(operator)
+    transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
     transaction.settle()
     child = transaction.model
     if calibrate is not None:
@@ -176,22 +182,22 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     given = as_inputs(example_inputs)
     inputs = plan.example_inputs(model) if given is None else given
     transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
-    for operator in plan:
-        transaction.apply(operator)
+    transaction.run(plan)
     return cast(M, transaction.model)
 
 
 def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+    memo = computed_copies(model)
     computed = [
         (name, key)
         for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, Tensor) and not value.is_leaf
+        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo
     ]
     for name, key in computed:  # PyTorch refuses to copy these
         raise MorphError(
-            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning and "
-            f"weight_norm do); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
+            f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning "
+            f"does); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
         )
-    child = deepcopy(model)
+    child = deepcopy(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))

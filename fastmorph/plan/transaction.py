@@ -7,9 +7,10 @@ where nothing can read them by mistake; an operator that needs a model's or a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
-from fastmorph.plan.layers import Layer, find_layer, replace_module
+from fastmorph.graph.structure import Structure
+from fastmorph.plan.layers import Layer, find_layer, make_plain, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
 
@@ -93,6 +95,7 @@ class Transaction:
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
+        structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         random: CPU generator for the operators' own noise. The equations have another, so that settling early or late does not
             change what it draws.
@@ -106,6 +109,7 @@ class Transaction:
     example_inputs: tuple[Any, ...] | None = None
     with_weights: bool = True
     consume: bool = False
+    structure: Structure | None = None
     solving: dict[str, Any] = field(default_factory=dict)
     random: torch.Generator = field(init=False)
     norms: list[nn.Module] = field(default_factory=list, init=False)
@@ -113,14 +117,33 @@ class Transaction:
     _equation_noise: torch.Generator = field(init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
+    _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
         self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
 
-    def apply(self, operator: Operator) -> None:
-        """Run one operator and note what it did. Raises MorphError for a target that is no name, and for absurd sizes."""
-        began = perf_counter()
+    def run(self, operators: Iterable[Operator]) -> None:
+        """Run operators in order; neighbours of one class that can be applied together are.
+
+        Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
+        """
+        for kind, neighbours in groupby(operators, type):
+            together = getattr(kind, "apply_together", None)
+            if together is not None:
+                group = list(neighbours)
+                for operator in group:
+                    self._check(operator)
+                together(group, self)
+                continue
+            for operator in neighbours:
+                self._check(operator)
+                self._places.clear()
+                with self.step(operator):
+                    operator.apply(self)
+                self.structure = None
+
+    def _check(self, operator: Operator) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         target: object = operator.target
         if not isinstance(target, str):
@@ -128,9 +151,14 @@ class Transaction:
             hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
             raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
         check_sizes(operator, target, modules.get(target))
+
+    @contextmanager
+    def step(self, operator: Operator) -> Iterator[Step]:
+        """Note what an operator does inside."""
+        began, target = perf_counter(), operator.target
         self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
         self.steps.append(step)
-        operator.apply(self)
+        yield step
         step.after = self._kernel_shapes(target)
         self._step = None
         step.milliseconds += 1e3 * (perf_counter() - began)
@@ -138,17 +166,27 @@ class Transaction:
             self.settle()
 
     def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
-        module = dict(self.model.named_modules(remove_duplicate=False)).get(name, nn.Module())
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:  # no layer: the operator says so
+            return ()
         weights = (part._parameters.get("weight") for part in module.modules())
         return tuple(tuple(w.shape) for w in weights if w is not None and not is_lazy(w) and w.ndim > 1)
 
     # --- equations ------------------------------------------------------------------------------------------------------------
 
-    def find_layer(self, name: str, *, transposed: bool = False) -> Layer:
-        """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`."""
+    def find_layer(self, name: str, *, transposed: bool = False, stays: bool = False) -> Layer:
+        """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`.
+
+        Unless it stays what it is, one that computes its weight is made a plain one first.
+        """
         layer = find_layer(self.model, name, transposed=transposed)
         self.settle(layer.module)
-        return layer
+        if layer.is_plain or (stays and isinstance(layer.module, layer.rule.plain)):
+            return layer
+        plain, whole = make_plain(layer)
+        self.replace_module(layer.module, whole, near=layer.origin)
+        return plain
 
     def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
         """Queue an equation.
@@ -244,18 +282,28 @@ class Transaction:
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
             value.__dict__.update(old.__dict__)  # attributes by which training code marks parameters
-        found = False
-        for module in self.model.modules():
-            registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in registered:
-                for name, tensor in tensors.items():
-                    if tensor is old:
-                        tensors[name], found = value, True
-        if not found:
+        places = self._places_of(old)
+        for tensors, name in places:
+            tensors[name] = value
+        self._places[id(value)] = places
+        if not places:
             raise MorphError(f"the model has no parameter or buffer of shape {tuple(old.shape)} that is the given one.")
         if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
             self.lineage.replaced(old, value, linear, square)
         self.release(old)
+
+    def _places_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+        """The registers of modules that hold a tensor, and its names in them."""
+        places = [place for place in self._places.pop(id(tensor), []) if place[0].get(place[1]) is tensor]
+        if places:
+            return places
+        self._places.clear()
+        for module in self.model.modules():
+            registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in registered:
+                for name, held in tensors.items():
+                    self._places.setdefault(id(held), []).append((tensors, name))
+        return self._places.pop(id(tensor), [])
 
     def replace_module(self, old: nn.Module, new: nn.Module, near: nn.Parameter) -> None:
         """Put `new` wherever the model has `old`, with its hooks and mode.
