@@ -24,7 +24,8 @@ from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
 from fastmorph.plan.plan import Plan
-from fastmorph.plan.transaction import Operator, Step, Transaction
+from fastmorph.plan.step import Step
+from fastmorph.plan.transaction import Operator, Transaction
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     """The options of `morph` that functions of one morph pass on; `morph` says what each means."""
 
     example_inputs: Any
+    structure: Structure | None
     calibrate: Iterable[Any] | None
     verify: bool
     consume: bool
