@@ -87,7 +87,7 @@ def deepen(
     norm: str | None = None,
     **options: Unpack[Options],
 ) -> M:
-    """Replace one layer by two that compute the same, borders included (Wei et al. 2016, depth transaction).
+    """Replace one layer by two that compute the same, borders included (Wei et al. 2016, depth morphing).
 
     Args:
         model: the parent; it is not touched.
