@@ -22,7 +22,8 @@ from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, Options, morph, restructure
 from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.plan import Plan
-from fastmorph.plan.transaction import Operator, Step, Transaction
+from fastmorph.plan.step import Step
+from fastmorph.plan.transaction import Operator, Transaction
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,8 @@ from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
 from fastmorph.plan.plan import Plan
-from fastmorph.plan.transaction import Operator, Step, Transaction
+from fastmorph.plan.step import Step
+from fastmorph.plan.transaction import Operator, Transaction
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -27,6 +27,7 @@ from fastmorph.graph.structure import Structure
 from fastmorph.plan.layers import Layer, find_layer, make_plain, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
+from fastmorph.plan.step import Step
 
 Assign = Callable[[Decomposition], None]
 
@@ -40,29 +41,6 @@ class Operator(Protocol):
 
     def apply(self, transaction: Transaction) -> None:
         """Change `transaction.model` in place. Raises MorphError where that cannot be exact."""
-
-
-@dataclass
-class Step:
-    """What one operator did.
-
-    Attributes:
-        layer: name of its target.
-        before: shape of its weight before.
-        after: shapes of the weights (of two or more dimensions) that stand under that name after.
-        residual: largest relative residual of the equations that it solved; 0 without one.
-        estimated: whether that residual is an estimate from random sums of channels, see `Decomposition.residual`.
-        milliseconds: time it took, with its share, by cost, of the equations solved together.
-        how: how the equations were solved.
-    """
-
-    layer: str
-    before: tuple[int, ...]
-    after: tuple[tuple[int, ...], ...] = ()
-    residual: float = 0.0
-    estimated: bool = False
-    milliseconds: float = 0.0
-    how: str = "no equation to solve"
 
 
 @dataclass(eq=False)
@@ -221,7 +199,7 @@ class Transaction:
             queue.clear()  # and with it the weights that are no longer needed
             for answer, (step, assign) in zip(answers, waiting, strict=True):
                 if step is not None:
-                    _add(step, answer, elapsed * answer.cost / total)
+                    step.add(answer, elapsed * answer.cost / total)
                 with self._resumed(step):
                     assign(answer)
 
@@ -328,13 +306,3 @@ class Transaction:
         if self.consume:
             old.grad = None
             old.data = old.data.new_empty(0)
-
-
-def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
-    residual = float(answer.residual.max())
-    if residual >= step.residual:
-        batch = answer.residual.ndim
-        step.how = answer.reason
-        step.estimated = answer.solver.closed_form and max(answer.second.shape[batch], answer.first.shape[batch + 1]) > 32
-    step.residual = max(step.residual, residual)
-    step.milliseconds += milliseconds
