@@ -21,6 +21,7 @@ from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stack
 from fastmorph.morphs.widen import Widen
 from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, morph, restructure
+from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Decomposition",
     "Deepen",
     "Direct",
+    "FreshStateWarning",
     "General",
     "GrowKernel",
     "InexactMorphError",
@@ -63,6 +65,7 @@ __all__ = [
     "insert_subnet",
     "morph",
     "nn",
+    "optimizer_rule",
     "register_layer",
     "restructure",
     "tolerance",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm_parts import timm_part
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -55,13 +56,6 @@ class OnlyCallsSuper(nn.Conv2d):
 fm.register_layer(Masked, spatial_dims=2, weight=lambda layer: layer.weight * layer.mask)
 
 
-def timm_layers(module, name):
-    if missing("timm"):
-        pytest.skip("timm is not installed (requirements-zoo.txt)")
-    build("timm/starnet_s050")  # declares what timm asks torchvision for
-    return getattr(importlib.import_module(f"timm.layers.{module}"), name)
-
-
 def old(kind, layer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,13 +70,13 @@ def parametrised(layer, **parametrisations):
 
 CONV = (6, 4, 3)
 MAKERS = {
-    "StdConv2d": lambda: timm_layers("std_conv", "StdConv2d")(*CONV, stride=2, bias=True),
-    "StdConv2dSame": lambda: timm_layers("std_conv", "StdConv2dSame")(*CONV, stride=2, dilation=2),
-    "StdConv2dSame static": lambda: timm_layers("std_conv", "StdConv2dSame")(*CONV),
-    "ScaledStdConv2d": lambda: timm_layers("std_conv", "ScaledStdConv2d")(*CONV, groups=2, gain_init=0.7),
-    "ScaledStdConv2dSame": lambda: timm_layers("std_conv", "ScaledStdConv2dSame")(*CONV, stride=(3, 2), gamma=1.7),
-    "Conv2dSame": lambda: timm_layers("conv2d_same", "Conv2dSame")(*CONV, stride=(2, 3)),
-    "Conv2dSame even": lambda: timm_layers("conv2d_same", "Conv2dSame")(6, 4, (2, 3)),
+    "StdConv2d": lambda: timm_part("layers.std_conv", "StdConv2d")(*CONV, stride=2, bias=True),
+    "StdConv2dSame": lambda: timm_part("layers.std_conv", "StdConv2dSame")(*CONV, stride=2, dilation=2),
+    "StdConv2dSame static": lambda: timm_part("layers.std_conv", "StdConv2dSame")(*CONV),
+    "ScaledStdConv2d": lambda: timm_part("layers.std_conv", "ScaledStdConv2d")(*CONV, groups=2, gain_init=0.7),
+    "ScaledStdConv2dSame": lambda: timm_part("layers.std_conv", "ScaledStdConv2dSame")(*CONV, stride=(3, 2), gamma=1.7),
+    "Conv2dSame": lambda: timm_part("layers.conv2d_same", "Conv2dSame")(*CONV, stride=(2, 3)),
+    "Conv2dSame even": lambda: timm_part("layers.conv2d_same", "Conv2dSame")(6, 4, (2, 3)),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(*CONV, padding=1)),
     "old weight_norm": lambda: old("weight_norm", nn.Conv2d(*CONV, padding=1)),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(*CONV, padding=(0, 1))),
