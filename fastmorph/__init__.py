@@ -23,6 +23,7 @@ from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, morph, restructure
 from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
+from fastmorph.plan.transfer import transfer_optimizer
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "register_layer",
     "restructure",
     "tolerance",
+    "transfer_optimizer",
     "verify",
     "widen",
 ]

@@ -22,8 +22,9 @@ from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
-from fastmorph.plan.layers import Layer, find_layer, make_plain, replace_module
+from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
+from fastmorph.plan.plain_layer import make_plain
 
 Assign = Callable[[Decomposition], None]
 

@@ -197,6 +197,29 @@ def test_gpt2s_linear_layers():
     torch.testing.assert_close(fm.deepen(model, "0")(x), model(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_transposed_convolutions_grow(padding):
+    conv = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=padding, groups=2)
+    model = nn.Sequential(parametrizations.weight_norm(conv)).double()
+    child = fm.grow_kernel(model, {"0": (5, 3)})
+    assert type(child[0]) is nn.ConvTranspose2d
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(child(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_child_with_same_padding_grows_again(tmp_path):
+    model = network("Conv2dSame")
+    plan = [fm.Deepen("0", activation="relu"), fm.Deepen("0.layer.second"), fm.Widen("0.layer.first", 24)]
+    for size in (9, 10):
+        x = torch.randn(2, 6, size, size + 2, dtype=torch.float64)
+        grown = fm.morph(model, plan, example_inputs=x)
+        assert grown.certificate
+        torch.testing.assert_close(grown.model(x[:, :, 1:]), model(x[:, :, 1:]), rtol=0, atol=1e-9)
+    grown.history.save(tmp_path / "plan.toml")
+    replayed = fm.morph(model, fm.Plan.load(tmp_path / "plan.toml")).model
+    assert all(torch.equal(*pair) for pair in zip(replayed.parameters(), grown.model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", ["nf_regnet_b0", "tf_efficientnet_lite0"])
 def test_networks_of_timm(name):
     if missing("timm"):

@@ -335,3 +335,29 @@ def test_no_decay_makes_no_group():
     model = network()
     grown = fm.morph(model, [fm.Deepen("2", activation="gelu")], optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert len(grown.optimizer.param_groups) == 1
+
+
+# --- networks made in some other way -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_state_is_transferred_by_a_mapping(by_name):
+    model = network()
+    optimizer = torch.optim.Adam(model.named_parameters() if by_name else model.parameters(), lr=0.02)
+    step(model, optimizer, 1)
+    new = nn.ModuleDict({"stem": nn.Conv2d(2, 3, 3), "head": nn.Linear(64, 7)}).double()
+    olds = {"stem.weight": "0.weight", "stem.bias": "0.bias", "head.weight": "4.weight", "head.bias": "4.bias"}
+    mapping = olds if by_name else {name: model.get_parameter(old) for name, old in olds.items()}
+    with pytest.warns(fm.FreshStateWarning, match=r"for head\.weight, head\.bias: the shapes"):
+        carried = fm.transfer_optimizer(optimizer, new, mapping)
+    (group,) = carried.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in new.parameters()]
+    assert group["lr"] == 0.02
+    assert set(carried.state) == {new["stem"].weight, new["stem"].bias}
+    before, after = optimizer.state[model[0].weight], carried.state[new["stem"].weight]
+    assert after["exp_avg"].equal(before["exp_avg"])
+    assert after["exp_avg"] is not before["exp_avg"]
+    with pytest.raises(fm.MorphError, match=r"it differs in head\.bias"):
+        fm.transfer_optimizer(optimizer, new, {key: mapping[key] for key in list(mapping)[:3]})
+    with pytest.raises(fm.MorphError, match=r"no parameter of the name 9\.weight"):
+        fm.transfer_optimizer(optimizer, new, {**mapping, "head.bias": "9.weight"})
