@@ -12,17 +12,18 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompose_sum
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph import Coupled, coupled
-from fastmorph.morphs.deepen import Deepen
-from fastmorph.morphs.grow_kernel import GrowKernel
-from fastmorph.morphs.insert_subnet import InsertSubnet
-from fastmorph.morphs.operators import deepen, grow_kernel, insert_subnet, widen
+from fastmorph.graph import Coupled, Structure, coupled, follow
+from fastmorph.morphs.deepen import Deepen, deepen
+from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
+from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
-from fastmorph.morphs.widen import Widen
+from fastmorph.morphs.widen import Widen, widen
 from fastmorph.plan.layer_types import register_layer
-from fastmorph.plan.morph import Morphed, morph, restructure
+from fastmorph.plan.morph import Morphed, Options, morph, restructure
+from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
+from fastmorph.plan.transaction import Operator, Step, Transaction
 from fastmorph.plan.transfer import transfer_optimizer
 
 __version__ = "0.1.0"
@@ -43,6 +44,8 @@ __all__ = [
     "LayerSpec",
     "MorphError",
     "Morphed",
+    "Operator",
+    "Options",
     "Plan",
     "Practical",
     "Problem",
@@ -51,7 +54,10 @@ __all__ = [
     "Skip",
     "Solver",
     "Stacked",
+    "Step",
+    "Structure",
     "Sum",
+    "Transaction",
     "Widen",
     "alternate",
     "compose",
@@ -61,6 +67,7 @@ __all__ = [
     "decompose_sequence",
     "decompose_sum",
     "deepen",
+    "follow",
     "graph",
     "grow_kernel",
     "insert_subnet",
@@ -68,6 +75,8 @@ __all__ = [
     "nn",
     "optimizer_rule",
     "register_layer",
+    "register_operator",
+    "register_part",
     "restructure",
     "tolerance",
     "transfer_optimizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
@@ -33,5 +34,6 @@ def refuses(ran: Ran, *expected: str) -> None:
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("fastmorph")
     assert len(ran.err.splitlines()) == 1
+    assert not re.search(r"\.py, line \d+\)", ran.err) or "SystemExit" in ran.err, "an error that nobody foresaw"
     for text in expected:
         assert text in ran.err

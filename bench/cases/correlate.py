@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastmorph_kernels.compose_kernel import _compose_kernel
+from fastmorph_kernels.compose.kernel import _compose_kernel
 
 from bench.cases.case import Case
 from bench.cases.tiles import tile_cases

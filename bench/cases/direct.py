@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastmorph_kernels.configs import Shipped, shipped
-from fastmorph_kernels.direct_kernel import direct_kernel, sums_kernel
-from fastmorph_kernels.direct_mixing import SIDE
+from fastmorph_kernels.direct.kernel import direct_kernel, sums_kernel
+from fastmorph_kernels.direct.mixing import SIDE
 
 from bench.cases.case import Case, aligned_with
 

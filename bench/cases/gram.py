@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fastmorph_kernels.column_gram_kernel import _product_kernel, _shift_kernel
+from fastmorph_kernels.column_gram.kernel import _product_kernel, _shift_kernel
 from fastmorph_kernels.configs import shipped
-from fastmorph_kernels.row_gram_kernel import _row_gram_kernel
+from fastmorph_kernels.row_gram.kernel import _row_gram_kernel
 
 from bench.cases.case import Case
 from bench.cases.tiles import tile_cases

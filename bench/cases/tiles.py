@@ -28,7 +28,6 @@ def tile_cases(
     *,
     packed: Packed = BOTH_INPUTS,
     types: Mapping[str, str] | None = None,
-    **given: Any,
 ) -> Iterator[Case]:
     """The configurations that `_is_compiled` names."""
     for entry in shipped(kernel):
@@ -60,7 +59,7 @@ def tile_cases(
                 function=function,
                 dtype=dtype,
                 variant=entry.variant,
-                constants={name: value for name, value in (known | given).items() if name in function.arg_names},
+                constants={name: value for name, value in known.items() if name in function.arg_names},
                 options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
                 layout="packed" if pack else "any",
                 unit=unit + flat,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import fastmorph_kernels as kernels
 import torch
-from fastmorph_kernels.direct_op import direct
+from fastmorph_kernels.direct import direct
 from torch import Tensor
 
 import fastmorph as fm
@@ -72,7 +72,6 @@ def equal_bits(setup: Setup, report: Report) -> None:
         "compose": lambda: kernels.compose(first, second),
         "compose, tf32x3": lambda: kernels.compose(first, second, precision="tf32x3"),
         "residual": lambda: kernels.residual(first, second, weight, before),
-        "residual_norm": lambda: kernels.residual_norm(first, second, weight, before),
         "correlate": lambda: kernels.correlate(weight, before, first, k),
         "row_gram": lambda: kernels.row_gram(first, k),
         "column_gram": lambda: kernels.column_gram(first, k),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import fastmorph_kernels as kernels
 import torch
-from fastmorph_kernels.direct_op import direct
+from fastmorph_kernels.direct import direct
 from torch import Tensor
 
 from bench.gpu import counts
@@ -95,7 +95,6 @@ def _products(setup: Setup) -> Iterator[Case]:
             p: Products = precision
             yield case("compose", lambda a, b, p=p: kernels.compose(a, b, precision=p), 2, compose)
             yield case("residual", lambda a, b, w, p=p: kernels.residual(a, b, w, before, precision=p), 3, compose)
-            yield case("residual_norm", lambda a, b, w, p=p: kernels.residual_norm(a, b, w, before, precision=p), 3, compose)
             yield case("correlate", lambda w, a, p=p: kernels.correlate(w, before, a, k, precision=p), 2, correlation)
             yield case("row_gram", lambda a, p=p: kernels.row_gram(a, k, precision=p), 1, gram)
             yield case(

@@ -30,7 +30,7 @@ def holding(kernel: str, dtype: torch.dtype, variants: Sequence[str], config: Co
 
 def write(kernel: str, dtype: torch.dtype, variant: str, config: Config, device: torch.device) -> None:
     """Put an entry into the kernel's file, under the device's name, and let this process take it up."""
-    path = configs.FOLDER / f"{kernel}.json"
+    path = configs.table_paths()[kernel]
     table = json.loads(path.read_text())
     table.setdefault(device_name(device), {}).setdefault(str(dtype).removeprefix("torch."), {})[variant] = config
     path.write_text(render(table))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fastmorph_kernels.direct_op import direct
+from fastmorph_kernels.direct import direct
 from torch import Tensor
 
 import fastmorph as fm

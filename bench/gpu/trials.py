@@ -8,7 +8,7 @@ from typing import Any
 
 import fastmorph_kernels as kernels
 import torch
-from fastmorph_kernels.direct_op import direct
+from fastmorph_kernels.direct import direct
 from torch import Tensor
 
 from bench.gpu import oracle
@@ -130,7 +130,8 @@ def _factor(setup: Setup, dtype: torch.dtype) -> list[Trial]:
     }
     # More than one stage would let loads run ahead of barriers.
     return [
-        Trial("factor", dtype, name, (name,), start, run, _limit(dtype), ("num_stages",)) for name, (start, run) in runs.items()
+        Trial("cholesky", dtype, name, (name,), start, run, _limit(dtype), ("num_stages",))
+        for name, (start, run) in runs.items()
     ]
 
 
@@ -158,7 +159,7 @@ def _moves(setup: Setup, dtype: torch.dtype) -> Trial:
     def run(*sources: Tensor) -> list[Tensor]:
         return kernels.move(sources, [(index, None, None)] * len(sources), [(None, None)] * len(sources))
 
-    return Trial("moves", dtype, "tile", ("tile",), make, run, 0.0)
+    return Trial("move", dtype, "tile", ("tile",), make, run, 0.0)
 
 
 def _limit(dtype: torch.dtype) -> float:

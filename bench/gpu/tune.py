@@ -185,11 +185,11 @@ def prefer(setup: Setup, report: Report) -> None:
                 ours, theirs = _race(setup, size, batch, dtype)
                 wins[size, batch] = _GAIN * ours < theirs
                 report.say(f"factor of {batch} x {size} rows, {dtype}: {1e6 * ours:.0f} us, PyTorch {1e6 * theirs:.0f} us")
-        entry = dict(lookup("factor", dtype, "sizes", setup.device))
+        entry = dict(lookup("cholesky", dtype, "sizes", setup.device))
         entry.update(range_of(wins, sizes, batches))
         report.say(f"factor, {dtype}, sizes: {entry}")
         if not setup.rehearsal:
-            write("factor", dtype, "sizes", entry, setup.device)
+            write("cholesky", dtype, "sizes", entry, setup.device)
 
 
 def range_of(wins: dict[tuple[int, int], bool], sizes: Sequence[int], batches: Sequence[int]) -> Config:

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastmorph.plan.transaction import Step
 
 
-class Call(NamedTuple):
+class NetworkCall(NamedTuple):
     """What a network is called with, and the options of the command line that say so."""
 
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ def write_child(
     parent: nn.Module,
     plan: Plan,
     out: Path,
-    call: Call,
+    call: NetworkCall,
     *,
     seed: int | None,
     modes: Sequence[str],
@@ -65,13 +65,16 @@ def write_child(
     return grown.model, certificate
 
 
-def print_steps(steps: Iterable[Step]) -> None:
+def print_steps(steps: Sequence[Step]) -> None:
     """A table of what each morph did."""
     rows = [("layer", "weight before", "weights after", "residual", "ms", "how")]
     for step in steps:
         after = " and ".join(map(shape_text, step.after))
-        rows.append((step.layer, shape_text(step.before), after, f"{step.residual:.1e}", f"{step.milliseconds:.1f}", step.how))
+        residual = f"{'~' if step.estimated else ''}{step.residual:.1e}"
+        rows.append((step.layer, shape_text(step.before), after, residual, f"{step.milliseconds:.1f}", step.how))
     print_table(rows)
+    if any(step.estimated for step in steps):
+        print("  ~: estimated from random sums of channels; the certificate compares outputs.")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -82,10 +85,17 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def verify_command(
-    model: str, parent: Path, out: Path, call: Call, modes: Sequence[str], tolerance: float | None = None
+    model: str,
+    parent: Path,
+    out: Path,
+    call: NetworkCall,
+    modes: Sequence[str],
+    tolerance: float | None = None,
+    imports: Sequence[str] = (),
 ) -> str:
     """The command line that checks what `write_child` wrote."""
-    words = ["--model", model, "--parent", str(parent), "--plan", str(out / "plan.toml")]
+    words = [word for module in imports for word in ("--import", module)]
+    words += ["--model", model, "--parent", str(parent), "--plan", str(out / "plan.toml")]
     words += ["--child", str(out / "child.safetensors"), *call.options, "--modes", ",".join(modes)]
     words += [] if tolerance is None else ["--tolerance", repr(tolerance)]
     return shlex.join([*_program(), "verify", *words])
@@ -100,5 +110,5 @@ def _program() -> list[str]:
     return [os.path.relpath(sys.executable) if inside else sys.executable, "-m", "fastmorph"]
 
 
-def _described(call: Call) -> str:
+def _described(call: NetworkCall) -> str:
     return ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))

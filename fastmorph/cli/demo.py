@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fastmorph as fm
-from fastmorph.cli.child import Call, print_table, verify_command, write_child
+from fastmorph.cli.child import NetworkCall, print_table, verify_command, write_child
 from fastmorph.cli.networks import CommandError
 
 _MODES = ("eval", "train")
@@ -77,7 +77,7 @@ def run(model: str, out: Path, *, seed: int, activation: str, epochs: int, progr
         plan, refusals = choose_plan(parent, case.sizes, activation)
 
         print(f"\nEvery layer that can be is two now, with a P-activation of {activation} between them:")
-        call = Call((case.inputs,), {}, ("--input-shape", ",".join(map(str, case.shape))))
+        call = NetworkCall((case.inputs,), {}, ("--input-shape", ",".join(map(str, case.shape))))
         save_model(parent, str(out / "parent.safetensors"))
         child, certificate = write_child(parent, plan, out, call, seed=seed, modes=_MODES, progress=progress)
         for refusal in refusals:

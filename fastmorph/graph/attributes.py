@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -27,7 +26,7 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
         if choice.attribute and not growth.coupling.is_wider(choice):
             groups = choice.groups * growth.total(choice.channels) // len(choice.channels)
             _set(model.get_submodule(choice.module), choice.attribute, choice.groups, groups)
-    for module_name, atoms in record.sites:
+    for module_name, atoms in record.norms:
         module = model.get_submodule(module_name)
         for attribute in ("num_features", "num_channels"):
             old = getattr(module, attribute, None)
@@ -36,18 +35,13 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
         if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
             module.normalized_shape = (growth.total(atoms),)
     if growth.numbers:
-        for module_name in record.sizes:
+        for module_name in record.sized:
             sizes, cuts = _new_numbers(growth, module_name)
             _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
-    for name in growth.shapes():
-        for module in _owners(model, name):
+    grown = {id(tensor_of(model, name)) for name in growth.shapes()}
+    for module in model.modules():
+        if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
             _refresh(module)
-
-
-def _owners(model: nn.Module, name: str) -> Iterable[nn.Module]:
-    """The modules that hold the parameter or buffer."""
-    tensor = tensor_of(model, name)
-    return [m for m in model.modules() if any(held is tensor for held in [*m._parameters.values(), *m._buffers.values()])]
 
 
 def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
@@ -59,7 +53,7 @@ def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tupl
     """What becomes of sizes, and of sequences of them, that the module's forward handles."""
     record = growth.coupling.record
     grown: dict[int, set[int]] = {}
-    for (size, _), line in record.sizes[module].items():
+    for (size, _), line in record.sizes(module).items():
         grown.setdefault(size, set()).add(growth.total(line))
     if module not in growth.cautious:
         grown = {old: new - {old} for old, new in grown.items()}

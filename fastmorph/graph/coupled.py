@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor
 
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import as_inputs, channels_of
-from fastmorph.graph.guess import traced
-from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.ragged import first_alike, positions
+from fastmorph.graph.record import Ints
 
 
 @dataclass(frozen=True)
@@ -61,36 +60,51 @@ class Coupled:
         return "\n".join(lines + [f"Some of them are fixed: {cause}." for cause in self.fixed])
 
 
-def coupled(model: nn.Module, layer: str, example_inputs: Any = None) -> Coupled:
-    """The tensors that share the output channels of a layer: what `widen` would change.
+class Tables:
+    """The tables of any layers of a model."""
 
-    Args:
-        model: the model; it is not touched.
-        layer: dotted name of a layer with a weight, or of the weight itself.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer.
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        record, axes = coupling.record, len(coupling.record.axes)
+        reads = np.bincount(coupling.axes[record.mask("reads")], minlength=axes) > 0
+        makes = np.zeros(axes, np.bool_)
+        for name, atoms in record.outputs.items():
+            held = np.unique(coupling.axes[atoms.numpy()])
+            makes[[place for place in held.tolist() if record.axes[place].name == name]] = True
+        self._roles = np.where(reads, "reads", np.where(makes, "makes", "follows")).tolist()
+        # Each class with each axis that it occurs in, and how often it does.
+        keys, self._counts = np.unique(coupling.classes * axes + coupling.axes, return_counts=True)
+        self._classes, self._axes = keys // axes, keys % axes
 
-    Raises:
-        MorphError: the layer makes no channels, or the model does not run.
-    """
-    _, record = traced(Skeleton(model), as_inputs(example_inputs))
-    coupling = Coupling(record, frozenset({"groups"}))
-    atoms = channels_of(model, record, layer)
-    sequence = coupling.of(atoms)
-    classes, reads = np.unique(sequence), record.reads.numpy()
-    held = np.isin(coupling.classes, classes)
-    rows = []
-    for axis in record.axes:
-        span = slice(axis.start, axis.start + axis.size)
-        if axis.parameter and held[span].any():
-            made = (
-                axis.name in record.outputs
-                and np.isin(record.outputs[axis.name].numpy(), np.arange(axis.start, span.stop)).any()
-            )
-            role = "reads" if reads[span].any() else "makes" if made else "follows"
-            rows.append(Row(axis.name, axis.dim, axis.size, int(held[span].sum()), role))
-    last = int(sequence[-1])
-    normalised = [module for module, together in coupling.normalised if np.isin(together, classes).any()]
-    fixed = dict.fromkeys(coupling.causes[cls] for cls in classes.tolist() if cls in coupling.causes)
-    fixed.update(dict.fromkeys(f"{module!r} normalises over them, and whole multiples alone work" for module in normalised))
-    step = 0 if fixed else int((sequence == last).sum())
-    return Coupled(layer, len(atoms), step, tuple(rows), tuple(fixed))
+    def of(self, layers: Mapping[str, Tensor]) -> dict[str, Coupled]:
+        """The tables of layers, given as the atoms of their channels, by the same names."""
+        coupling = self._coupling
+        sequences = [coupling.of(atoms) for atoms in layers.values()]
+        sets = [np.unique(sequence) for sequence in sequences]
+        lengths = np.array([len(classes) for classes in sets], np.int64)
+        alike = first_alike(lengths, np.concatenate([np.zeros(0, np.int64), *sets]))
+        rows = {place: self._rows(sets[place]) for place in np.unique(alike).tolist()}
+        fixed = {place: self._fixed(sets[place]) for place in rows}
+        found = {}
+        for layer, sequence, place in zip(layers, sequences, alike.tolist(), strict=True):
+            step = 0 if fixed[place] else int((sequence == sequence[-1]).sum())
+            found[layer] = Coupled(layer, len(sequence), step, rows[place], fixed[place])
+        return found
+
+    def _rows(self, classes: Ints) -> tuple[Row, ...]:
+        starts, ends = (np.searchsorted(self._classes, classes, side) for side in ("left", "right"))
+        held = np.repeat(starts, ends - starts) + positions(ends - starts)
+        axes = self._coupling.record.axes
+        shared = np.bincount(self._axes[held], self._counts[held], len(axes)).astype(np.int64)
+        numbered = ((number, axes[number], int(shared[number])) for number in np.flatnonzero(shared).tolist())
+        return tuple(
+            Row(axis.name, axis.dim, axis.size, count, self._roles[number])
+            for number, axis, count in numbered
+            if axis.parameter
+        )
+
+    def _fixed(self, classes: Ints) -> tuple[str, ...]:
+        coupling = self._coupling
+        normalised = [module for module, together in coupling.normalised if np.isin(together, classes).any()]
+        causes = [f"{module!r} normalises over them, and whole multiples alone work" for module in dict.fromkeys(normalised)]
+        return (*coupling.causes(classes), *causes)

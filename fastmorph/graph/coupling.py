@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.record import Choice, Edges, Ints, Record, unique
+from fastmorph.graph.ragged import first_alike, positions
+from fastmorph.graph.record import Bools, Choice, Edges, Ints, Record, unique
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -19,45 +21,68 @@ class Coupling:
     Attributes:
         record: the record.
         wider: attributes of those grouped operators whose groups get wider; there will be more of all others'.
-        classes: (count,), the smallest atom of each atom's class.
+        edges: all ties, each once.
+        classes: (count,), the smallest atom of each atom's class, by which the class is called.
     """
 
     def __init__(self, record: Record, wider: frozenset[str]) -> None:
         self.record = record
         self.wider = wider
+        chosen = [choice.inside if self.is_wider(choice) else choice.more for choice in record.choices]
+        self.edges: Edges = unique(np.concatenate([record.edges, *chosen]))
         self.classes = _components(record.count, self.edges)
 
     def is_wider(self, choice: Choice) -> bool:
         """Whether the choice's groups get wider, or are no groups that could be more."""
         return choice.attribute in self.wider or not choice.attribute
 
-    @cached_property
-    def edges(self) -> Edges:
-        """All ties, each once."""
-        chosen = [choice.inside if self.is_wider(choice) else choice.more for choice in self.record.choices]
-        return unique(np.concatenate([self.record.edges, *chosen]))
-
     def of(self, atoms: Tensor) -> Ints:
         """The classes of atoms."""
         return self.classes[atoms.numpy()]
 
-    @cached_property
-    def causes(self) -> dict[int, str]:
-        """Why classes cannot be copied, by class."""
-        found: dict[int, str] = {}
-        for block in self.record.blocks:
-            for cls in np.unique(self.of(block.atoms)).tolist():
-                found.setdefault(cls, block.cause)
-        both = (self.record.reads & self.record.writes).nonzero().reshape(-1)
-        for atom in both.tolist():
-            name = self.record.axis_of(atom).name
-            found.setdefault(int(self.classes[atom]), f"{name!r} both makes them and sums over them (a tied weight)")
-        for atom in (self.record.reads & self.record.bent).nonzero().reshape(-1).tolist():
-            name = self.record.axis_of(atom).name
-            found.setdefault(
-                int(self.classes[atom]), f"{name!r} sums over them by a function of its entries that is not linear"
-            )
+    def mask(self, atoms: Bools) -> Bools:
+        """(count,): at a class's name, whether any of its atoms is in the mask."""
+        found = np.zeros(self.record.count, np.bool_)
+        found[self.classes[atoms]] = True
         return found
+
+    # --- what cannot be copied ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _causes(self) -> Ints:
+        """(count,): at a class's name, what forbids copies: a block's number, then two ranges of axes' numbers; or -1."""
+        record, axes, blocks = self.record, len(self.record.axes), len(self.record.blocks)
+        found = np.full(record.count, -1)
+        reads = record.mask("reads")
+        for start, kind in ((blocks + axes, record.mask("bent")), (blocks, record.mask("writes"))):
+            atoms = np.flatnonzero(reads & kind)[::-1]  # of several, the first one is to stand
+            found[self.classes[atoms]] = start + self.axes[atoms]
+        for number in reversed(range(blocks)):
+            found[self.classes[record.blocks[number].atoms]] = number
+        return found
+
+    @cached_property
+    def fixed(self) -> Bools:
+        """(count,): at a class's name, whether it cannot be copied; see `cause`."""
+        return self._causes >= 0
+
+    def cause(self, cls: int) -> str:
+        """Why a class cannot be copied, a clause."""
+        blocks = self.record.blocks
+        number = int(self._causes[cls])
+        if number < len(blocks):
+            return blocks[number].cause
+        bent, axis = divmod(number - len(blocks), len(self.record.axes))
+        name = self.record.axes[axis].name
+        if bent:
+            return f"{name!r} sums over them by a function of its entries that is not linear"
+        return f"{name!r} both makes them and sums over them (a tied weight)"
+
+    def causes(self, classes: Ints) -> list[str]:
+        """Why some of the classes cannot be copied, each cause once, in the order of the classes."""
+        numbers, places = np.unique(self._causes[classes], return_index=True)
+        found = classes[np.sort(places[numbers >= 0])]
+        return list(dict.fromkeys(self.cause(cls) for cls in found.tolist()))
 
     @cached_property
     def normalised(self) -> list[tuple[str, Ints]]:
@@ -66,28 +91,58 @@ class Coupling:
         return [(choice.module, np.unique(self.classes[choice.lines[:, 0]])) for choice in lines]
 
     @cached_property
-    def _order(self) -> tuple[Ints, Ints]:
-        """Atoms sorted by class, and the classes of these."""
-        order = np.argsort(self.classes, kind="stable")
-        return order, self.classes[order]
+    def norms(self) -> Ints:
+        """(count,): at a class's name, the number of the last set of `normalised` that holds it; or -1."""
+        found = np.full(self.record.count, -1)
+        for number, (_, together) in enumerate(self.normalised):
+            found[together] = number
+        return found
+
+    # --- what is alike --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _tied(self) -> tuple[Edges, Ints]:
-        """Ties sorted by class, and the classes of these."""
-        order = np.argsort(self.classes[self.edges[:, 0]], kind="stable")
-        return self.edges[order], self.classes[self.edges[order, 0]]
+    def axes(self) -> Ints:
+        """(count,): the number of each atom's axis."""
+        return np.repeat(np.arange(len(self.record.axes)), [axis.size for axis in self.record.axes])
+
+    @cached_property
+    def order(self) -> Ints:
+        """Atoms sorted by class."""
+        return np.argsort(self.classes, kind="stable")
+
+    @cached_property
+    def names(self) -> Ints:
+        """The classes, each once, sorted."""
+        return np.flatnonzero(self.classes == np.arange(self.record.count))
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """How many atoms each of `names` has."""
+        return np.bincount(self.classes, minlength=self.record.count)[self.names]
+
+    @cached_property
+    def starts(self) -> Ints:
+        """(count,): at a class's name, where its atoms begin in `order`."""
+        found = np.zeros(self.record.count, np.int64)
+        found[self.names] = np.cumsum(self.lengths) - self.lengths
+        return found
+
+    @cached_property
+    def ranks(self) -> Ints:
+        """(count,): how many atoms of its class stand before an atom."""
+        found = np.empty_like(self.order)
+        found[self.order] = positions(self.lengths)
+        return found
 
     @cached_property
     def places(self) -> Ints:
         """Of each atom the number of its axis (times 2**32) and how many atoms of its class stand before it there."""
-        starts = np.array([axis.start for axis in self.record.axes])
-        axes = np.searchsorted(starts, np.arange(self.record.count), "right") - 1
-        order, classes = self._order
-        same = (np.diff(classes) == 0) & (np.diff(axes[order]) == 0)
-        positions = np.arange(len(order))
-        places = np.empty_like(positions)
-        places[order] = positions - np.maximum.accumulate(np.where(np.append(False, same), 0, positions))
-        return places + (axes << 32)
+        axes, classes = self.axes[self.order], self.classes[self.order]
+        same = (np.diff(classes) == 0) & (np.diff(axes) == 0)
+        indices = np.arange(len(axes))
+        places = np.empty_like(indices)
+        places[self.order] = indices - np.maximum.accumulate(np.where(np.append(False, same), 0, indices))
+        return places + (self.axes << 32)
 
     @cached_property
     def signatures(self) -> Ints:
@@ -98,28 +153,43 @@ class Coupling:
                 role.add_to(found)
         return found
 
+    @cached_property
+    def kinds(self) -> Ints:
+        """(count,): at a class's name, its kind. Classes of one kind differ only in their indices."""
+        return kinds(self)[0]
+
     def members(self, cls: int) -> Ints:
         """The atoms of a class."""
-        order, classes = self._order
-        return order[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
+        start = int(self.starts[cls])
+        return self.order[start : start + int(self.lengths[np.searchsorted(self.names, cls)])]
 
-    def kind(self, cls: int) -> tuple[bytes, bytes, bytes]:
-        """Where the members of a class occur; classes of one kind, in any run, differ only in their indices."""
-        edges, classes = self._tied
-        members = self.members(cls)
-        ties = edges[np.searchsorted(classes, cls) : np.searchsorted(classes, cls, "right")]
-        return (
-            self.places[members].tobytes(),
-            self.signatures[members].tobytes(),
-            unique(np.searchsorted(members, ties)).tobytes(),
-        )
-
-    def kin(self, cls: int) -> list[int]:
+    def kin(self, cls: int) -> Ints:
         """All classes of the same kind as this one, that may be copied too, itself among them."""
         first = self.record.axis_of(cls)
-        rivals = np.unique(self.classes[first.start : first.start + first.size]).tolist()
-        kind = self.kind(cls)
-        return [rival for rival in rivals if rival not in self.causes and self.kind(rival) == kind]
+        rivals = np.unique(self.classes[first.start : first.start + first.size])
+        return rivals[(self.kinds[rivals] == self.kinds[cls]) & ~self.fixed[rivals]]
+
+
+def kinds(*couplings: Coupling) -> list[Ints]:
+    """`Coupling.kinds` of several runs, so that they can be compared: where the atoms of a class occur, and how they are tied."""
+    held, tied = [], []
+    for coupling in couplings:
+        classes = coupling.classes[coupling.edges[:, 0]]
+        edges = coupling.edges[np.argsort(classes, kind="stable")]
+        counts = np.bincount(classes, minlength=coupling.record.count)[coupling.names]
+        held.append((coupling.lengths, coupling.places[coupling.order], coupling.signatures[coupling.order]))
+        tied.append((counts, coupling.ranks[edges[:, 0]], coupling.ranks[edges[:, 1]]))
+    one, two = (first_alike(*_behind_each_other(rows)) for rows in (held, tied))
+    _, labels = np.unique(one * len(one) + two, return_inverse=True)
+    found = []
+    for coupling in couplings:
+        found.append(np.full(coupling.record.count, -1))
+        found[-1][coupling.names], labels = labels[: len(coupling.names)], labels[len(coupling.names) :]
+    return found
+
+
+def _behind_each_other(rows: Sequence[tuple[Ints, ...]]) -> list[Ints]:
+    return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 def _components(count: int, pairs: Edges) -> Ints:

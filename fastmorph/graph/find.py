@@ -37,7 +37,7 @@ def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
         hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
         raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).")
     own = {id(parameter) for parameter in modules[layer].parameters(recurse=False)}
-    weights = [name for name in record.outputs if id(tensor_of(model, name)) in own]
+    weights = [name for name in record.outputs if id(tensor_of(model, name)) in own] if own else []
     if len(weights) == 1:
         return record.outputs[weights[0]]
     if weights:

@@ -8,8 +8,9 @@ move data move the labels in the same way, so that views, transpositions, slices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,16 +61,31 @@ def compress(label: Tensor) -> Tensor:
     for dim, stride in enumerate(label.stride()):
         if stride == 0 and label.shape[dim] > 1:  # without a look at what is expanded
             label = label.narrow(dim, 0, 1)
+    values = label.numpy()
     for dim, size in enumerate(label.shape):
-        first = label.narrow(dim, 0, min(size, 1))
-        if size > 1 and bool((label == first).all()):
-            label = first
+        if size > 1 and _is_same_along(values, dim):
+            label = label.narrow(dim, 0, 1)
+            values = label.numpy()
     return label
+
+
+def _is_same_along(values: Any, dim: int) -> bool:
+    first = values[(slice(None),) * dim + (slice(0, 1),)]
+    corner = (0,) * values.ndim
+    if values.size and values[corner] != values[(*corner[:dim], -1, *corner[dim + 1 :])]:  # most do, and it is quickly seen
+        return False
+    return bool((values == first).all())
 
 
 def varying_dims(label: Tensor) -> set[int]:
     """The dimensions along which a label changes."""
     return {dim for dim, size in enumerate(label.shape) if size > 1}
+
+
+def is_real(label: Tensor) -> bool:
+    """Whether every position belongs to an atom."""
+    values = label.numpy()
+    return not values.size or bool(values.min() >= 0)
 
 
 def aligned(label: Tensor, ndim: int) -> Tensor:
@@ -92,14 +108,7 @@ def line(label: Tensor, dim: int) -> Tensor:
 def leaf(shape: Sequence[int], starts: Sequence[int], *, linear: bool) -> Flow:
     """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with atoms from its start on."""
     slots = [
-        (torch.arange(size) + start).view([size if other == dim else 1 for other in range(len(shape))])
+        torch.arange(start, start + size).view([size if other == dim else 1 for other in range(len(shape))])
         for dim, (size, start) in enumerate(zip(shape, starts, strict=True))
     ]
     return Flow(tuple(slots), opaque=False, linear=linear)
-
-
-def real_atoms(labels: Iterable[Tensor]) -> Tensor:
-    """All atoms in the labels, each once, (n,)."""
-    found = [label.reshape(-1) for label in labels]
-    atoms = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
-    return atoms[atoms >= 0].unique()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastmorph.graph.coupling import Coupling, Floats
+from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record, unique
 
 
@@ -68,12 +70,17 @@ class Growth:
     known: bool = True
 
     @classmethod
-    def of_classes(cls, coupling: Coupling, classes: dict[int, int], *, even: bool = False) -> Growth:
+    def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False) -> Growth:
         """So many copies of these classes."""
         copies = np.zeros(len(coupling.classes))
-        for key, count in classes.items():
-            copies[coupling.members(key)] = count
-        return cls(coupling, copies, even=even)
+        copies[classes] = counts
+        return cls(coupling, copies[coupling.classes], even=even)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[Growth]) -> Growth:
+        """All these at once: growths as they are tried first, of one coupling, that have no axis in common."""
+        layouts = {axis: layout for part in parts for axis, layout in part.layouts.items()}
+        return cls(parts[0].coupling, np.sum([part.copies for part in parts], axis=0), given=layouts)
 
     def total(self, atoms: Tensor) -> int:
         """How many there are of these atoms, and of positions that are none, after all."""
@@ -88,22 +95,19 @@ class Growth:
         """All axes that grow."""
         if self.given is not None:
             return self.given
-        found = {axis: self._layout(axis) for axis in self.coupling.record.axes}
-        return {axis: layout for axis, layout in found.items() if layout is not None}
+        axes = self.coupling.record.axes
+        grown = np.unique(self.coupling.axes[self.copies > 0])
+        return {axes[number]: self._layout(axes[number]) for number in grown.tolist()}
 
-    def _layout(self, axis: Axis) -> Layout | None:
+    def _layout(self, axis: Axis) -> Layout:
         span = slice(axis.start, axis.start + axis.size)
-        copies, classes = self.copies[span], self.coupling.classes[span]
-        if not copies.any():
-            return None
-        cuts = np.flatnonzero(np.diff(classes)) + 1 if self.by_run else np.arange(1, axis.size)
-        origins, numbers = [], []
-        for run in np.split(np.arange(axis.size), cuts):
-            for number in range(1 + int(copies[run[0]])):
-                origins.append(run)
-                numbers.append(np.full(len(run), number))
-        origin = np.concatenate(origins)
-        return Layout(origin, np.concatenate(numbers), origin)
+        copies, classes = self.copies[span].astype(np.int64), self.coupling.classes[span]
+        begins = np.flatnonzero(np.append(True, np.diff(classes) != 0)) if self.by_run else np.arange(axis.size)
+        lengths = np.diff(np.append(begins, axis.size))  # of runs of one class
+        sizes = lengths * (1 + copies[begins])
+        within, long = positions(sizes), np.repeat(lengths, sizes)
+        origin = np.repeat(begins, sizes) + within % long
+        return Layout(origin, within // long, origin)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The new shapes of parameters and buffers that grow, by name."""
@@ -114,35 +118,39 @@ class Growth:
         grown = {axis.name for axis in self.layouts}
         return {name: tuple(shape) for name, shape in sizes.items() if name in grown}
 
-    def difference(self, child: Record) -> Difference | None:
+    def difference(self, child: Record, after: Coupling) -> Difference | None:
         """What the resized model does otherwise than the record's; None if old channels flow as before.
 
         It runs the same operators with the same numbers, old channels meet as they met, no new one meets an old one, and copies
-        of one class meet alike.
+        of one class meet alike. `after` is the coupling of `child`, of the same way to grow groups.
         """
         parent = self.coupling.record
         for entries, others in ((parent.journal, child.journal), (parent.moves, child.moves)):
+            if entries == others:
+                continue
             for entry, other in zip(entries, others, strict=False):
                 if entry != other:
                     name = repr(entry[0]) if entry[0] else "the model itself"
                     return Difference(f"{name} would run {_told(other)} instead of {_told(entry)}", entry[0])
-            if len(entries) != len(others):
-                return Difference("the model would run other operators")
+            return Difference("the model would run other operators")
         if parent.result != child.result:
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.choices) != len(child.choices):
             return Difference("the model would run other operators")
         source, copy, key = (np.zeros(child.count, np.int64) for _ in range(3))
         for old, new in zip(parent.axes, child.axes, strict=True):
-            layout, same = self.layouts.get(old), np.arange(old.size)
-            layout = Layout(same, same * 0, same) if layout is None else layout
-            if len(layout.origin) != new.size or (old.name, old.dim) != (new.name, new.dim):
-                return Difference(f"{new.name!r} would have {new.size} channels instead of {len(layout.origin)}")
+            layout = self.layouts.get(old)
+            size = old.size if layout is None else len(layout.origin)
+            if size != new.size or (old.name, old.dim) != (new.name, new.dim):
+                return Difference(f"{new.name!r} would have {new.size} channels instead of {size}")
             span = slice(new.start, new.start + new.size)
-            source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
-        after = Coupling(child, self.coupling.wider)
+            if layout is None:
+                key[span] = np.arange(size)
+                source[span] = key[span] + old.start
+            else:
+                source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
         for block in child.blocks:
-            if copy[block.atoms.numpy()].any():
+            if copy[block.atoms].any():
                 return Difference(block.cause)
         astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
         if len(astray):
@@ -153,25 +161,27 @@ class Growth:
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
         is_new = copy[after.edges] > 0
         mixed = is_new[:, 0] != is_new[:, 1]
-        expected, found = self.coupling.edges, unique(source[after.edges[~is_new.any(1)]])
-        odd = source[after.edges[mixed]][:1]
-        if not len(odd) and not np.array_equal(expected, found):
-            odd = np.array(sorted(set(map(tuple, expected.tolist())) ^ set(map(tuple, found.tolist()))))[:1]
+        odd = source[after.edges[mixed][:1]]
         if not len(odd):
-            return None
+            expected, found = self.coupling.edges, unique(source[after.edges[~is_new[:, 0]]])
+            if np.array_equal(expected, found):
+                return None
+            pairs, counts = np.unique(np.concatenate([expected, found]), axis=0, return_counts=True)
+            odd = pairs[counts == 1][:1]
         one, two = (self.coupling.record.axis_of(int(atom)).name for atom in odd[0])
         return f"channels of {one!r} would meet others of {two!r}"
 
     def _other_copies(self, after: Coupling, copy: Ints, key: Ints) -> str | None:
         """Copies of one class must be classes of one kind, with the same member at the same place."""
-        axis = after.places >> 32
-        order = np.lexsort((copy, key, axis))
+        grown = np.isin(after.axes, after.axes[copy > 0])  # nothing else has two indices of one key
+        atoms = np.flatnonzero(grown)
+        order = atoms[np.lexsort((copy[atoms], key[atoms], after.axes[atoms]))]
         one, two = order[:-1], order[1:]
-        alike = (axis[one] == axis[two]) & (key[one] == key[two]) & (copy[two] > 0)
+        alike = (after.axes[one] == after.axes[two]) & (key[one] == key[two]) & (copy[two] > 0)
         one, two = one[alike], two[alike]
         pairs = np.unique(np.stack([after.classes[one], after.classes[two]], 1), axis=0)
         apart = (after.places[one] != after.places[two]).any() or len(np.unique(pairs[:, 1])) != len(pairs)
-        if apart or any(after.kind(first) != after.kind(second) for first, second in pairs.tolist()):
+        if apart or (after.kinds[pairs[:, 0]] != after.kinds[pairs[:, 1]]).any():
             return "copies of one channel would not be treated alike"
         return None
 

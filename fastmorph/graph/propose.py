@@ -7,24 +7,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from fastmorph.errors import MorphError
-from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.record import Ints, Record
+from fastmorph.graph.record import Ints
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
-from fastmorph.graph.skeleton import ForwardError, Skeleton
+from fastmorph.graph.skeleton import ForwardError
+from fastmorph.graph.structure import Structure
 
 # Convolutions in groups get wider groups if they can; norms in groups only get more of them.
 _WAYS: tuple[frozenset[str], ...] = (frozenset({"groups"}), frozenset())
 _RETRIES = 8
 _KINDS = 4  # kinds of channels that are tried alone
 _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle allows
+
+Copies = tuple[Ints, Ints]  # classes, and how many copies of each
 
 
 @dataclass(frozen=True)
@@ -36,133 +36,119 @@ class Refusal:
     remedy: str = "widen another layer"
 
 
+@dataclass(frozen=True)
+class Found:
+    """A growth that the model can follow, and the structure that it then has."""
+
+    growth: Growth
+    child: Structure
+
+
 class Proposals:
-    """The ways to widen one set of channels.
+    """The ways to widen one layer.
 
     Args:
-        skeleton: the model's structure; it is left as it is.
-        record: what a run of it found.
-        atoms: the channels, (n,).
-        inputs: of that run.
+        structure: the model's.
+        layer: the layer's name.
+
+    Raises MorphError if that makes no channels.
     """
 
-    def __init__(self, skeleton: Skeleton, record: Record, atoms: Tensor, inputs: tuple[Any, ...]) -> None:
-        self._skeleton, self._record, self._atoms, self._inputs = skeleton, record, atoms, inputs
-        grouped = any(choice.attribute == "groups" for choice in record.choices)
-        self._standardised = record.standardised.numpy()
-        self._couplings = [Coupling(record, wider) for wider in (_WAYS if grouped else _WAYS[:1])]
+    def __init__(self, structure: Structure, layer: str) -> None:
+        self._structure, self._record, self.layer = structure, structure.record, layer
+        self.atoms = structure.channels(layer)
+        grouped = any(choice.attribute == "groups" for choice in self._record.choices)
+        self._couplings = [structure.coupling(wider) for wider in (_WAYS if grouped else _WAYS[:1])]
 
-    def find(self, width: int) -> Growth | list[Refusal]:
+    def first(self, width: int) -> Growth | None:
+        """The growth that is tried first, if it is one of copies."""
+        return next((found for found in self._copies(width) if isinstance(found, Growth)), None)
+
+    def find(self, width: int) -> Found | list[Refusal]:
         """A growth to `width` channels after which the model still does the same; else why there is none."""
         refusals = []
         for proposal in chain(self._copies(width), self._shuffled(width), self._even(width)):
-            found = proposal
-            if isinstance(found, Growth):
-                found = self._tried(found)
-                if isinstance(found, Growth):
-                    return found
+            found = tried(self._structure, proposal) if isinstance(proposal, Growth) else proposal
+            if isinstance(found, Found):
+                return found
             refusals.append(found)
         return refusals
 
-    def nearest(self, width: int, refusals: list[Refusal]) -> tuple[int, str] | None:
+    def found(self, width: int) -> Found:
+        """The same, or a MorphError with the module, the cause and the nearest width that works."""
+        found = self.find(width)
+        if isinstance(found, Found):
+            return found
+        nearest = self._nearest(width, found)
+        if nearest is None:
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
+        near, cause = nearest
+        raise MorphError(
+            f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."
+        )
+
+    def _nearest(self, width: int, refusals: list[Refusal]) -> tuple[int, str] | None:
         """A width near this one that works, and why this one does not."""
         causes = {refusal.near: refusal.cause for refusal in reversed(refusals) if refusal.near is not None}
         for near in sorted(causes, key=lambda near: abs(near - width)):
-            if isinstance(self.find(near), Growth):
+            if isinstance(self.find(near), Found):
                 return near, causes[near]
         if all(refusal.cause != TOO_FEW for refusal in refusals):
             return None
         for near in sorted(range(width - _DISTANCE, width + _DISTANCE + 1), key=lambda near: abs(near - width)):
-            if near > len(self._atoms) and any(isinstance(found, Growth) for found in self._shuffled(near)):
+            if near > len(self.atoms) and any(isinstance(found, Growth) for found in self._shuffled(near)):
                 return near, TOO_FEW
         return None
 
-    def _tried(self, growth: Growth) -> Growth | Refusal:
-        """The growth, with modules to be cautious about, if the model can follow."""
-        try:
-            found = growth.difference(self._grown(growth))
-        except MorphError as error:
-            return Refusal(str(error))
-        except ForwardError as error:
-            inner = self._with_inner(growth, error.module)
-            if inner is not None:
-                return self._tried(inner)
-            if growth.numbers and error.module not in growth.cautious and len(growth.cautious) < _RETRIES:
-                return self._tried(replace(growth, cautious=growth.cautious | {error.module}))
-            return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
-        if found is None:
-            return growth
-        if growth.numbers and found.module is not None and found.module not in growth.plain:
-            return self._tried(replace(growth, plain=growth.plain | self._like(found.module)))
-        return Refusal(found.cause)
-
-    def _like(self, module: str) -> frozenset[str]:
-        """The names of all modules of this one's class."""
-        kind = type(self._skeleton.model.get_submodule(module))
-        return frozenset(name for name, other in self._skeleton.model.named_modules() if type(other) is kind)
-
-    def _with_inner(self, growth: Growth, module: str) -> Growth | None:
-        """With as many of all that is made inside modules like this one: attention may want to be as wide as its input."""
-        if not (growth.even and growth.numbers):
-            return None
-        coupling = growth.coupling
-        inside = tuple(f"{name}." for name in self._like(module) if name)
-        made = [coupling.of(atoms) for name, atoms in self._record.outputs.items() if name.startswith(inside)]
-        classes = [
-            cls for cls in np.unique(np.concatenate([*made, np.zeros(0, np.int64)])).tolist() if cls not in coupling.causes
-        ]
-        added = np.isin(coupling.classes, classes) & (growth.copies == 0)
-        return replace(growth, copies=np.where(added, growth.copies.max(), growth.copies)) if added.any() else None
-
-    def _grown(self, growth: Growth) -> Record:
-        """What a run of the grown model finds."""
-        skeleton = self._skeleton.copy()
-        for name, shape in growth.shapes().items():
-            skeleton.resize(name, shape)
-        update_attributes(skeleton.model, growth)
-        return skeleton.trace(self._inputs, train=self._record.trained)
-
     def _copies(self, width: int) -> Iterator[Growth | Refusal]:
         """Copies of the last channel, of the last of each kind, of those and of what is cut like them, or far apart."""
-        old = len(self._atoms)
+        more = width - len(self.atoms)
         for coupling in self._couplings:
-            sequence = coupling.of(self._atoms)
-            free = [cls for cls in dict.fromkeys(sequence.tolist()) if cls not in coupling.causes]
-            if not free:
-                yield Refusal(coupling.causes[int(sequence[-1])])
+            sequence = coupling.of(self.atoms)
+            free = _free(coupling, sequence)
+            if not len(free):
+                yield Refusal(coupling.cause(int(sequence[-1])))
                 continue
-            held = {cls: module for module, together in coupling.normalised for cls in together.tolist()}
-            if free[-1] in held:
-                yield Refusal(f"{held[free[-1]]!r} normalises over them")
+            if coupling.norms[free[-1]] >= 0:
+                yield Refusal(f"{coupling.normalised[int(coupling.norms[free[-1]])][0]!r} normalises over them")
                 continue
-            families = _families(coupling, sequence, [cls for cls in free if cls not in held])
-            others = [{cls: 1} for cls in list(families)[-_KINDS - 1 : -1]]
-            tried: list[dict[int, int]] = []
-            spread = dict.fromkeys(free[:: -max(1, len(free) // (width - old))], 1)
-            for copies in ({free[-1]: 1}, families, _with_partners(coupling, families), *others, spread):
-                if copies in tried:
+            standardised = coupling.mask(self._record.mask("standardised"))
+            tried: list[Copies] = []
+            for classes, counts in self._selections(coupling, sequence, free, more):
+                if any(np.array_equal(classes, other) and np.array_equal(counts, same) for other, same in tried):
                     continue
-                tried.append(copies)
-                if any(self._standardised[coupling.members(cls)].any() for cls in copies):  # twins alone leave a row's mean
-                    copies = {cls: 2 * count for cls, count in copies.items()}
-                step = sum(count * int((sequence == cls).sum()) for cls, count in copies.items())
-                if (width - old) % step:
-                    yield Refusal(f"they come in steps of {step}", old + max(1, round((width - old) / step)) * step)
+                tried.append((classes, counts))
+                times = counts * (2 if standardised[classes].any() else 1)  # twins alone leave a row's mean
+                step = int((_counts(sequence, classes) * times).sum())
+                if more % step:
+                    near = len(self.atoms) + max(1, round(more / step)) * step
+                    yield Refusal(f"they come in steps of {step}", near)
                     continue
-                growth = Growth.of_classes(coupling, {cls: count * (width - old) // step for cls, count in copies.items()})
-                yield from _orders(growth)
+                yield from _orders(Growth.of_classes(coupling, classes, times * (more // step)))
+
+    def _selections(self, coupling: Coupling, sequence: Ints, free: Ints, more: int) -> Iterator[Copies]:
+        """Classes to copy, each selection sorted by class; `more` channels are wanted."""
+        yield free[-1:], np.ones(1, np.int64)
+        families = _families(coupling, sequence, free[coupling.norms[free] < 0])
+        yield _sorted(families)
+        yield _sorted(_with_partners(coupling, families))
+        for cls in families[0][-_KINDS - 1 : -1]:
+            yield np.array([cls]), np.ones(1, np.int64)
+        spread = free[:: -max(1, len(free) // more)]
+        yield _sorted((spread, np.ones(len(spread), np.int64)))
 
     def _shuffled(self, width: int) -> Iterator[Growth | Refusal]:
         """All that shares channels with these, in proportion."""
-        growth = proportional(self._couplings[0], self._atoms.numpy(), Fraction(width, len(self._atoms)))
+        growth = proportional(self._couplings[0], self.atoms.numpy(), Fraction(width, len(self.atoms)))
         if isinstance(growth, str):
             yield Refusal(growth)
             return
-        if self._standardised[growth.copies > 0].any():
+        if self._record.mask("standardised")[growth.copies > 0].any():
             return
         for attempt in (growth, replace(growth, numbers=True)):
             try:
-                found = placed(attempt, self._grown(attempt))
+                child = self._structure.grown(attempt)
+                found = placed(attempt, child.record, child.coupling(attempt.coupling.wider))
             except (ForwardError, MorphError) as error:
                 found = str(error)
             yield Refusal(found) if isinstance(found, str) else found
@@ -170,24 +156,23 @@ class Proposals:
     def _even(self, width: int) -> Iterator[Growth | Refusal]:
         """Every class that is normalised together with these, equally often."""
         for wider in [coupling.wider | {"num_groups"} for coupling in self._couplings]:
-            coupling = Coupling(self._record, wider)
+            coupling = self._structure.coupling(wider)
             chosen = self._normalised_with(coupling)
-            if not len(chosen) or self._standardised[np.isin(coupling.classes, chosen)].any():
+            if not len(chosen) or coupling.mask(self._record.mask("standardised"))[chosen].any():
                 return
-            causes = [coupling.causes[cls] for cls in chosen.tolist() if cls in coupling.causes]
-            times, rest = divmod(width, len(self._atoms))
+            causes = coupling.causes(chosen)
+            times, rest = divmod(width, len(self.atoms))
             if causes:
                 yield Refusal(causes[0])
             elif rest:
-                near = max(2, round(width / len(self._atoms))) * len(self._atoms)
+                near = max(2, round(width / len(self.atoms))) * len(self.atoms)
                 yield Refusal("they are normalised together, which whole multiples alone leave as it is", near)
             else:
-                growth = Growth.of_classes(coupling, dict.fromkeys(chosen.tolist(), times - 1), even=True)
-                yield from _orders(growth)
+                yield from _orders(Growth.of_classes(coupling, chosen, np.full(len(chosen), times - 1), even=True))
 
     def _normalised_with(self, coupling: Coupling) -> Ints:
         """The classes of these channels and of all that is normalised together with them; none if nothing is."""
-        chosen, size, normalised = np.unique(coupling.of(self._atoms)), 0, False
+        chosen, size, normalised = np.unique(coupling.of(self.atoms)), 0, False
         while len(chosen) != size:
             size = len(chosen)
             for _, together in coupling.normalised:
@@ -196,31 +181,93 @@ class Proposals:
         return chosen if normalised else chosen[:0]
 
 
+def tried(structure: Structure, growth: Growth) -> Found | Refusal:
+    """The growth, with modules to be cautious about, if the model can follow."""
+    try:
+        child = structure.grown(growth)
+    except MorphError as error:
+        return Refusal(str(error))
+    except ForwardError as error:
+        inner = _with_inner(structure, growth, error.module)
+        if inner is not None:
+            return tried(structure, inner)
+        if growth.numbers and error.module not in growth.cautious and len(growth.cautious) < _RETRIES:
+            return tried(structure, replace(growth, cautious=growth.cautious | {error.module}))
+        return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
+    found = growth.difference(child.record, child.coupling(growth.coupling.wider))
+    if found is None:
+        return Found(growth, child)
+    if growth.numbers and found.module is not None and found.module not in growth.plain:
+        return tried(structure, replace(growth, plain=growth.plain | _like(structure, found.module)))
+    return Refusal(found.cause)
+
+
+def _like(structure: Structure, module: str) -> frozenset[str]:
+    """The names of all modules of this one's class."""
+    model = structure.skeleton.model
+    kind = type(model.get_submodule(module))
+    return frozenset(name for name, other in model.named_modules() if type(other) is kind)
+
+
+def _with_inner(structure: Structure, growth: Growth, module: str) -> Growth | None:
+    """With as many of all that is made inside modules like this one: attention may want to be as wide as its input."""
+    if not (growth.even and growth.numbers):
+        return None
+    coupling = growth.coupling
+    inside = tuple(f"{name}." for name in _like(structure, module) if name)
+    made = [coupling.of(atoms) for name, atoms in structure.record.outputs.items() if name.startswith(inside)]
+    held = np.zeros(structure.record.count, np.bool_)
+    held[np.concatenate([*made, np.zeros(0, np.int64)])] = True
+    added = (held & ~coupling.fixed)[coupling.classes] & (growth.copies == 0)
+    return replace(growth, copies=np.where(added, growth.copies.max(), growth.copies)) if added.any() else None
+
+
 def _orders(growth: Growth) -> Iterator[Growth]:
     """With copies behind runs and behind single indices, each as it is and with the numbers that modules keep."""
+    yield from (growth, replace(growth, numbers=True))
     by_index = replace(growth, by_run=False)
-    for ordered in [growth] if growth.same_layout(by_index) else [growth, by_index]:
-        yield from (ordered, replace(ordered, numbers=True))
+    if not growth.same_layout(by_index):
+        yield from (by_index, replace(by_index, numbers=True))
 
 
-def _families(coupling: Coupling, sequence: Ints, classes: list[int]) -> dict[int, int]:
+def _free(coupling: Coupling, sequence: Ints) -> Ints:
+    """The classes that can be copied, in the order of their first places in a sequence."""
+    made, first = np.unique(sequence, return_index=True)
+    made = made[np.argsort(first)]
+    return made[~coupling.fixed[made]]
+
+
+def _counts(sequence: Ints, classes: Ints) -> Ints:
+    """How often each class is in a sequence."""
+    ordered = np.sort(sequence)
+    return np.searchsorted(ordered, classes, "right") - np.searchsorted(ordered, classes)
+
+
+def _sorted(copies: Copies) -> Copies:
+    order = np.argsort(copies[0])
+    return copies[0][order], copies[1][order]
+
+
+def _families(coupling: Coupling, sequence: Ints, classes: Ints) -> Copies:
     """The last of each kind of class, and how many copies of each make equally many channels of `sequence`."""
-    last = list({coupling.kind(cls): cls for cls in classes}.values())
-    sizes = [int((sequence == cls).sum()) for cls in last]
-    return {cls: math.lcm(*sizes) // size for cls, size in zip(last, sizes, strict=True)}
+    kinds = coupling.kinds[classes]
+    _, first = np.unique(kinds, return_index=True)
+    _, back = np.unique(kinds[::-1], return_index=True)
+    last = classes[len(classes) - 1 - back[np.argsort(first)]]
+    sizes = _counts(sequence, last)
+    return last, math.lcm(*sizes.tolist()) // sizes
 
 
-def _with_partners(coupling: Coupling, families: dict[int, int]) -> dict[int, int]:
+def _with_partners(coupling: Coupling, families: Copies) -> Copies:
     """With them as many of each other kind in the outputs that they share, for forwards that cut an output in equal parts."""
-    copies = dict(families)
-    kinds = {coupling.kind(cls) for cls in families}
+    copies = dict(zip(*(values.tolist() for values in families), strict=True))
+    kinds = set(coupling.kinds[families[0]].tolist())
     for atoms in coupling.record.outputs.values():
         made = coupling.of(atoms)
-        held = [int((made == cls).sum()) * count for cls, count in families.items() if cls in made]
-        if held:
-            free = [cls for cls in dict.fromkeys(made.tolist()) if cls not in coupling.causes]
-            for cls in _families(coupling, made, free):
-                if coupling.kind(cls) not in kinds:
-                    kinds.add(coupling.kind(cls))
-                    copies[cls] = max(1, max(held) // int((made == cls).sum()))
-    return copies
+        held = _counts(made, families[0]) * families[1]
+        if held.any():
+            for cls in _families(coupling, made, _free(coupling, made))[0].tolist():
+                if int(coupling.kinds[cls]) not in kinds:
+                    kinds.add(int(coupling.kinds[cls]))
+                    copies[cls] = max(1, int(held.max()) // int((made == cls).sum()))
+    return np.array(list(copies)), np.array(list(copies.values()))

@@ -1,27 +1,42 @@
 """What a traced run found: which channels must grow together, which cannot grow, and where they are read.
 
-Atoms (see `fastmorph.graph.flow`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one
-is made later: its groups may get wider or more. Two runs are compared by all that is recorded here.
+Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one is
+made later: its groups may get wider or more. Two runs are compared by all that is recorded here. Labels are noted as they are
+while the model runs, and gathered, all in one, when they are asked for.
 """
 
 from __future__ import annotations
 
 import bisect
-import random
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmorph.graph.flow import line, real_atoms
+from fastmorph.graph.flow import line
+from fastmorph.graph.ragged import scrambled
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
 NO_EDGES: Edges = np.zeros((0, 2), np.int64)
 _PLACES = 64  # operands and results of one operator
+
+Kind = Literal["reads", "writes", "makes_of_zero", "shifts", "standardised", "bent"]
+"""What an operator does with channels, beside tying them (see `Record.mark`):
+
+reads: a weight's columns, which are summed over: copies of a channel must cancel here.
+writes: a weight's rows, and all else that makes or changes channels: copies of a channel must be equal here.
+makes_of_zero: channels on which an operator may make something of zero.
+shifts: what is added to channels, which must be zero for a channel of zeros.
+standardised: columns of a weight whose rows are set to mean 0 and variance 1: new ones must leave these as they are.
+bent: entries of a weight that go into a product more than once: as columns they would not cancel.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,9 @@ class Role:
 
     def add_to(self, signatures: Ints) -> None:
         """Add to `Record.signatures`."""
-        held = self.atoms >= 0
-        np.add.at(signatures, self.atoms[held].numpy(), _number(self.code) * (2 * self.numbers[held].numpy() + 1))
+        atoms, numbers = self.atoms.numpy(), self.numbers.numpy()
+        held = atoms >= 0
+        np.add.at(signatures, atoms[held], scrambled(np.array(self.code)) * (2 * numbers[held] + 1))
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ class Choice:
 class Block:
     """Atoms that cannot get copies, and why: a clause that names the module."""
 
-    atoms: Tensor
+    atoms: Ints
     cause: str
 
 
@@ -106,25 +122,31 @@ class Record:
         self.choices: list[Choice] = []
         self.blocks: list[Block] = []
         self.outputs: dict[str, Tensor] = {}  # weight's name -> atoms of the channels that it produces, in order
-        self.sites: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
+        self.norms: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
         self.trained = False  # whether a run in train mode is part of it
-        self.sizes: dict[str, dict[tuple[int, int], Tensor]] = {}  # what `note_sizes` found, by module
         self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module
         self.used: set[str] = set()  # parameters and buffers that some operator took
         self.result: list[tuple[int, ...]] = []  # shapes of the model's outputs
         self._parameters: dict[str, list[Axis]] = {}
         self._edges: list[Edges] = []
-        self._reads: list[Tensor] = []
-        self._writes: list[Tensor] = []
-        self._unsafe: list[Tensor] = []
-        self._shifts: list[Tensor] = []
-        self._standard: list[Tensor] = []
-        self._bent: list[Tensor] = []
-        self._marks: list[tuple[int, Tensor]] = []
+        self._ties: list[tuple[Tensor, Tensor]] = []
+        self._marks: dict[str, list[Tensor]] = {}
+        self._operands: list[tuple[int, Sequence[Tensor]]] = []
         self._roles: list[Role] = []
+        self._sizes: dict[str, dict[tuple[Any, ...], Tensor]] = {}
+
+    def copy(self) -> Record:
+        """Another one to go on with, which leaves this one as it is."""
+        new = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list | dict | set):
+                setattr(new, name, value.copy())
+        for held in (new.cuts, new._marks, new._sizes):
+            held.update({key: value.copy() for key, value in held.items()})  # type: ignore[attr-defined]
+        return new
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
         """A new axis with atoms of its own."""
@@ -141,22 +163,10 @@ class Record:
         """The axes of a parameter or buffer."""
         return self._parameters[name]
 
-    def note_sizes(self, module: str, shape: Sequence[int], labels: Iterable[Tensor]) -> None:
-        """Sizes that the module's forward handles, with the atoms along them: a number of its own may be one of them."""
-        known = self.sizes.setdefault(module, {})
-        for label in labels:
-            for dim, size in enumerate(label.shape):
-                if size > 1:
-                    atoms = line(label, dim)
-                    known.setdefault((shape[dim], int(atoms[0])), atoms)
-
-    def note_cut(self, module: str, sizes: Sequence[int], lines: list[Tensor]) -> None:
-        """Sizes by which the module's forward cuts or pads something, with the atoms of each."""
-        self.cuts.setdefault(module, []).append((tuple(sizes), lines))
-
     def add_atoms(self, module: str, count: int) -> Tensor:
         """Atoms for channels of an output that no row of a weight stands for alone."""
-        return torch.arange(count) + self.add_axis(module, 1, count, parameter=False).start
+        start = self.add_axis(module, 1, count, parameter=False).start
+        return torch.arange(start, start + count)
 
     def add_output(self, atoms: Tensor, weight: str) -> None:
         """The channels that a weight produces, in order."""
@@ -166,120 +176,123 @@ class Record:
         """The axis that an atom belongs to."""
         return self.axes[bisect.bisect_right(self.axes, atom, key=lambda axis: axis.start) - 1]
 
+    def axes_of(self, atoms: Tensor) -> list[Axis]:
+        """The axes that atoms belong to, each once."""
+        found, left = [], np.unique(atoms.numpy())
+        while len(left):
+            found.append(self.axis_of(int(left[0])))
+            left = left[np.searchsorted(left, found[-1].start + found[-1].size) :]
+        return found
+
+    # --- what the rules note --------------------------------------------------------------------------------------------------
+
     def tie(self, one: Tensor, two: Tensor) -> None:
         """Tie two labels position by position."""
-        self._edges.append(edges(one, two))
+        self._ties.append((one, two))
 
     def tie_edges(self, pairs: Edges) -> None:
         """Tie pairs of atoms."""
         self._edges.append(pairs)
 
+    def mark(self, kind: Kind, labels: Iterable[Tensor]) -> None:
+        """Note what an operator does with all atoms in the labels, see `Kind`."""
+        self._marks.setdefault(kind, []).extend(labels)
+
     def block(self, labels: Iterable[Tensor], cause: str) -> None:
         """Forbid copies of all atoms in the labels."""
-        atoms = real_atoms(labels)
-        if atoms.numel():
+        atoms = _atoms(labels)
+        if len(atoms):
             self.blocks.append(Block(atoms, cause))
 
-    def read(self, label: Tensor) -> None:
-        """A weight's columns, which are summed over: copies of a channel must cancel here."""
-        self._reads.append(real_atoms([label]))
-
-    def write(self, labels: Iterable[Tensor]) -> None:
-        """A weight's rows, and all else that makes or changes channels: copies of a channel must be equal here."""
-        self._writes.append(real_atoms(labels))
-
-    def unsafe(self, labels: Iterable[Tensor]) -> None:
-        """Channels on which an operator may make something of zero."""
-        self._unsafe.append(real_atoms(labels))
-
-    def shift(self, labels: Iterable[Tensor]) -> None:
-        """What is added to channels, which must be zero for a channel of zeros."""
-        self._shifts.append(real_atoms(labels))
-
-    def standardise(self, labels: Iterable[Tensor]) -> None:
-        """Columns of a weight whose rows are set to mean 0 and variance 1: new ones must leave these as they are."""
-        self._standard.append(real_atoms(labels))
-
-    @property
-    def reads(self) -> Tensor:
-        """(count,) bool."""
-        return self._mask(self._reads)
-
-    @property
-    def writes(self) -> Tensor:
-        """(count,) bool."""
-        return self._mask(self._writes)
-
-    @property
-    def makes_of_zero(self) -> Tensor:
-        """(count,) bool: see `unsafe`."""
-        return self._mask(self._unsafe)
-
-    @property
-    def shifts(self) -> Tensor:
-        """(count,) bool: see `shift`."""
-        return self._mask(self._shifts)
-
-    def mark(self, place: int, labels: Iterable[Tensor]) -> None:
+    def note_operand(self, place: int, labels: Sequence[Tensor]) -> None:
         """The channels in one operand, or in one result, of the operator that the journal names last."""
-        code = len(self.journal) * _PLACES + place
-        self._marks += [(code, label.reshape(-1)) for label in labels]
-
-    @property
-    def signatures(self) -> Ints:
-        """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
-        found = np.zeros(self.count, np.int64)
-        for code, atoms in self._marks:
-            found[atoms[atoms >= 0].numpy()] += _number(code)  # once, however often it is there
-        for role in self._roles:
-            role.add_to(found)
-        return found
+        if labels:
+            self._operands.append((len(self.journal) * _PLACES + place, labels))
 
     def roles_of(self, place: int, lines: Tensor) -> Role:
         """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
         numbers = torch.arange(len(lines))[:, None].expand_as(lines)
         return Role(len(self.journal) * _PLACES + place, lines.reshape(-1), numbers.reshape(-1))
 
-    def mark_roles(self, place: int, lines: Tensor) -> None:
+    def note_roles(self, place: int, lines: Tensor) -> None:
         """Note the roles of labels, see `roles_of`, that growth leaves as they are."""
         self._roles.append(self.roles_of(place, lines))
 
-    def bend(self, labels: Iterable[Tensor]) -> None:
-        """Entries of a weight that go into a product more than once: as columns they would not cancel."""
-        self._bent.append(real_atoms(labels))
+    def note_sizes(self, module: str, shape: Sequence[int], labels: Iterable[Tensor]) -> None:
+        """Sizes that the module's forward handles, with the atoms along them: a number of its own may be one of them."""
+        known = self._sizes.setdefault(module, {})
+        for label in labels:
+            known.setdefault((id(label), *shape), label)
 
-    @property
-    def bent(self) -> Tensor:
-        """(count,) bool: see `bend`."""
-        return self._mask(self._bent)
+    def note_cut(self, module: str, sizes: Sequence[int], lines: list[Tensor]) -> None:
+        """Sizes by which the module's forward cuts or pads something, with the atoms of each."""
+        self.cuts.setdefault(module, []).append((tuple(sizes), lines))
 
-    @property
-    def standardised(self) -> Tensor:
-        """(count,) bool: see `standardise`."""
-        return self._mask(self._standard)
+    # --- what they come to ----------------------------------------------------------------------------------------------------
 
-    @property
-    def edges(self) -> Edges:
-        """All ties but those of choices, each once."""
-        return unique(np.concatenate([NO_EDGES, *self._edges]))
-
-    def _mask(self, atoms: list[Tensor]) -> Tensor:
-        mask = torch.zeros(self.count, dtype=torch.bool)
-        if atoms:
-            mask[torch.cat(atoms)] = True
+    def mask(self, kind: Kind) -> Bools:
+        """(count,): which atoms were marked so."""
+        mask = np.zeros(self.count, np.bool_)
+        atoms = _joined(self._marks.get(kind, ()))
+        mask[atoms[atoms >= 0]] = True
         return mask
 
+    @cached_property
+    def edges(self) -> Edges:
+        """All ties but those of choices, as they were found."""
+        sides = [tie if tie[0].shape == tie[1].shape else torch.broadcast_tensors(*tie) for tie in self._ties]
+        one, two = (_joined(side[place] for side in sides) for place in (0, 1))
+        return np.concatenate([_pairs(one, two), *self._edges])
 
-def _number(code: int) -> int:
-    """A large number that is another for another code."""
-    return random.Random(code).getrandbits(62)
+    @property
+    def signatures(self) -> Ints:
+        """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
+        found = np.zeros(self.count, np.int64)
+        numbers = scrambled(np.array([code for code, _ in self._operands], np.int64))
+        for number, (_, labels) in zip(numbers, self._operands, strict=True):
+            for label in labels:
+                atoms = label.reshape(-1).numpy()
+                found[atoms[atoms >= 0]] += number  # once, however often it is there
+        for role in self._roles:
+            role.add_to(found)
+        return found
+
+    def sizes(self, module: str) -> dict[tuple[int, int], Tensor]:
+        """What `note_sizes` found in a module: atoms along a dimension, by its size and the first of them."""
+        found: dict[tuple[int, int], Tensor] = {}
+        for (_, *shape), label in self._sizes.get(module, {}).items():
+            for dim, size in enumerate(label.shape):
+                if size > 1:
+                    atoms = line(label, dim)
+                    found.setdefault((shape[dim], int(atoms[0])), atoms)
+        return found
+
+    @property
+    def sized(self) -> list[str]:
+        """The modules for which `sizes` knows something, in the order of their first operator."""
+        return list(self._sizes)
+
+
+def _joined(labels: Iterable[Tensor]) -> Ints:
+    found = [label.numpy().reshape(-1) for label in labels]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def _atoms(labels: Iterable[Tensor]) -> Ints:
+    """All atoms in the labels, each once, (n,)."""
+    atoms = np.unique(_joined(labels))
+    return atoms[atoms >= 0]
+
+
+def _pairs(one: Ints, two: Ints) -> Edges:
+    pairs = np.stack([one, two], 1)
+    return pairs if not len(pairs) or pairs.min() >= 0 else pairs[(pairs >= 0).all(1)]
 
 
 def edges(one: Tensor, two: Tensor) -> Edges:
     """The pairs of atoms at equal positions of two labels that broadcast."""
     one, two = torch.broadcast_tensors(one, two)
-    pairs = torch.stack([one.reshape(-1), two.reshape(-1)], 1).numpy()
-    return pairs[(pairs >= 0).all(1)]
+    return _pairs(one.numpy().reshape(-1), two.numpy().reshape(-1))
 
 
 def chain(lines: Tensor) -> Edges:
@@ -293,7 +306,6 @@ def unique(pairs: Edges) -> Edges:
         return pairs
     low, high = pairs.min(1), pairs.max(1)
     base = int(high.max()) + 1
-    keys = np.sort(low * base + high)  # as one number, which sorts much faster than pairs
-    keys = keys[np.append(True, np.diff(keys) > 0)]
-    pairs = np.stack([keys // base, keys % base], 1)
-    return pairs[pairs[:, 0] != pairs[:, 1]]
+    keys = np.sort((low * base + high)[low != high])  # as one number, which sorts much faster than pairs
+    keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
+    return np.stack([keys // base, keys % base], 1)

@@ -6,14 +6,14 @@ least as many of each kind as the model had before, old channels take their plac
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
-from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.coupling import Coupling, kinds
 from fastmorph.graph.growth import Growth, Layout
+from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record
 
 TOO_FEW = "fewer of them than now would take one of the ways through the model's shuffles"
@@ -23,9 +23,8 @@ def proportional(coupling: Coupling, atoms: Ints, ratio: Fraction) -> Growth | s
     """All axes that share channels with these grow by the ratio, for now without saying which index comes from where."""
     axes = _sharing(coupling, atoms)
     classes = np.unique(np.concatenate([coupling.classes[axis.start : axis.start + axis.size] for axis in axes]))
-    for cls in classes.tolist():
-        if cls in coupling.causes:
-            return coupling.causes[cls]
+    if coupling.fixed[classes].any():
+        return coupling.causes(classes)[0]
     for module, together in coupling.normalised:
         if np.isin(together, classes).any():
             return f"{module!r} normalises over them"
@@ -42,7 +41,7 @@ def proportional(coupling: Coupling, atoms: Ints, ratio: Fraction) -> Growth | s
 
 def _sharing(coupling: Coupling, atoms: Ints) -> list[Axis]:
     """All axes that share a class with these atoms, directly or through others."""
-    axes = coupling.places >> 32
+    axes = coupling.axes
     chosen = np.zeros(len(coupling.record.axes), bool)
     chosen[axes[atoms]] = True
     count = 0
@@ -54,44 +53,48 @@ def _sharing(coupling: Coupling, atoms: Ints) -> list[Axis]:
     return [axis for axis, taken in zip(coupling.record.axes, chosen, strict=True) if taken]
 
 
-def placed(growth: Growth, child: Record) -> Growth | str:
+def placed(growth: Growth, child: Record, after: Coupling) -> Growth | str:
     """The growth with the old channels at places of their kind, once the resized model has run."""
-    before, after = growth.coupling, Coupling(child, growth.coupling.wider)
+    before = growth.coupling
     pairs = list(zip(before.record.axes, child.axes, strict=False))
     if any((old.name, old.dim) != (new.name, new.dim) for old, new in pairs) or len(child.axes) != len(before.record.axes):
         return "the model would run other operators"
     grown = [(old, new) for old, new in pairs if old in growth.layouts]
     if any(new.size != len(growth.layouts[old].origin) for old, new in grown):
         return "its channels would not all grow in proportion"
-    wanted = _by_kind(before, [old for old, _ in grown])
-    found = _by_kind(after, [new for _, new in grown])
+    kinds_before, kinds_after = kinds(before, after)
+    old, old_kinds = _by_kind(before, kinds_before, [axis for axis, _ in grown])
+    new, new_kinds = _by_kind(after, kinds_after, [axis for _, axis in grown])
+    there, here = (np.searchsorted(of, old_kinds, "right") - np.searchsorted(of, old_kinds) for of in (new_kinds, old_kinds))
+    if (there < here).any():
+        return TOO_FEW
+    first = np.searchsorted(old_kinds, new_kinds)  # of the old classes of each new one's kind, in `old`
+    count = np.searchsorted(old_kinds, new_kinds, "right") - first
+    _, ranks, sizes = np.unique(new_kinds, return_inverse=True, return_counts=True)
+    number = positions(sizes) - count + 1  # of a copy, from 1 on; old channels come first
+    known, is_old = count > 0, number < 1
+    donor = old[np.where(known, first + np.where(is_old, number + count - 1, -number % np.maximum(count, 1)), 0)]
+    # Now atom by atom: the members of a class, and those of its donor, in order.
+    lengths = after.lengths[np.searchsorted(after.names, new)]
+    member, row = positions(lengths), np.repeat(np.arange(len(new)), lengths)
+    atoms, given = after.order[after.starts[new][row] + member], before.starts[donor][row] + member
+    given = before.order[np.minimum(given, before.record.count - 1)]
     source, copy, key = np.full(child.count, -1), np.zeros(child.count, np.int64), np.zeros(child.count, np.int64)
-    keys = before.record.count
-    for kind, classes in wanted.items():
-        if len(found[kind]) < len(classes):
-            return TOO_FEW
-    for kind, places in found.items():
-        classes = wanted.get(kind, [])
-        for place, cls in zip(places, classes, strict=False):
-            source[after.members(place)] = key[after.members(place)] = before.members(cls)
-        for number, place in enumerate(places[len(classes) :], 1):
-            members = after.members(place)
-            copy[members] = number
-            key[members] = keys + np.arange(len(members))
-            if classes:
-                source[members] = before.members(classes[-number % len(classes)])
-        keys += len(after.members(places[0]))
+    source[atoms] = np.where(known[row], given, -1)
+    copy[atoms] = np.where(is_old, 0, number)[row]
+    # New ones of one kind have one key, which no old one has.
+    key[atoms] = np.where(is_old[row], given, before.record.count + ranks[row] * (1 + int(lengths.max())) + member)
     layouts = {}
-    for old, new in grown:
-        span = slice(new.start, new.start + new.size)
+    for axis, wider in grown:
+        span = slice(wider.start, wider.start + wider.size)
         # What a new kind of channel begins with does not matter: anything of this axis.
-        origin = np.where(source[span] < 0, np.arange(new.size) % old.size, source[span] - old.start)
-        layouts[old] = Layout(origin, copy[span], key[span])
-    return replace(growth, given=layouts, known=all(kind in wanted for kind in found))
+        origin = np.where(source[span] < 0, np.arange(wider.size) % axis.size, source[span] - axis.start)
+        layouts[axis] = Layout(origin, copy[span], key[span])
+    return replace(growth, given=layouts, known=bool(known.all()))
 
 
-def _by_kind(coupling: Coupling, axes: list[Axis]) -> dict[tuple[bytes, bytes, bytes], list[int]]:
-    found: dict[tuple[bytes, bytes, bytes], list[int]] = defaultdict(list)
-    for cls in np.unique(np.concatenate([coupling.classes[axis.start : axis.start + axis.size] for axis in axes])).tolist():
-        found[coupling.kind(cls)].append(cls)
-    return found
+def _by_kind(coupling: Coupling, kinds: Ints, axes: list[Axis]) -> tuple[Ints, Ints]:
+    """The classes of axes, sorted by kind, and their kinds."""
+    classes = np.unique(np.concatenate([coupling.classes[axis.start : axis.start + axis.size] for axis in axes]))
+    classes = classes[np.argsort(kinds[classes], kind="stable")]
+    return classes, kinds[classes]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
+from fastmorph.graph.attention import plain_kernels, use_plain_modules
 from fastmorph.graph.record import Record
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tracer import Tracer
@@ -53,18 +54,27 @@ class Skeleton:
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._fake(tensor)
                 first[id(tensor)] = name
-                if tensor.device.type != "meta":
+                if tensor.device.type != "meta" and not tensor.is_floating_point():  # an index; weights are not held
                     self._values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
         self.model: nn.Module = copy.deepcopy(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "meta":  # weights to come, or an architecture alone
-            with self._mode:
-                fake: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
-        else:
-            fake = self._mode.from_tensor(tensor.detach())
+        device = self._device if tensor.device.type == "meta" else tensor.device  # meta: weights to come, or none
+        fake = self._empty(tuple(tensor.shape), tensor.dtype, device, tensor.stride())
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stride: Any = None) -> Tensor:
+        if stride is None:
+            memory = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            memory = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return FakeTensor(self._mode, memory, device)
+
+    def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A model's arguments with fake tensors in the place of tensors."""
+        fakes: tuple[Any, ...] = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        return fakes
 
     def copy(self) -> Skeleton:
         """Another one that can be resized on its own."""
@@ -76,8 +86,7 @@ class Skeleton:
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
         """Give a parameter or buffer, under all its names, another shape."""
         old = _get(self.model, name)
-        with self._mode:
-            new: Tensor = torch.empty(shape, dtype=old.dtype, device=old.device)
+        new = self._empty(shape, old.dtype, old.device)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         for other in self.names[name]:
@@ -102,7 +111,7 @@ class Skeleton:
         return record
 
     def _with_train(self, inputs: tuple[Any, ...], record: Record, *, required: bool) -> Record:
-        both = copy.deepcopy(record)
+        both = record.copy()
         both.trained = True
         blocks = len(both.blocks)
         try:
@@ -119,11 +128,11 @@ class Skeleton:
         for name in self.names:
             tracer.add_leaf(name, _get(self.model, name), self._values.get(name))
         self.model.train(train)
+        use_plain_modules(self.model)
         hooks = _follow_modules(self.model, tracer.stack)
-        given = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         try:
-            with _plain_attention(), _silent_errors(), torch.random.fork_rng([]), torch.no_grad(), self._mode, tracer:
-                result = self.model(*given)
+            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer:
+                result = self.model(*self.inputs(inputs))
         except MorphError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -173,24 +182,26 @@ def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
     return hooks
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention in operators that have rules."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+class _Silence(logging.Filter):
+    """Drops what a thread logs while it asks for silence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(self.wanted, "here", False)
+
+
+_SILENCE = _Silence()
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_SILENCE)
 
 
 @contextmanager
 def _silent_errors() -> Iterator[None]:
     """A model that cannot run on some shapes is an answer, which PyTorch would print as a failure."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    _SILENCE.wanted.here = True
     try:
         yield
     finally:
-        logger.disabled = before
+        _SILENCE.wanted.here = False

@@ -6,16 +6,17 @@ that a forward which branches on values is noticed rather than followed along on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmorph.errors import MorphError
+from fastmorph.graph import attention
 from fastmorph.graph.flow import DATA, FIXED, FREE, UNIFORM, Flow, compress, leaf
 from fastmorph.graph.record import Record
 
@@ -39,10 +40,15 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, those in lists too."""
-        return [leaf for leaf in pytree.tree_leaves(list(self.args.values())) if isinstance(leaf, Tensor)]
+        return _tensors_in(self.args.values())
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """All tensors among the results."""
+        return _tensors_in((self.out,))
 
     def on(self, tensor: Tensor, **others: Any) -> Any:
         """What the operator returns for another first argument (and others)."""
@@ -74,6 +80,7 @@ class Tracer(TorchDispatchMode):
         self._values: dict[int, Tensor] = {}
         self._poison: dict[int, tuple[list[Tensor], str]] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
+        self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory
 
     @property
     def module(self) -> str:
@@ -98,7 +105,9 @@ class Tracer(TorchDispatchMode):
 
     def set(self, tensor: Tensor, flow: Flow) -> None:
         """Set what is known about a tensor."""
-        self._kept.append(tensor)
+        if id(tensor) not in self._flows:
+            self._kept.append(tensor)
+            self._views.setdefault(_memory(tensor), {})[id(tensor)] = tensor
         self._flows[id(tensor)] = flow
 
     def value(self, tensor: Tensor) -> Tensor | None:
@@ -127,7 +136,10 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then follow it."""
         out = func(*args, **(kwargs or {}))
-        with _disable_current_modes():
+        if attention.is_fused(func):
+            with self:
+                return (attention.plain(_call(func, args, kwargs or {}, out).args), *out[1:])
+        with torch._C._DisableTorchDispatch():  # in this thread alone
             self._follow(func, args, kwargs or {}, out)
         return out
 
@@ -145,18 +157,17 @@ class Tracer(TorchDispatchMode):
             flows = self._rule_of(func, call.name)(self, call)
         except Exception as error:
             raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
-        outputs = [item for item in pytree.tree_leaves(out) if isinstance(item, Tensor)]
         if isinstance(flows, Flow):
             flows = [flows]
-        for tensor, flow in zip(outputs, [*(flows or []), *[DATA] * len(outputs)], strict=False):
+        for tensor, flow in zip(call.outputs, [*(flows or []), *[DATA] * len(call.outputs)], strict=False):
             if any(tensor is given for given in call.tensors):
                 self._write(tensor, flow, replaces=call.name in ("copy", "fill", "zero"))
             else:
                 self.set(tensor, flow)
         if len(self.record.journal) > entries:
-            for place, slots in enumerate([*held, *(self.flow(tensor).slots for tensor in outputs)]):
-                self.record.mark(place, slots)
-        for tensor in [*call.tensors, *outputs]:
+            for place, slots in enumerate([*held, *(self.flow(tensor).slots for tensor in call.outputs)]):
+                self.record.note_operand(place, slots)
+        for tensor in [*call.tensors, *call.outputs]:
             self.record.note_sizes(self.stack[-1], tensor.shape, self.flow(tensor).varying)
 
     def _write(self, tensor: Tensor, flow: Flow, *, replaces: bool) -> None:
@@ -165,8 +176,8 @@ class Tracer(TorchDispatchMode):
         self.set(tensor, flow)
         if not replaces and len(before.slots) == len(flow.slots):  # what is tied needs no second label
             return
-        views = {id(t): t for t in self._kept if t is not tensor and _memory(t) == _memory(tensor)}
-        known = [*((view, self.flow(view)) for view in views.values()), (tensor, flow)]
+        views = [view for view in self._views[_memory(tensor)].values() if view is not tensor]
+        known = [*((view, self.flow(view)) for view in views), (tensor, flow)]
         if len(known) == 1 or not any(item.slots for _, item in known):
             return
         if any(len(item.slots) > 1 for _, item in known):
@@ -194,17 +205,33 @@ def _same_everywhere(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and bool((tensor == tensor.flatten()[0]).all())
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
-    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
-    named = {
-        argument.name: given.get(argument.name, argument.default_value)
-        for argument in func._schema.arguments
-        if argument.name in given or argument.has_default_value()
-    }
-    name = func._schema.name.split("::")[1]
-    if func._schema.is_mutable and name.endswith("_"):
+@cache
+def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
+    """An operator's name without a mark of writing in place, and its arguments: name, whether there is a default, and that."""
+    schema = func._schema
+    name: str = schema.name.split("::")[1]
+    if schema.is_mutable and name.endswith("_"):
         name = name[:-1]
+    return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+    name, arguments = _signature(func)
+    named = {key: value for (key, _, _), value in zip(arguments, args, strict=False)}
+    for key, has_default, default in arguments[len(args) :]:
+        if key in kwargs or has_default:
+            named[key] = kwargs.get(key, default)
     return Call(name, func, named, out)
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors_in(value)
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -9,15 +9,18 @@ dilation is the same in both; the bias is the second layer's. Groups are indepen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from fastmorph.equation.bounds import smallest_direct, smallest_half_step
 from fastmorph.equation.frame import Frame, make_frame
 from fastmorph.errors import MorphError
 from fastmorph.morphs.rows import build_row, check_hidden, make_row, solve_row
-from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential
+from fastmorph.morphs.subnet import Activation, LayerSpec, Sequential, frozen_size
 from fastmorph.plan.layers import Layer
+from fastmorph.plan.morph import M, Options, grow
+from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
 
 _NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "layer1": "second"}
@@ -32,6 +35,20 @@ class Deepen:
     kernel_sizes: Any = None
     activation: Activation = None
     norm: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.kernel_sizes
+        if isinstance(sizes, list | tuple):
+            object.__setattr__(self, "kernel_sizes", tuple(map(frozen_size, sizes)))
+        elif sizes is not None and not isinstance(sizes, int):  # an int is refused where it has a meaning
+            raise MorphError(
+                f"layer {self.layer!r}: kernel_sizes={sizes!r} must hold two entries, one a layer, such as (3, 3)."
+            )
+
+    @property
+    def target(self) -> str:
+        """The layer."""
+        return self.layer
 
     def apply(self, transaction: Transaction) -> None:
         """Replace the layer by two, whose weights solve one equation, a batch of groups."""
@@ -58,3 +75,39 @@ class Deepen:
             return frame, co
         per_group = co // groups, ci // groups
         return frame, groups * (smallest_direct(frame, *per_group) or smallest_half_step(frame, *per_group))
+
+
+def deepen(
+    model: M,
+    layer: str,
+    *,
+    hidden_channels: int | None = None,
+    kernel_sizes: Sequence[int | Sequence[int]] | None = None,
+    activation: Activation = None,
+    norm: str | None = None,
+    **options: Unpack[Options],
+) -> M:
+    """Replace one layer by two that compute the same, borders included (Wei et al. 2016, depth morphing).
+
+    Args:
+        model: the parent; it is not touched.
+        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding.
+        hidden_channels: C_hid, channels between the two, of all groups together; None: C_out, or where the weight does not
+            fit into the first kernel, the smallest number that takes no iteration.
+        kernel_sizes: (K1, K2), each an int or one int per spatial dimension; None: the layer's own and 3 (1 where it has 1).
+        activation: inserted between the two as its P-activation with a = 1 (see `fastmorph.nn.PActivation`); None: none.
+        norm: "batch" inserts a BatchNorm between the two that is the identity in eval mode; None: none.
+        **options: those of `morph`, see `Options`.
+
+    Returns:
+        The child: `layer` is an nn.Sequential with submodules first, norm, activation, second, and in front of them pad or
+        widen_pad where the first layer cannot do all the padding itself.
+
+    Raises:
+        MorphError: the layer cannot be morphed, with the cause and the remedy.
+        InexactMorphError: the equation was not solved exactly.
+    """
+    return grow(model, [Deepen(layer, hidden_channels, kernel_sizes, activation, norm)], options)
+
+
+register_operator(Deepen, name="deepen")

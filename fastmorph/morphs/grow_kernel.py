@@ -9,8 +9,10 @@ nn.Sequential of padding modules (pad, widen_pad) and itself (conv), which shows
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -22,6 +24,9 @@ from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import frozen_size
 from fastmorph.nn import Replacement
 from fastmorph.plan.layers import Layer, sizes_of
+from fastmorph.plan.memory import check_memory
+from fastmorph.plan.morph import M, Options, grow
+from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
 
 
@@ -35,12 +40,20 @@ class GrowKernel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel_size", frozen_size(self.kernel_size))
 
+    @property
+    def target(self) -> str:
+        """The layer."""
+        return self.layer
+
     def apply(self, transaction: Transaction) -> None:
         """Put zeros around the kernel and grow the padding."""
         layer = transaction.find_layer(self.layer, transposed=True)
         size, conv = self._size(layer), layer.module
         if size == layer.kernel:
             return
+        check_memory(
+            f"layer {layer.name!r}: {self!r}", conv.weight.nbytes // prod(layer.kernel) * prod(size), conv.weight.device
+        )
         before = _before(layer, size)
         after = tuple(n - k - b for n, k, b in zip(size, layer.kernel, before, strict=True))
         modules, padding, mode = _padding(layer, size, before, after)
@@ -106,3 +119,25 @@ def _padding(layer: Layer, size: Size, before: Size, after: Size) -> tuple[dict[
             return {}, tuple(a for a, _ in wanted), conv.padding_mode
     modules, own = frame_padding(layer, before, after)
     return modules, own.get("padding", (0,) * layer.dims), own.get("padding_mode", "zeros")
+
+
+def grow_kernel(model: M, kernel_sizes: Mapping[str, Any], **options: Unpack[Options]) -> M:
+    """Enlarge kernels with zeros around them, and the padding with them.
+
+    Args:
+        model: the parent; it is not touched.
+        kernel_sizes: {layer: kernel size, an int or one int per spatial dimension}, for nn.Conv1d to 3d with any settings, and
+            nn.ConvTranspose1d to 3d, which grow by even numbers.
+        **options: those of `morph`, see `Options`.
+
+    Returns:
+        The child. A layer stays what it is, under its name, where it pads as much before as behind (or "same"), with zeros or
+        replicated values; else, and where it pads nothing, it is an nn.Sequential with submodules pad, widen_pad, conv.
+
+    Raises:
+        MorphError: the layer cannot be morphed, with the cause and the remedy.
+    """
+    return grow(model, [GrowKernel(layer, size) for layer, size in kernel_sizes.items()], options)
+
+
+register_operator(GrowKernel, name="grow_kernel")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from fastmorph.morphs.subnet import Residual, Sequential, Skip, Stacked, Subnet
 from fastmorph.nn import PActivation, Replacement
 from fastmorph.nn.branches import Branches
 from fastmorph.plan.layers import Layer
+from fastmorph.plan.morph import M, Options, grow
+from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
 
 
@@ -36,6 +38,11 @@ class InsertSubnet:
 
     layer: str
     subnet: Subnet
+
+    @property
+    def target(self) -> str:
+        """The layer."""
+        return self.layer
 
     def apply(self, transaction: Transaction) -> None:
         """Build the subnet and queue its equations."""
@@ -142,3 +149,27 @@ def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> N
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
     transaction.replace_module(layer.module, whole, near=layer.origin)
+
+
+def insert_subnet(model: M, layer: str, subnet: Subnet, **options: Unpack[Options]) -> M:
+    """Replace a layer by several in a row, or by branches that sum; or put a residual block behind it.
+
+    Args:
+        model: the parent; it is not touched.
+        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding.
+        subnet: an `fm.Sequential`, `fm.Stacked` or `fm.Residual`.
+        **options: those of `morph`, see `Options`.
+
+    Returns:
+        The child. A Sequential is an nn.Sequential with submodules layer0, norm0, activation0, layer1, ...; a Stacked is a
+        `fastmorph.nn.Branches` of such, nn.Identity for a Skip; a Residual is an nn.Sequential of the layer itself
+        (layer) and the block (residual).
+
+    Raises:
+        MorphError: the layer cannot be morphed, with the cause and the remedy.
+        InexactMorphError: an equation was not solved exactly.
+    """
+    return grow(model, [InsertSubnet(layer, subnet)], options)
+
+
+register_operator(InsertSubnet, name="insert_subnet")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmorph.errors import MorphError
+from fastmorph.plan.operators import register_part
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor] | None
 
@@ -33,7 +34,7 @@ class LayerSpec:
         norm: "batch" puts a BatchNorm behind it that is the identity in eval mode; None: none.
     """
 
-    channels: int | None
+    channels: int | None = None
     kernel_size: Any = 1
     activation: Activation = None
     norm: str | None = None
@@ -124,3 +125,9 @@ class Residual:
 
 
 Subnet = Sequential | Stacked | Residual
+
+register_part(LayerSpec, name="layer")
+register_part(Sequential, name="sequential")
+register_part(Skip, name="skip")
+register_part(Stacked, name="stacked")
+register_part(Residual, name="residual")

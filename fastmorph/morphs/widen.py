@@ -6,23 +6,23 @@ own class: its tensors and the sizes that its modules keep are changed, its code
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import Unpack
 
 import torch
-from torch import nn
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
-from fastmorph.graph.find import channels_of, tensor_of
+from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.guess import traced
-from fastmorph.graph.propose import Proposals
-from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.structure import follow
+from fastmorph.graph.widths import Width, find_stages
 from fastmorph.morphs.widen_fill import FILLS, Filling
-
-if TYPE_CHECKING:
-    from fastmorph.plan.transaction import Transaction
+from fastmorph.plan.morph import M, Options, grow
+from fastmorph.plan.operators import register_operator
+from fastmorph.plan.transaction import Transaction
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,50 @@ class Widen:
     channels: int
     fill: str = "pair"
 
+    @property
+    def target(self) -> str:
+        """The layer."""
+        return self.layer
+
     def apply(self, transaction: Transaction) -> None:
-        """Widen the layer of `transaction.model`, in place.
+        """Widen the layer of `transaction.model`, in place; see `apply_together`."""
+        self.apply_together([self], transaction)
+
+    @staticmethod
+    def apply_together(operators: Sequence[Widen], transaction: Transaction) -> None:
+        """Widen layers one behind the other: the model is followed once, and checked once where they do not meet.
 
         Raises MorphError if that cannot be exact, with the module, the cause and, if there is one, the nearest width that
-        works.
+        works. Nothing is changed then.
         """
-        if self.fill not in FILLS:
-            raise MorphError(f"layer {self.layer!r}: fill={self.fill!r} must be one of {', '.join(map(repr, FILLS))}.")
-        growth = self._growth(transaction.model, transaction.example_inputs)
-        if growth is None:
-            return
-        shapes = growth.shapes()
+        began = perf_counter()
+        for operator in operators:
+            if operator.fill not in FILLS:
+                known = ", ".join(map(repr, FILLS))
+                raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
+        if transaction.structure is None:
+            transaction.structure = follow(transaction.model, transaction.example_inputs)
+        widths = [Width(operator.layer, operator.channels, operator._check_fill) for operator in operators]
+        stages, structure = find_stages(transaction.structure, widths)
+        share = 1e3 * (perf_counter() - began) / len(operators)
+        left = iter(operators)
+        for stage in stages:
+            for growth in stage.growths:
+                operator = next(left)
+                with transaction.step(operator) as step:
+                    step.milliseconds += share
+                    if growth is not None:
+                        operator._fill(growth, transaction)
+            if stage.growth is not None:
+                update_attributes(transaction.model, stage.growth)
+        transaction.structure = structure
+
+    def _fill(self, growth: Growth, transaction: Transaction) -> None:
+        """Put grown tensors in the place of old ones."""
         if transaction.with_weights:
             transaction.settle()
         filling = Filling(growth, self.fill, transaction.random) if transaction.with_weights else None
-        for name, shape in shapes.items():
+        for name, shape in growth.shapes().items():
             old = tensor_of(transaction.model, name)
             if filling is None:
                 transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
@@ -60,25 +88,10 @@ class Widen:
                 with torch.no_grad():
                     new, linear, square = filling.tensor(name, old.detach())
                 transaction.replace(old, new, linear=linear, square=square)
-        update_attributes(transaction.model, growth)
-
-    def _growth(self, model: nn.Module, example_inputs: tuple[Any, ...] | None) -> Growth | None:
-        """What must grow for the layer to have so many channels; None if it has them."""
-        skeleton = Skeleton(model)
-        inputs, record = traced(skeleton, example_inputs)
-        atoms = channels_of(model, record, self.layer)
-        channels, old = self.channels, len(atoms)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < old:
-            raise MorphError(f"layer {self.layer!r} has {old} channels: channels={channels!r} must be an int of at least that.")
-        if channels == old:
-            return None
-        growth = find_growth(Proposals(skeleton, record, atoms, inputs), self.layer, channels)
-        self._check_fill(growth)
-        return growth
 
     def _check_fill(self, growth: Growth) -> None:
         record = growth.coupling.record
-        standardised = record.standardised.numpy() & (growth.copies > 0)
+        standardised = record.mask("standardised") & (growth.copies > 0)
         if standardised.any() and self.fill != "pair":
             name = record.axis_of(int(standardised.argmax())).name
             raise MorphError(
@@ -91,16 +104,25 @@ class Widen:
             )
 
 
-def find_growth(proposals: Proposals, layer: str, channels: int) -> Growth:
-    """A growth of `layer` to so many channels.
+def widen(
+    model: M,
+    channels: Mapping[str, int],
+    *,
+    fill: str = "pair",
+    **options: Unpack[Options],
+) -> M:
+    """Give layers more output channels, and all that reads them as many inputs, so that the network computes the same.
 
-    Raises MorphError, with the module, the cause and the nearest width that works.
+    Args:
+        model: the parent; it is not touched.
+        channels: {layer: number of output channels}, in the order in which they are widened.
+        fill: how new channels cancel in what reads them, see `Widen`.
+        **options: those of `morph`, see `Options`; channels are followed on `example_inputs`, guessed where there are none.
+
+    Raises:
+        MorphError: a layer cannot be widened exactly, with the cause and the remedy.
     """
-    found = proposals.find(channels)
-    if isinstance(found, Growth):
-        return found
-    nearest = proposals.nearest(channels, found)
-    if nearest is None:
-        raise MorphError(f"layer {layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
-    width, cause = nearest
-    raise MorphError(f"layer {layer!r} cannot have {channels} channels: {cause}; the nearest number that works is {width}.")
+    return grow(model, [Widen(layer, number, fill) for layer, number in channels.items()], options)
+
+
+register_operator(Widen, name="widen")

@@ -67,8 +67,8 @@ class Filling:
     def __init__(self, growth: Growth, fill: str, random: torch.Generator) -> None:
         self._growth, self._fill, self._random = growth, fill, random
         self._record, self._coupling = growth.coupling.record, growth.coupling
-        self._reads, self._shifts = self._record.reads.numpy(), self._record.shifts.numpy()
-        self._standardised = self._record.standardised.numpy()
+        self._reads, self._shifts = self._record.mask("reads"), self._record.mask("shifts")
+        self._standardised = self._record.mask("standardised")
         self._reading = {axis.name for axis in self._record.axes if axis.parameter and self._marked(self._reads, axis)}
         self._donors = self._draw_donors() if growth.given is None and not growth.even else {}
         self._zero_rows = fill == "zero" and not growth.even and self._rows_are_fewer() and self._rows_may_be_zero()
@@ -112,7 +112,7 @@ class Filling:
         """For each class with copies, the class whose entries each copy takes: one of its kind at random, twins the same."""
         drawn: dict[int, list[int]] = {}
         for template in np.unique(self._coupling.classes[self._growth.copies > 0]).tolist():
-            kin = self._coupling.kin(template)
+            kin = self._coupling.kin(template).tolist()
             count = int(self._growth.copies[template])
             picks = torch.randint(len(kin), (count,), generator=self._random).tolist()
             if self._fill == "pair":
@@ -121,7 +121,7 @@ class Filling:
         return drawn
 
     def _rows_may_be_zero(self) -> bool:
-        return not (self._record.makes_of_zero.numpy() & (self._growth.copies > 0)).any()
+        return not (self._record.mask("makes_of_zero") & (self._growth.copies > 0)).any()
 
     def _rows_are_fewer(self) -> bool:
         rows = columns = 0

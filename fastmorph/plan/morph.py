@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +17,8 @@ from fastmorph.certify.verify import verify as verify_models
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
+from fastmorph.graph.find import as_inputs
+from fastmorph.graph.structure import Structure
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
@@ -25,13 +27,32 @@ from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.transaction import Operator, Step, Transaction
 
+M = TypeVar("M", bound=nn.Module)
+
+
+class Options(TypedDict, total=False):
+    """The options of `morph` that functions of one morph pass on; `morph` says what each means."""
+
+    example_inputs: Any
+    structure: Structure | None
+    calibrate: Iterable[Any] | None
+    verify: bool
+    consume: bool
+    memory_budget: int
+    solver: Solver
+    backend: str | None
+    precision: str | None
+    generator: Generator
+    allow_inexact: bool
+    progress: bool
+
 
 @dataclass(frozen=True)
-class Morphed:
+class Morphed(Generic[M]):
     """A finished plan.
 
     Attributes:
-        model: the child.
+        model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
         certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
         history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
@@ -39,7 +60,7 @@ class Morphed:
         steps: what each operator did.
     """
 
-    model: nn.Module
+    model: M
     optimizer: Optimizer | None
     certificate: Certificate | None
     history: Plan
@@ -57,10 +78,11 @@ class Morphed:
 
 
 def morph(
-    model: nn.Module,
-    plan: Plan | Sequence[Operator],
+    model: M,
+    plan: Plan | Sequence[Operator] | Operator,
     *,
     example_inputs: Any = None,
+    structure: Structure | None = None,
     optimizer: Optimizer | None = None,
     calibrate: Iterable[Any] | None = None,
     verify: bool = True,
@@ -68,17 +90,19 @@ def morph(
     memory_budget: int = 2**31,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
+    precision: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
     progress: bool = False,
-) -> Morphed:
+) -> Morphed[M]:
     """Apply a plan to a copy of `model`, all of it or, where anything fails, none.
 
     Args:
         model: the parent. It is not touched, unless it is consumed.
-        plan: morphs, in order; each names layers as those before it left them.
+        plan: morphs, in order, or a single one; each names layers as those before it left them.
         example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
             follow channels through the model.
+        structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
             carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the
             order of the child's `parameters()`. New norms and P-activations join a group without weight decay; where there is
@@ -93,6 +117,7 @@ def morph(
         memory_budget: see `decompose_many`.
         solver: see `decompose`.
         backend: see `decompose`.
+        precision: see `decompose`.
         generator: see `decompose`; one seed is drawn from it, which decides the child. None: the plan's seed, if it has one.
         allow_inexact: keep a child that is not exact instead of raising.
         progress: show progress bars.
@@ -102,9 +127,11 @@ def morph(
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
+    if structure is not None:
+        structure.check(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
-    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    given = as_inputs(example_inputs)
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
     before = record(model, given) if consume and verify and given is not None else None
     transaction = Transaction(
@@ -112,16 +139,17 @@ def morph(
         seed=seed,
         example_inputs=plan.example_inputs(model) if given is None else given,
         consume=consume,
+        structure=structure,
         solving={
             "solver": solver,
             "backend": backend,
+            "precision": precision,
             "allow_inexact": allow_inexact,
             "memory_budget": memory_budget,
             "progress": progress,
         },
     )
-    for operator in tqdm(plan, desc="morphing", unit="layer", disable=not progress):
-        transaction.apply(operator)
+    transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
     transaction.settle()
     child = transaction.model
     if calibrate is not None:
@@ -136,10 +164,17 @@ def morph(
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(child, carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
+    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
 
 
-def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_inputs: Any = None) -> nn.Module:
+def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
+    """The child of `morph` alone, for functions of one morph. Raises MorphError for an optimizer, which would be lost."""
+    if "optimizer" in options:
+        raise MorphError("this function returns the model alone; carry an optimizer over by fastmorph.morph(..., optimizer=).")
+    return morph(model, operators, **options).model
+
+
+def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example_inputs: Any = None) -> M:
     """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
 
     Args:
@@ -152,12 +187,11 @@ def restructure(model: nn.Module, plan: Plan | Sequence[Operator], *, example_in
         MorphError: a layer cannot be morphed.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    given = example_inputs if isinstance(example_inputs, tuple) or example_inputs is None else (example_inputs,)
+    given = as_inputs(example_inputs)
     inputs = plan.example_inputs(model) if given is None else given
     transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
-    for operator in plan:
-        transaction.apply(operator)
-    return transaction.model
+    transaction.run(plan)
+    return cast(M, transaction.model)
 
 
 def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmorph.errors import MorphError
-from fastmorph.morphs.deepen import Deepen
-from fastmorph.morphs.grow_kernel import GrowKernel
-from fastmorph.morphs.insert_subnet import InsertSubnet
-from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
-from fastmorph.morphs.widen import Widen
+from fastmorph.plan.memory import check_memory
+from fastmorph.plan.operators import check_operator
+from fastmorph.plan.tables import operator_lines, read_operator
 from fastmorph.plan.transaction import Operator
 
-_OPERATORS: dict[str, Any] = {"deepen": Deepen, "widen": Widen, "grow_kernel": GrowKernel, "insert_subnet": InsertSubnet}
-_NAMES = {operator: name for name, operator in _OPERATORS.items()}
-# What a table inside an operator's is: by the key "kind", or a layer where it has none.
-_KINDS: dict[str, Any] = {"sequential": Sequential, "stacked": Stacked, "skip": Skip, "residual": Residual}
 Inputs = tuple[tuple[tuple[int, ...], str], ...]
 
 
@@ -33,7 +27,8 @@ class Plan:
     """Morphs in the order in which they are applied.
 
     Attributes:
-        operators: `Deepen`, `Widen`, `GrowKernel`, `InsertSubnet`.
+        operators: `Deepen`, `Widen`, `GrowKernel`, `InsertSubnet`, or of a class known to `register_operator`; given as a
+            sequence, or a single one.
         seed: of all noise; None: drawn when the plan is run.
         inputs: (shape, dtype) of each positional argument of the model, for operators that follow channels through it; None:
             not known. The dtype is PyTorch's name, "float32".
@@ -47,20 +42,20 @@ class Plan:
 
     def __init__(
         self,
-        operators: Sequence[Operator],
+        operators: Sequence[Operator] | Operator,
         seed: int | None = None,
         inputs: Sequence[tuple[Sequence[int], str]] | None = None,
     ) -> None:
+        operators = tuple(operators) if isinstance(operators, Iterable) and not isinstance(operators, str) else (operators,)
         for operator in operators:
-            if type(operator) not in _NAMES:
-                raise MorphError(f"{operator!r} is not a morph; a plan holds {', '.join(o.__name__ for o in _NAMES)}.")
+            check_operator(operator)
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
             raise MorphError(f"seed={seed!r} of a plan must be an integer from 0 to 2**63 - 1.")
         for shape, dtype in inputs or ():
             sizes = all(type(size) is int and size >= 0 for size in shape)
             if not sizes or not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise MorphError(f"{(shape, dtype)!r} in the plan's inputs is no shape and dtype, such as ([8, 3], 'float32').")
-        object.__setattr__(self, "operators", tuple(operators))
+        object.__setattr__(self, "operators", operators)
         object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "inputs", tuple((tuple(shape), dtype) for shape, dtype in inputs or ()) or None)
 
@@ -80,26 +75,24 @@ class Plan:
     def example_inputs(self, model: nn.Module) -> tuple[Tensor, ...] | None:
         """Zeros of the recorded shapes and dtypes, where the model is; None if none were recorded."""
         device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
-        made = (torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in self.inputs or ())
-        return None if self.inputs is None else tuple(made)
+        if self.inputs is None:
+            return None
+        for shape, dtype in self.inputs:
+            check_memory(f"the plan's input of shape {shape}", math.prod(shape) * getattr(torch, dtype).itemsize, device)
+        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in self.inputs)
 
     # --- TOML -----------------------------------------------------------------------------------------------------------------
 
     def to_toml(self) -> str:
         """`seed`, an [[inputs]] table an input and a [[morph]] table an operator; what is None is left out.
 
-        Raises MorphError for an activation that is not given by name.
+        Raises MorphError for what no file can hold: an activation that is not given by name, an infinity.
         """
         lines = [] if self.seed is None else [f"seed = {self.seed}", ""]
         for shape, dtype in self.inputs or ():
             lines += ["[[inputs]]", f"shape = {list(shape)}", f'dtype = "{dtype}"', ""]
         for operator in self.operators:
-            lines += [
-                "[[morph]]",
-                f'operator = "{_NAMES[type(operator)]}"',
-                *_lines("morph", _data(operator), operator.layer),
-                "",
-            ]
+            lines += [*operator_lines(operator), ""]
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -111,8 +104,10 @@ class Plan:
         """Read what `to_toml` writes. Raises MorphError for an unknown operator or argument, with the known ones."""
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # of the syntax, or a number of thousands of digits
             raise MorphError(f"the plan is not valid TOML: {error}.") from None
+        except RecursionError:
+            raise MorphError("the plan is not valid TOML: its brackets are nested too deep.") from None
         arrays = [tables.get(name, []) for name in ("morph", "inputs")]
         if set(tables) - {"morph", "inputs", "seed"} or not all(
             isinstance(array, list) and all(isinstance(entry, dict) for entry in array) for array in arrays
@@ -123,73 +118,12 @@ class Plan:
             if set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
                 raise MorphError(f"an [[inputs]] table of a plan has a shape and a dtype; got {entry}.")
         shapes = [(tuple(entry["shape"]), entry["dtype"]) for entry in inputs] if "inputs" in tables else None
-        return cls([_operator(entry) for entry in morphs], tables.get("seed"), shapes)
+        return cls([read_operator(entry) for entry in morphs], tables.get("seed"), shapes)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a TOML file."""
-        return cls.from_toml(Path(path).read_text(encoding="utf-8"))
-
-
-def _operator(entry: dict[str, Any]) -> Operator:
-    name, rest = entry.get("operator"), {key: value for key, value in entry.items() if key != "operator"}
-    if name not in _OPERATORS:
-        raise MorphError(f"operator = {name!r} in the plan must be one of {sorted(_OPERATORS)}.")
-    made: Operator = _made(_OPERATORS[name], name, rest)
-    return made
-
-
-def _made(kind: Any, name: str, entry: Mapping[str, Any]) -> Any:
-    """A frozen dataclass from a table."""
-    known = [field.name for field in fields(kind)]
-    needed = "layer" if "layer" in known else ""
-    if set(entry) - set(known) or (needed and needed not in entry):
-        raise MorphError(
-            f"{name} in the plan takes {', '.join(known) or 'nothing'}{needed and f' and needs {needed}'}; "
-            f"got {', '.join(entry) or 'nothing'}."
-        )
-    try:
-        return kind(**{key: _value(value) for key, value in entry.items()})
-    except TypeError as error:
-        raise MorphError(f"{name} in the plan: {error}.") from None
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_value, value))
-    if not isinstance(value, dict):
-        return value
-    if "kind" not in value:
-        return _made(LayerSpec, "a layer", {"channels": None, **value})
-    rest = {key: item for key, item in value.items() if key != "kind"}
-    if value["kind"] not in _KINDS:
-        raise MorphError(f"kind = {value['kind']!r} in the plan must be one of {sorted(_KINDS)}.")
-    return _made(_KINDS[value["kind"]], value["kind"], rest)
-
-
-def _data(value: Any) -> Any:
-    """Frozen dataclasses as tables, without what is None."""
-    if is_dataclass(value):
-        table = {field.name: _data(getattr(value, field.name)) for field in fields(value)}
-        kind = next((name for name, known in _KINDS.items() if known is type(value)), None)
-        return {**({"kind": kind} if kind else {}), **{key: item for key, item in table.items() if item is not None}}
-    return [_data(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _lines(path: str, table: Mapping[str, Any], layer: str) -> Iterator[str]:
-    """The lines of a table, its tables last; JSON's strings, integers and arrays are TOML's."""
-    nested = {}
-    for key, value in table.items():
-        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            nested[key] = value
-            continue
+        """Read a TOML file. Raises MorphError as `from_toml` does, and OSError."""
         try:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
-        except TypeError:
-            raise MorphError(
-                f"{key}={value!r} of layer {layer!r} cannot be written to a file: give the activation by its name."
-            ) from None
-    for key, value in nested.items():
-        for entry in value if isinstance(value, list) else [value]:
-            yield f"[[{path}.{key}]]" if isinstance(value, list) else f"[{path}.{key}]"
-            yield from _lines(f"{path}.{key}", entry, layer)
+            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise MorphError(f"{path} is not a plan: it is not UTF-8 text.") from None

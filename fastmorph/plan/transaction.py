@@ -7,9 +7,10 @@ where nothing can read them by mistake; an operator that needs a model's or a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -22,22 +23,24 @@ from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
+from fastmorph.graph.structure import Structure
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
+from fastmorph.plan.memory import check_memory, check_sizes
 from fastmorph.plan.plain_layer import make_plain
 
 Assign = Callable[[Decomposition], None]
 
 
 class Operator(Protocol):
-    """A morph as frozen data."""
+    """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do."""
 
     @property
-    def layer(self) -> str:
-        """Dotted name of the layer that it changes, as the operators before it in the plan left it."""
+    def target(self) -> str:
+        """Dotted name of the module that it changes, as the operators before it in the plan left it."""
 
     def apply(self, transaction: Transaction) -> None:
-        """Change `transaction.model` in place."""
+        """Change `transaction.model` in place. Raises MorphError where that cannot be exact."""
 
 
 @dataclass
@@ -45,10 +48,11 @@ class Step:
     """What one operator did.
 
     Attributes:
-        layer: the layer's name.
+        layer: name of its target.
         before: shape of its weight before.
         after: shapes of the weights (of two or more dimensions) that stand under that name after.
         residual: largest relative residual of the equations that it solved; 0 without one.
+        estimated: whether that residual is an estimate from random sums of channels, see `Decomposition.residual`.
         milliseconds: time it took, with its share, by cost, of the equations solved together.
         how: how the equations were solved.
     """
@@ -57,6 +61,7 @@ class Step:
     before: tuple[int, ...]
     after: tuple[tuple[int, ...], ...] = ()
     residual: float = 0.0
+    estimated: bool = False
     milliseconds: float = 0.0
     how: str = "no equation to solve"
 
@@ -91,6 +96,7 @@ class Transaction:
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
+        structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         random: CPU generator for the operators' own noise. The equations have another, so that settling early or late does not
             change what it draws.
@@ -104,6 +110,7 @@ class Transaction:
     example_inputs: tuple[Any, ...] | None = None
     with_weights: bool = True
     consume: bool = False
+    structure: Structure | None = None
     solving: dict[str, Any] = field(default_factory=dict)
     random: torch.Generator = field(init=False)
     norms: list[nn.Module] = field(default_factory=list, init=False)
@@ -111,25 +118,59 @@ class Transaction:
     _equation_noise: torch.Generator = field(init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
+    _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
         self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
 
-    def apply(self, operator: Operator) -> None:
-        """Run one operator and note what it did."""
-        began = perf_counter()
-        self._step = step = Step(operator.layer, next(iter(self._kernel_shapes(operator.layer)), ()))
+    def run(self, operators: Iterable[Operator]) -> None:
+        """Run operators in order; neighbours of one class that can be applied together are.
+
+        Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
+        """
+        for kind, neighbours in groupby(operators, type):
+            together = getattr(kind, "apply_together", None)
+            if together is not None:
+                group = list(neighbours)
+                for operator in group:
+                    self._check(operator)
+                together(group, self)
+                continue
+            for operator in neighbours:
+                self._check(operator)
+                self._places.clear()
+                with self.step(operator):
+                    operator.apply(self)
+                self.structure = None
+
+    def _check(self, operator: Operator) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        target: object = operator.target
+        if not isinstance(target, str):
+            names = [name for name, module in modules.items() if module is target]
+            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
+            raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
+        check_sizes(operator, target, modules.get(target))
+
+    @contextmanager
+    def step(self, operator: Operator) -> Iterator[Step]:
+        """Note what an operator does inside."""
+        began, target = perf_counter(), operator.target
+        self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
         self.steps.append(step)
-        operator.apply(self)
-        step.after = self._kernel_shapes(operator.layer)
+        yield step
+        step.after = self._kernel_shapes(target)
         self._step = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
 
     def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
-        module = dict(self.model.named_modules(remove_duplicate=False)).get(name, nn.Module())
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:  # no layer: the operator says so
+            return ()
         weights = (part._parameters.get("weight") for part in module.modules())
         return tuple(tuple(w.shape) for w in weights if w is not None and not is_lazy(w) and w.ndim > 1)
 
@@ -215,10 +256,12 @@ class Transaction:
     def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
         """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.
 
-        It is not for models without weights.
+        Nothing is set in a model without weights.
         """
         old = module._parameters[name]
         assert old is not None
+        if not self.with_weights:
+            return
         value = value.detach().reshape(old.shape)
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.clone(memory_format=torch.contiguous_format)  # part of a batch, which it would keep alive
@@ -240,26 +283,40 @@ class Transaction:
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=old.requires_grad)
             value.__dict__.update(old.__dict__)  # attributes by which training code marks parameters
-        found = False
-        for module in self.model.modules():
-            registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in registered:
-                for name, tensor in tensors.items():
-                    if tensor is old:
-                        tensors[name], found = value, True
-        if not found:
+        places = self._places_of(old)
+        for tensors, name in places:
+            tensors[name] = value
+        self._places[id(value)] = places
+        if not places:
             raise MorphError(f"the model has no parameter or buffer of shape {tuple(old.shape)} that is the given one.")
         if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
             self.lineage.replaced(old, value, linear, square)
         self.release(old)
+
+    def _places_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+        """The registers of modules that hold a tensor, and its names in them."""
+        places = [place for place in self._places.pop(id(tensor), []) if place[0].get(place[1]) is tensor]
+        if places:
+            return places
+        self._places.clear()
+        for module in self.model.modules():
+            registered: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in registered:
+                for name, held in tensors.items():
+                    self._places.setdefault(id(held), []).append((tensors, name))
+        return self._places.pop(id(tensor), [])
 
     def replace_module(self, old: nn.Module, new: nn.Module, near: nn.Parameter) -> None:
         """Put `new` wherever the model has `old`, with its hooks and mode.
 
         Parameters of `new` that the model did not have join the optimizer's parameter group of `near`, one that it had.
         Those of `old` that it has no more are released.
+
+        Raises MorphError where the new parameters fit into no memory.
         """
         gone = set(old.parameters())
+        size = sum(parameter.nbytes for parameter in new.parameters() if parameter not in gone)
+        check_memory(f"layer {self._step.layer!r}: the {type(new).__name__} for it" if self._step else "", size, near.device)
         self.model = replace_module(self.model, old, new)
         for parameter in new.parameters():
             self.lineage.joined(parameter, near)
@@ -277,6 +334,8 @@ class Transaction:
 def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
     residual = float(answer.residual.max())
     if residual >= step.residual:
+        batch = answer.residual.ndim
         step.how = answer.reason
+        step.estimated = answer.solver.closed_form and max(answer.second.shape[batch], answer.first.shape[batch + 1]) > 32
     step.residual = max(step.residual, residual)
     step.milliseconds += milliseconds

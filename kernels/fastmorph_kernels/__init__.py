@@ -1,21 +1,31 @@
-"""Triton kernels for the morphism equation, as PyTorch operators; they know nothing of models."""
+"""Triton kernels for the morphism equation, as PyTorch operators; they know nothing of models.
 
-from .anderson_op import anderson_gram, anderson_push, anderson_update, anderson_update_with_squares
-from .compose_op import compose
-from .correlate_op import correlate
-from .direct_op import direct
-from .factor_op import cholesky, cholesky_preferred, cholesky_solve
-from .gram_op import column_gram, row_gram
-from .moves_op import move
-from .residual_op import residual, residual_norm
-from .support import Precision
+An operator has a folder of its name: `kernel.py` the Triton kernels and their launchers, `op.py` the registered operator and
+the validated function in front of it, `configs.json` its tile sizes. Beside the folders stands what operators share:
+
+    register.py   makes a PyTorch operator of three functions: allocate, launch, plain
+    support.py    dtypes, and where kernels run         checks.py   refusals
+    configs.py    tables of tile sizes                  tiling.py   tiles of a product, on the host     tile.py   on the device
+
+To add an operator touches four places: its folder, its line here, its tests in `tests/kernels/` (their table of arguments for
+all operators included), and its cases for the compiler in `bench/cases/`.
+"""
+
+from .anderson import anderson_gram, anderson_update
+from .checks import Precision
+from .cholesky import cholesky, cholesky_preferred, cholesky_solve
+from .column_gram import column_gram
+from .compose import compose
+from .correlate import correlate
+from .direct import direct
+from .move import move
+from .residual import residual
+from .row_gram import row_gram
 
 __all__ = [
     "Precision",
     "anderson_gram",
-    "anderson_push",
     "anderson_update",
-    "anderson_update_with_squares",
     "cholesky",
     "cholesky_preferred",
     "cholesky_solve",
@@ -25,6 +35,5 @@ __all__ = [
     "direct",
     "move",
     "residual",
-    "residual_norm",
     "row_gram",
 ]

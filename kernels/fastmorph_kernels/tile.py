@@ -35,7 +35,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of(pid, blocks_u, blocks_m, blocks_i):
+def program_tile(pid, blocks_u, blocks_m, blocks_i):
     """Which offsets, output channels, input channels and batch item a program owns.
 
     Offsets change fastest: neighbouring programs read the same blocks of both inputs.
@@ -47,7 +47,7 @@ def place_of(pid, blocks_u, blocks_m, blocks_i):
 
 
 @triton.jit
-def columns_of(pid_i, pid_u, size, BLOCK_I: tl.constexpr, BLOCK_U: tl.constexpr):
+def tile_columns(pid_i, pid_u, size, BLOCK_I: tl.constexpr, BLOCK_U: tl.constexpr):
     """Input channel and offset (n_x, n_y, n_z) in the window of each column of a tile, [BLOCK_N] each."""
     _, size_y, size_z = size
     offs_n = tl.arange(0, BLOCK_I * BLOCK_U)
@@ -112,7 +112,7 @@ def product_tile(
     stride_so, stride_sh, stride_sx, stride_sy, stride_sz = strides_s
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i, n_x, n_y, n_z = columns_of(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
+    offs_i, n_x, n_y, n_z = tile_columns(pid_i, pid_u, size, BLOCK_I, BLOCK_U)
     u_x, u_y, u_z = start[0] + n_x, start[1] + n_y, start[2] + n_z  # [BLOCK_N]
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < out_channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,13 @@ def closer(tensor: Tensor, one: int, other: int) -> bool:
     return abs(tensor.stride(one)) < abs(tensor.stride(other))
 
 
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether offsets inside one item of the tensors' first dimension need more than 32 bits."""
-    spans = (sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+def is_wide(*tensors: Tensor, first: Tensor, offsets: Sequence[int]) -> bool:
+    """Whether offsets inside one item of the tensors' first dimension need more than 32 bits.
+
+    Those in `first`, (B, *, *, x, y, z), go further than its memory does: a window's offsets, of which `offsets` are the
+    largest along each spatial dimension, meet its strides before taps are taken from them.
+    """
+    spans = [sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors]
+    extent = [first.shape[1] - 1, first.shape[2] - 1, *map(max, offsets, [n - 1 for n in first.shape[3:]])]
+    spans.append(sum(n * abs(s) for n, s in zip(extent, first.stride()[1:], strict=True)))
     return max(spans) >= 2**31

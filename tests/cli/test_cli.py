@@ -34,12 +34,32 @@ class TwoInputs(nn.Module):
         return self.left(left) - self.right(right)
 
 
+def wide_network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(40, 40))
+
+
 def broken_network() -> nn.Module:
     raise RuntimeError("no network\ntoday")
 
 
 def no_network() -> int:
     return 1
+
+
+def exiting_network() -> nn.Module:
+    raise SystemExit(0)
+
+
+def stopped_network() -> nn.Module:
+    raise KeyboardInterrupt
+
+
+class ExitsWhenRun(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*small_network())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise SystemExit(0)
 
 
 class Files(NamedTuple):
@@ -136,6 +156,8 @@ def test_verify_says_what_is_wrong(files: Files, tmp_path: Path) -> None:
     refuses(fastmorph(*files.words()), "--input-shape", "--inputs")
     refuses(fastmorph(*files.words(), "--input-shape", "1,two"), "'two' is not a positive integer")
     refuses(fastmorph(*files.words(), *shape, "--modes", "evil"), "is not eval, train or eval,train")
+    refuses(fastmorph(*files.words(plan="plan\0.toml"), *shape), r"'plan\x00.toml' is not a path")
+    refuses(fastmorph(*files.words(), "--inputs", ""), "--inputs: '' is not a path")
     refuses(fastmorph(*files.words(), *shape, "--seed", "-1"), "--seed")
     refuses(fastmorph(*files.words(), *shape, "--tolerance", "nan"), "tolerance")
     refuses(fastmorph(*files.words(), "--input-shape", "1,7,4,4"), "The parent could not be run in eval mode")
@@ -149,6 +171,10 @@ def test_verify_says_what_is_wrong(files: Files, tmp_path: Path) -> None:
         ("torch.nn:NoSuchThing", "NoSuchThing"),
         (f"{__name__}:broken_network", "RuntimeError: no network today"),
         (f"{__name__}:no_network", "must return a torch.nn.Module, not a int"),
+        (f"{__name__}:exiting_network", "exiting_network failed with SystemExit: 0."),
+        (f"{__name__}:stopped_network", "stopped_network failed with KeyboardInterrupt."),
+        (f"{__name__}:ExitsWhenRun", "SystemExit: 0 ("),
+        ("no\0module:x", "no"),
         (f"{__name__}:TwoInputs", "does not fit the network: it lacks left.weight"),
     ],
 )
@@ -220,6 +246,128 @@ def test_morph_passes_refusals_on(files: Files, tmp_path: Path) -> None:
     files.plan.write_text("[[morph]]\noperator = 'explode'\n")
     refuses(morph(files, tmp_path / "out"), "'explode' in the plan must be one of")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("kernel_size = nan", "kernel_size=nan must be an int"),
+        ("kernel_size = 3.0", "kernel_size=3.0 must be an int"),
+        ("kernel_size = [3.0, 3]", "is not a positive int"),
+        ("kernel_size = [[3, 3], [5]]", "is not a positive int"),
+        ("kernel_size = true", "True"),
+        ("kernel_size = 'x'", "kernel_size='x' must be an int"),
+        (f"kernel_size = {10**20}", "GB in all; give smaller sizes"),
+        (f"kernel_size = [3, {10**20}]", "GB in all; give smaller sizes"),
+        (f"kernel_size = {'9' * 5000}", "the plan is not valid TOML"),
+        (f"kernel_size = {'[' * 100_000}", "its brackets are nested too deep"),
+        ("kernel_size = {kind = 'skip'}", "must be an int"),
+        ("kernel_size = 3\0", "the plan is not valid TOML"),
+        ("kernel_size = '\0'", "the plan is not valid TOML"),
+        ("kernel_size = 5\noperator = 5", "the plan is not valid TOML"),
+    ],
+)
+def test_sizes_that_are_none_are_told_in_a_sentence(files: Files, tmp_path: Path, field: str, words: str) -> None:
+    files.plan.write_text(f'[[morph]]\noperator = "grow_kernel"\nlayer = "0"\n{field}\n')
+    refuses(morph(files, tmp_path / "out"), words)
+    files.plan.write_text(
+        f'[[morph]]\noperator = "insert_subnet"\nlayer = "0"\n[morph.subnet]\nkind = "residual"\nhidden_channels = 4\n{field}\n'
+    )
+    refuses(morph(files, tmp_path / "out"))
+    files.plan.write_text(f'[[morph]]\noperator = "deepen"\nlayer = "0"\n{field.replace("size", "sizes")}\n')
+    refuses(morph(files, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("layer = 3", "takes the name of a layer, not a int"),
+        ('layer = "\\u0000"', r"no layer '\x00'"),
+        ("layer = {}", "takes the name of a layer, not a LayerSpec"),
+        ('layer = "0"\nhidden_channels = nan', "nan hidden channels must be a positive int"),
+        (f'layer = "0"\nhidden_channels = {10**20}', "GB in all"),
+        ('layer = "0"\nkernel_sizes = 3', "two entries, one per layer"),
+        ('layer = "0"\nkernel_sizes = [[[3]], 3]', "is not a positive int"),
+        ('layer = "0"\nactivation = 3', "3"),
+        ('layer = "0"\nnorm = []', "norm=()"),
+        (f'layer = "0"\n[[inputs]]\nshape = [{10**20}]\ndtype = "float32"', "GB in all"),
+    ],
+)
+def test_arguments_that_are_none_are_told_in_a_sentence(files: Files, tmp_path: Path, lines: str, words: str) -> None:
+    files.plan.write_text(f'[[morph]]\noperator = "deepen"\n{lines}\n')
+    refuses(morph(files, tmp_path / "out"), words)
+
+
+# --- morphs from outside ------------------------------------------------------------------------------------------------------
+
+NEGATE = """
+from dataclasses import dataclass
+import fastmorph as fm
+
+@dataclass(frozen=True)
+class Negate:
+    layer: str
+    reader: str
+
+    @property
+    def target(self):
+        return self.layer
+
+    def apply(self, transaction):
+        layer, reader = (transaction.find_layer(name).module for name in (self.layer, self.reader))
+        for tensor in (layer.weight, layer.bias, reader.weight):
+            transaction.replace(tensor, -tensor, linear=lambda m: -m, square=lambda m: m)
+
+fm.register_operator(Negate, name="NAME")
+"""
+
+
+def test_morphs_are_imported_by_the_command_line(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_morphs.py").write_text(NEGATE.replace("NAME", "negate"))
+    files.plan.write_text('[[morph]]\noperator = "negate"\nlayer = "0"\nreader = "2"\n')
+    refuses(morph(files, tmp_path / "out"), "'negate' in the plan must be one of", "--import")
+    (tmp_path / "exiting_morphs.py").write_text("raise SystemExit(3)")
+    refuses(morph(files, tmp_path / "out", "--import", "exiting_morphs"), "--import exiting_morphs failed with SystemExit: 3.")
+    refuses(
+        morph(files, tmp_path / "out", "--import", "no.such.module"), "--import no.such.module failed with ModuleNotFoundError"
+    )
+    ran = morph(files, tmp_path / "out", "--import", "imported_morphs", "--import", "json", "--input-shape", "1,2,4,4")
+    assert (ran.status, ran.err) == (1, ""), "a ReLU stands between: the certificate sees it"
+    words = shlex.split(ran.out.splitlines()[-1])
+    assert words[words.index("verify") :][1:5] == ["--import", "imported_morphs", "--import", "json"]
+    assert fastmorph(*words[words.index("verify") :]).status == 1
+
+
+def test_morphs_are_found_by_their_entry_points(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "installed_morphs.py").write_text(NEGATE.replace("NAME", "installed.negate"))
+    info = tmp_path / "installed_morphs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-morphs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fastmorph.morphs]\nnegate = installed_morphs\n")
+    files.plan.write_text('[[morph]]\noperator = "installed.negate"\nlayer = "0"\nreader = "2"\n')
+    assert morph(files, tmp_path / "out").status == 0
+    (info / "entry_points.txt").write_text("[fastmorph.morphs]\nnegate = no_such_morphs\n")
+    refuses(morph(files, tmp_path / "out"), "the entry point negate = no_such_morphs", "No module named")
+
+
+def test_a_plan_imports_nothing(files: Files, tmp_path: Path) -> None:
+    files.plan.write_text('import = ["os"]\n')
+    refuses(morph(files, tmp_path / "out"), "[[morph]] tables only")
+
+
+def test_residuals_that_are_estimates_say_so(files: Files, tmp_path: Path) -> None:
+    assert "~" not in morph(files, tmp_path / "out").out
+    torch.manual_seed(0)
+    wide, plan = nn.Sequential(nn.Linear(40, 40)), tmp_path / "wide.toml"
+    safetensors.save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    fm.Plan([fm.Deepen("0", 48)]).save(plan)
+    words = ("--weights", tmp_path / "wide.safetensors", "--plan", plan, "--out", tmp_path / "out", "--quiet")
+    ran = fastmorph("morph", "--model", f"{__name__}:wide_network", *words)
+    assert ran.status == 0, ran.err
+    assert re.search(r"^  0 .* ~\d\.\de-\d\d ", ran.out, re.MULTILINE)
+    assert "~: estimated from random sums of channels" in ran.out
 
 
 def test_tied_weights_are_stored_once_and_read_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import fastmorph as fm
 ROW = fm.Sequential([(8, (3, 5), "relu", "batch"), (None, 1)])
 OPERATORS = [
     fm.Deepen("a", hidden_channels=12, kernel_sizes=((5, 5), 3), activation="relu", norm="batch"),
-    fm.Deepen('blocks."x"\\\n.ü'),
+    fm.Deepen('blocks."x"\\\n.ü\x7f', kernel_sizes=[[5, 5], 3]),
     fm.Widen("a.first", 24, "zero"),
     fm.GrowKernel("a.first", 5),
     fm.GrowKernel("a.first", [5, 7]),
@@ -103,7 +103,10 @@ SUBNET = '[[morph]]\noperator = "insert_subnet"\nlayer = "0"\n'
         (SUBNET + 'subnet = {kind = "os"}', "kind = 'os'"),
         (SUBNET + 'subnet = {kind = "skip", branches = []}', "skip in the plan takes nothing"),
         (SUBNET + 'subnet = {kind = "sequential"}', "layers"),
-        (SUBNET + 'subnet = {kind = "sequential", layers = [{width = 3}]}', "a layer in the plan takes channels"),
+        (
+            SUBNET + 'subnet = {kind = "sequential", layers = [{width = 3}]}',
+            "layer in the plan takes channels, kernel_size, activation, norm; got width",
+        ),
         (SUBNET + 'subnet = {kind = "sequential", layers = 3}', "sequential in the plan"),
         (SUBNET + 'subnet = {kind = "stacked", branches = [3]}', "a Stacked has branches"),
         (SUBNET + 'subnet = {kind = "residual", hidden_channels = 3}', "even"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmorph.graph.flow import FIXED, Flow, compress
+from fastmorph.graph.flow import FIXED, Flow, compress, is_real
 from fastmorph.graph.record import Choice, chain, edges
 from fastmorph.graph.rules.move import merged
 from fastmorph.graph.rules.pointwise import combined
@@ -28,7 +28,7 @@ def matrix_product(tracer: Tracer, call: Call) -> Flow:
         flow = Flow(tuple(_dropped(tracer, flow, 0)), flow.opaque)
     for tensor in added:
         if not tracer.flow(tensor).opaque:
-            tracer.record.shift(tracer.flow(tensor).varying)
+            tracer.record.mark("shifts", tracer.flow(tensor).varying)
         flow = combined(tracer, [(flow, tuple(call.out.shape)), (tracer.flow(tensor), tuple(tensor.shape))], call.out.ndim)
     return flow
 
@@ -82,7 +82,7 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
                 if slot.numel() == slot.shape[dim]:
                     tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
     if opaque or any(weights):
-        tracer.record.write(slots)
+        tracer.record.mark("writes", slots)
     many = merged(tracer, [slot for slot in slots if slot.numel() > 1])
     if not opaque:
         return Flow((*many, *(slot for slot in slots if slot.numel() == 1)), False, all(weights))
@@ -105,11 +105,11 @@ def _read(tracer: Tracer, columns: list[Tensor], channels: list[Tensor]) -> None
         tracer.block(columns + channels, "sums over them with a weight whose columns belong to several layers at once")
         return
     for column in columns:
-        tracer.record.read(column)
+        tracer.record.mark("reads", [column])
         for label in channels:
             tracer.record.tie(column.reshape(-1), label)
-            tracer.record.mark_roles(_ROLES, label.reshape(-1, label.shape[-1]))
-            if bool((label < 0).any()):
+            tracer.record.note_roles(_ROLES, label.reshape(-1, label.shape[-1]))
+            if not is_real(label):
                 mixed_in = column.reshape(-1).expand(label.shape)[label < 0]
                 tracer.block([mixed_in], _INPUT)
 
@@ -160,12 +160,12 @@ def convolution(tracer: Tracer, call: Call) -> Flow:
         else:
             assert read is not None
             made = _grouped(tracer, vector, made, read, call)
-    tracer.record.write([made])
+    tracer.record.mark("writes", [made])
     tracer.record.add_output(made, name)
     if bias is not None:
         known = tracer.flow(bias).along(0) or tracer.flow(bias).slots[:1]
-        tracer.record.shift(known)
-        tracer.record.write(known)
+        tracer.record.mark("shifts", known)
+        tracer.record.mark("writes", known)
         for slot in known:
             tracer.record.tie(made, slot)
     return Flow((*rest, compress(made.view([-1 if dim == 1 else 1 for dim in range(x.ndim)]))))
@@ -175,7 +175,7 @@ def _channels(tracer: Tracer, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The labels of a convolution's input along its channels, and those that pass."""
     flow = tracer.flow(x)
     if not flow.opaque:
-        tracer.record.shift(flow.slots)  # data that are a parameter
+        tracer.record.mark("shifts", flow.slots)  # data that are a parameter
     channels, rest = [], []
     for slot in flow.slots:
         if any(slot.shape[dim] > 1 for dim in range(2, x.ndim)):
@@ -202,15 +202,15 @@ def _axis(kernel: Flow, weight: Tensor, dim: int) -> Tensor | None:
 def _grouped(tracer: Tracer, vector: Tensor, made: Tensor, read: Tensor, call: Call) -> Tensor:
     """Ties of a convolution in groups, whose input's channels are `vector` (Ci,); returns its output's (Co,)."""
     record, groups = tracer.record, call["groups"]
-    if bool((vector < 0).any()):
+    if not is_real(vector):
         tracer.block([made, read], _INPUT)
     x = vector.view(groups, -1)
-    record.read(read)
+    record.mark("reads", [read])
     if call["transposed"]:
         # One column serves every group, so that the outputs need atoms of their own.
         out = record.add_atoms(tracer.stack[-1], groups * len(made)).view(groups, -1)
         record.tie(vector, read)
-        record.write([made])
+        record.mark("writes", [made])
         inside = [chain(x.T), edges(out, made)]
     else:
         out = made.view(groups, -1)
@@ -229,7 +229,7 @@ def embedding(tracer: Tracer, call: Call) -> Flow:
     tracer.note("embedding")
     tracer.block(flow.along(0), "looks them up by their number")
     slots = [slot.reshape(-1).view([1] * (call.out.ndim - 1) + [-1]) for slot in flow.along(1) if slot.shape[0] == 1]
-    tracer.record.write(slots)
+    tracer.record.mark("writes", slots)
     for slot in slots:
         tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
     return Flow(tuple(slots))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmorph.graph.flow import FIXED, FREE, Flow, compress, line, varying_dims
+from fastmorph.graph.flow import FIXED, FREE, Flow, compress, is_real, line, varying_dims
 from fastmorph.graph.record import chain
 from fastmorph.graph.tracer import Call, Tracer, storage_size
 
@@ -113,7 +113,7 @@ def joined(tracer: Tracer, pairs: list[tuple[tuple[int, ...], Flow]], dim: int) 
     """The flow of tensors joined along `dim`, each given as its shape and its flow."""
     ndim, opaque = len(pairs[0][0]), any(flow.opaque for _, flow in pairs)
     if opaque:
-        tracer.record.write(slot for _, flow in pairs if not flow.opaque for slot in flow.varying)
+        tracer.record.mark("writes", (slot for _, flow in pairs if not flow.opaque for slot in flow.varying))
     # Along other dimensions all operands have one size and so, whatever their labels, one meaning.
     slots = merged(tracer, [slot for _, flow in pairs for slot in flow.varying if slot.shape[dim] == 1])
     parts, labelled = [], False
@@ -151,11 +151,13 @@ def merged(tracer: Tracer, slots: list[Tensor]) -> list[Tensor]:
 
 def met(tracer: Tracer, one: Tensor, two: Tensor) -> Tensor:
     """Two labels of one tensor: tied where both are atoms; an atom that meets data of no channel cannot be copied."""
-    one, two = torch.broadcast_tensors(one, two)
     tracer.record.tie(one, two)
+    if one.shape == two.shape and is_real(one) and is_real(two):
+        return one
+    one, two = torch.broadcast_tensors(one, two)
     mixed = torch.cat([one[two == FIXED], two[one == FIXED]])
     tracer.block([mixed], "combines them with data that differ from channel to channel and belong to no layer")
-    tracer.record.unsafe([one[two == FREE], two[one == FREE]])  # that constant may not be zero
+    tracer.record.mark("makes_of_zero", [one[two == FREE], two[one == FREE]])  # that constant may not be zero
     label = torch.where(one == FREE, two, one)
     return compress(torch.where((one == FIXED) | (two == FIXED), FIXED, label))
 
@@ -195,7 +197,7 @@ def pad(tracer: Tracer, call: Call) -> Flow:
         tracer.record.note_cut(tracer.stack[-1], widths, lines)
         slots.append(compress(slot))
         if call["value"]:
-            tracer.record.unsafe(lines)
+            tracer.record.mark("makes_of_zero", lines)
     return Flow(tuple(slots), flow.opaque)
 
 

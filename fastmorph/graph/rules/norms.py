@@ -22,7 +22,7 @@ def batch_norm(tracer: Tracer, call: Call) -> list[Flow]:
     if call.args.get("training") is not False and call.args.get("running_mean") is None:
         dims = [0, *range(2, x.ndim)]
         if out.linear and not out.opaque:  # a weight's rows are standardised
-            tracer.record.standardise(slot for slot in out.slots if any(slot.shape[dim] > 1 for dim in dims))
+            tracer.record.mark("standardised", (slot for slot in out.slots if any(slot.shape[dim] > 1 for dim in dims)))
         else:
             lefts = [mixed(tracer, slot, dims, "normalises over them", fair=out.opaque) for slot in out.slots]
             out = Flow(tuple(slot for slot, left in zip(out.slots, lefts, strict=True) if left is not None), out.opaque)
@@ -37,9 +37,9 @@ def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, An
     for name, vector in vectors:
         label = tracer.flow(vector).along(0) or tracer.flow(vector).slots[:1]
         if flow.opaque:
-            tracer.record.write(label)
+            tracer.record.mark("writes", label)
         if name in ("bias", "running_mean"):
-            tracer.record.shift(label)
+            tracer.record.mark("shifts", label)
         for slot in slots:
             view = slot.movedim(dim, -1)
             for own in label:
@@ -49,7 +49,7 @@ def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, An
     if slots:
         vector = only_along(slots[0], dim, shape[dim])
         if vector is not None:
-            tracer.record.sites.append((tracer.stack[-1], vector))
+            tracer.record.norms.append((tracer.stack[-1], vector))
     return flow
 
 
@@ -70,7 +70,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Flow]:
         kept.append(slot)
         lines = vector.reshape(groups, -1)
         normalised(tracer, lines, "num_groups", chain(lines))
-    tracer.record.unsafe(kept)
+    tracer.record.mark("makes_of_zero", kept)
     return [Flow(tuple(kept), flow.opaque), Flow(), Flow()]
 
 
@@ -89,6 +89,6 @@ def layer_norm(tracer: Tracer, call: Call) -> list[Flow]:
     dims = range(x.ndim - count, x.ndim)
     for slot in flow.varying:
         mixed(tracer, slot, dims, "normalises over them", fair=flow.opaque)
-    tracer.record.unsafe(flow.varying)
+    tracer.record.mark("makes_of_zero", flow.varying)
     outs = len(call.out) if isinstance(call.out, tuple | list) else 1
     return [flow, *[Flow()] * (outs - 1)]

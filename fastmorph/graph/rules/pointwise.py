@@ -47,14 +47,14 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
     zero_bound = call.name in ("hardtanh", "clamp") and _bounds_hold_zero(call)
     flows = [tracer.flow(tensor) for tensor in tensors]
     if call.name in ("add", "sub"):
-        tracer.record.shift(slot for known in flows if not known.opaque for slot in known.varying)
+        tracer.record.mark("shifts", (slot for known in flows if not known.opaque for slot in known.varying))
         keeps_zero = len(flows) == 2 and all(known.varying for known in flows)
     elif call.name == "div":
         keeps_zero = not flows[-1].varying
     else:
         keeps_zero = call.name in _KEEP_ZERO or zero_bound
     if not keeps_zero:
-        tracer.record.unsafe(flow.varying)
+        tracer.record.mark("makes_of_zero", flow.varying)
     if _draws(call):
         tracer.block(flow.slots, "draws random numbers for them")
     if _stays_linear(tracer, call, tensors):
@@ -87,7 +87,7 @@ def _stays_linear(tracer: Tracer, call: Call, tensors: list[Tensor]) -> bool:
     one, two = ([aligned(slot, call.out.ndim) for slot in flow.varying] for flow in flows)
     shared = [slot for slot in one + two if all(any(_meet(slot, other) for other in side) for side in (one, two))]
     if any(flow.linear for flow in flows):
-        tracer.record.bend(shared)  # along other dimensions, the other factor is a number
+        tracer.record.mark("bent", shared)  # along other dimensions, the other factor is a number
     if call.name == "div":
         return flows[0].linear and all(any(_meet(slot, other) for other in one) for slot in two)
     return flows[0].linear or flows[1].linear
@@ -120,7 +120,9 @@ def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim:
             if not met or flow.opaque:
                 slots.append(slot)
     if opaque:
-        tracer.record.write(slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)
+        tracer.record.mark(
+            "writes", (slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)
+        )
     kept = merged(tracer, slots)
     single = lonely(tracer, [flow for flow, _ in operands], bool(kept))
     return Flow(tuple(kept + [aligned(slot, ndim) for slot in single]), opaque)

@@ -61,7 +61,7 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
         left = mixed(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
         if left is not None:
             slots.append(slot)
-    tracer.record.unsafe(slots)
+    tracer.record.mark("makes_of_zero", slots)
     outs = call.out if isinstance(call.out, tuple | list) else [call.out]
     return [Flow(tuple(slots), flow.opaque)] * len(outs)
 
@@ -91,7 +91,7 @@ def mixed(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair:
     lines = slot.permute(*outer, *inner).reshape(*(slot.shape[dim] for dim in outer), -1)
     if varying_dims(slot) - set(inner):
         tracer.record.tie_edges(chain(lines))
-        tracer.record.mark_roles(_ROLES, lines.reshape(-1, lines.shape[-1]).T)
+        tracer.record.note_roles(_ROLES, lines.reshape(-1, lines.shape[-1]).T)
         for dim in inner:
             slot = slot.narrow(dim, 0, 1)
         return compress(slot)

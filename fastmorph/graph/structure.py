@@ -1,0 +1,131 @@
+"""A model's structure, followed once: it may be kept and handed to many calls."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmorph.errors import MorphError
+from fastmorph.graph.attributes import update_attributes
+from fastmorph.graph.coupled import Coupled, Tables
+from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.find import as_inputs, channels_of
+from fastmorph.graph.growth import Growth
+from fastmorph.graph.guess import traced
+from fastmorph.graph.record import Record
+from fastmorph.graph.skeleton import Skeleton
+
+
+class Structure:
+    """Which channels of a model belong together, found by one run of it that computes nothing; see `follow`.
+
+    It holds shapes and no weights, so that it takes little memory, and it stays what it is when the model is changed:
+    whoever is given both compares them first (`check`).
+    """
+
+    def __init__(self, skeleton: Skeleton, record: Record, inputs: tuple[Any, ...], known: dict[str, Any]) -> None:
+        self.skeleton, self.record, self.inputs = skeleton, record, inputs
+        self._known = known  # the model's fingerprint
+        self._couplings: dict[frozenset[str], Coupling] = {}
+
+    def coupling(self, wider: frozenset[str]) -> Coupling:
+        """The classes of channels where the groups counted by these attributes get wider."""
+        if wider not in self._couplings:
+            self._couplings[wider] = Coupling(self.record, wider)
+        return self._couplings[wider]
+
+    def channels(self, layer: str) -> Tensor:
+        """The atoms of the channels that a layer, or a weight, makes, in order; see `channels_of`."""
+        return channels_of(self.skeleton.model, self.record, layer)
+
+    def grown(self, growth: Growth) -> Structure:
+        """The structure of the resized model, followed anew.
+
+        Raises ForwardError and MorphError where that model does not run.
+        """
+        skeleton = self.skeleton.copy()
+        for name, shape in growth.shapes().items():
+            skeleton.resize(name, shape)
+        update_attributes(skeleton.model, growth)
+        known = fingerprint(skeleton.model)
+        return Structure(skeleton, skeleton.trace(self.inputs, train=self.record.trained), self.inputs, known)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise MorphError if this is not the structure of `model` as it stands."""
+        known, found = self._known, fingerprint(model)
+        for name in [*known, *found]:
+            if known.get(name) != found.get(name):
+                raise MorphError(
+                    f"the structure given is not this model's: {_named(name)} is another since it was followed, or another "
+                    "model's; follow the model anew with fm.follow(model, example_inputs)."
+                )
+
+    @cached_property
+    def _tables(self) -> Tables:
+        return Tables(self.coupling(frozenset({"groups"})))
+
+    def coupled(self, layer: str) -> Coupled:
+        """The tensors that share the output channels of a layer; see `fastmorph.graph.coupled`."""
+        return self._tables.of({layer: self.channels(layer)})[layer]
+
+    def groups(self) -> dict[str, Coupled]:
+        """The tensors that share a layer's output channels, for every weight that makes channels, by its name."""
+        return self._tables.of(self.record.outputs)
+
+
+def _named(name: str) -> str:
+    return f"module {name!r}" if name else "the model itself"
+
+
+def fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a structure depends on, by module: classes, plain attributes, names and shapes of tensors."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        shapes = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None)
+        plain = tuple((key, value) for key, value in vars(module).items() if _is_plain(key, value))
+        found[name] = (type(module), shapes, plain)
+    return found
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if key.startswith("_") or key in ("training", "dropout", "use_nested_tensor"):
+        return False
+    return type(value) in (int, str, bool) or (type(value) is tuple and all(type(item) is int for item in value))
+
+
+def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
+    """Follow a model's channels once, to hand what was found to many calls (`structure=` of `coupled`, `widen`, `morph`).
+
+    Args:
+        model: the model; it is not touched, and may be changed or let go afterwards.
+        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer. They are
+            not kept: only their shapes and dtypes matter.
+
+    Raises:
+        MorphError: the model does not run on them, or its forward cannot be followed.
+    """
+    skeleton, known = Skeleton(model), fingerprint(model)
+    inputs, record = traced(skeleton, as_inputs(example_inputs))
+    return Structure(skeleton, record, skeleton.inputs(inputs), known)
+
+
+def coupled(model: nn.Module, layer: str, example_inputs: Any = None, structure: Structure | None = None) -> Coupled:
+    """The tensors that share the output channels of a layer: what `widen` would change.
+
+    Args:
+        model: the model; it is not touched.
+        layer: dotted name of a layer with a weight, or of the weight itself.
+        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer.
+        structure: what `follow` found in the model, instead of following it again.
+
+    Raises:
+        MorphError: the layer makes no channels, the model does not run, or the structure is not its.
+    """
+    if structure is None:
+        structure = follow(model, example_inputs)
+    else:
+        structure.check(model)
+    return structure.coupled(layer)

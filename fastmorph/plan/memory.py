@@ -1,0 +1,77 @@
+"""What a morph may ask for: sizes that no memory here could hold are refused before anything is made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fastmorph.errors import MorphError
+
+_CHANNELS, _KERNELS = ("channels", "hidden_channels"), ("kernel_size", "kernel_sizes")
+
+
+def check_memory(what: str, size: int, device: torch.device | None) -> None:
+    """Refuse what takes more bytes than there are on a device (or for None and the meta device, on the CPU).
+
+    Raises MorphError that says how much it would take.
+    """
+    limit = _bytes_on(device)
+    if size > limit:
+        asked = min(size, 10**300) / 1e9  # floats end at 1e308
+        raise MorphError(f"{what} would take {asked:,.4g} GB, and there are {limit / 1e9:,.4g} GB in all; give smaller sizes.")
+
+
+def check_sizes(operator: object, name: str, module: nn.Module | None) -> None:
+    """Refuse an operator whose channels and kernel sizes alone tell that what it makes fits into no memory.
+
+    The operator and its parts each make at least one tensor of so many channels and taps, times the smaller number of channels
+    of the operator's own layer, where that is known.
+
+    Raises MorphError with the layer and the bytes.
+    """
+    found = None if module is None else module._parameters.get("weight")
+    weight = found if found is not None and not is_lazy(found) and found.ndim > 1 else torch.empty(1, 1, device="meta")
+    shape = tuple(weight.shape)
+    smaller = max(1, min(shape[:2]) // int(getattr(module, "groups", 1)))
+    for part in _parts(operator):
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        channels = [values[key] for key in _CHANNELS if isinstance(values.get(key), int)]
+        taps = [_taps(values[key], len(shape) - 2) for key in _KERNELS if key in values]
+        size = max([1, *channels]) * max([1, *taps]) * (smaller if part is operator else 1)
+        check_memory(f"layer {name!r}: {part!r}", size * weight.itemsize, weight.device)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A dataclass, and those inside."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _parts(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield value
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+
+
+def _taps(size: Any, dims: int) -> int:
+    """Taps of a kernel, the largest where there are several; 1 for what is no size, which others refuse."""
+    if isinstance(size, tuple | list):
+        if len(size) == dims and all(isinstance(number, int) for number in size):
+            return prod(size)
+        return max((_taps(item, dims) for item in size), default=1)
+    return size**dims if isinstance(size, int) and size > 0 else 1
+
+
+def _bytes_on(device: torch.device | None) -> int:
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no POSIX system
+        return 2**40

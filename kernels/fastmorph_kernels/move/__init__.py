@@ -1,0 +1,5 @@
+"""Gathers and scales the entries of many weights."""
+
+from .op import move
+
+__all__ = ["move"]

@@ -1,0 +1,44 @@
+"""Small arguments for every operator, for the tests that hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kernel_oracle import random
+
+Arguments = tuple[Any, ...]
+
+
+def _positive() -> torch.Tensor:
+    rows = random(2, 3, 3)
+    return rows @ rows.mT + 3 * torch.eye(3)
+
+
+def _direct(batch: int, held: int, hidden: int, *, into_first: bool = True) -> Arguments:
+    weight = random(batch, held, 3, 2)
+    return weight, hidden, [3], [2], [1], torch.arange(batch), torch.ones(batch), 1.0, "ieee", into_first
+
+
+# The operator is what stands before a comma. Two items and two taps at least, so that every stride counts.
+ARGUMENTS: dict[str, Callable[[], Arguments]] = {
+    "compose": lambda: (random(2, 3, 5, 2), random(2, 4, 3, 3), "ieee"),
+    "correlate": lambda: (random(2, 4, 5, 2), [1], random(2, 3, 5, 2), [3], "ieee"),
+    "residual": lambda: (random(2, 3, 5, 2), random(2, 4, 3, 3), random(2, 4, 5, 2), [1], "ieee"),
+    "row_gram": lambda: (random(2, 3, 5, 2), [2], "ieee"),
+    "column_gram": lambda: (random(2, 5, 3, 2), [2], "ieee"),
+    "cholesky": lambda: (_positive(),),
+    "cholesky_solve": lambda: (torch.linalg.cholesky(_positive()), random(2, 3, 3)),
+    "anderson_gram": lambda: (random(2, 3, 40), random(2, 40), torch.float64),
+    "anderson_update": lambda: (random(2, 40), random(2, 3, 40), random(2, 3)),
+    "direct": lambda: _direct(1, 5, 12),
+    "direct, shared pairs": lambda: _direct(1, 66, 69),
+    "direct, into second": lambda: _direct(2, 2, 9, into_first=False),
+    "move": lambda: ([random(3, 4, 2), random(2, 2, 2)], [None] * 6, [random(3), None, None, random(2)]),
+}
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    """What an operator returns, as a list."""
+    return [result] if isinstance(result, torch.Tensor) else list(result)
