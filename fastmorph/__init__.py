@@ -21,9 +21,11 @@ from fastmorph.morphs.widen import Widen, widen
 from fastmorph.plan.layer_types import register_layer
 from fastmorph.plan.morph import Morphed, Options, morph, restructure
 from fastmorph.plan.operators import register_operator, register_part
+from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.step import Step
 from fastmorph.plan.transaction import Operator, Transaction
+from fastmorph.plan.transfer import transfer_optimizer
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "Decomposition",
     "Deepen",
     "Direct",
+    "FreshStateWarning",
     "General",
     "GrowKernel",
     "InexactMorphError",
@@ -71,11 +74,13 @@ __all__ = [
     "insert_subnet",
     "morph",
     "nn",
+    "optimizer_rule",
     "register_layer",
     "register_operator",
     "register_part",
     "restructure",
     "tolerance",
+    "transfer_optimizer",
     "verify",
     "widen",
 ]

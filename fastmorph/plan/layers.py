@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, skip_init
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 import fastmorph.plan.known_layers  # noqa: F401 - registers them
-from fastmorph.certify.outputs import eval_mode
 from fastmorph.errors import MorphError
-from fastmorph.nn import Replacement
-from fastmorph.nn.computed import compute_weights, weight_hooks
+from fastmorph.nn.computed import weight_hooks
 from fastmorph.plan.layer_types import LayerRule, find_rule
 
 # Modules whose own forward reads a sublayer's weight instead of calling it: the sublayer cannot become two.
@@ -119,79 +116,30 @@ def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Laye
         raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).")
     module = modules[name]
     if type(model).__name__ == "OptimizedModule":
-        raise _refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
+        raise refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
     rule, override = find_rule(module)
     if rule is None or (rule.transposed and not transposed):
         kinds = ["Linear", *(f"Conv{dims}d" for dims in (1, 2, 3))] + [f"ConvTranspose{d}d" for d in (1, 2, 3) if transposed]
-        named = ", ".join(f"nn.{kind}" for kind in kinds)
-        raise _refusal(
-            name, f"it is a {type(module).__name__}", f"name one of {named}, or of a class that fm.register_layer knows"
-        )
+        remedy = f"name one of {', '.join(f'nn.{kind}' for kind in kinds)}, or of a class that fm.register_layer knows"
+        raise refusal(name, f"it is a {type(module).__name__}", remedy)
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
-        raise _refusal(name, "it is lazy and has no weight yet", "run the model once on a batch")
+        raise refusal(name, "it is lazy and has no weight yet", "run the model once on a batch")
     if not _origins(module) or _is_computed_elsewhere(module, rule):
-        raise _refusal(
+        raise refusal(
             name,
             "its weight is computed anew from other tensors (by pruning or a hook)",
             "bake it first, e.g. torch.nn.utils.prune.remove(layer, 'weight')",
         )
     if override is not None:
-        remedy = (
-            f"say by fm.register_layer how to read its weight, or replace it by an equivalent plain nn.{rule.plain.__name__}"
+        plain = f"nn.{rule.plain.__name__}"
+        raise refusal(
+            name, override, f"say by fm.register_layer how to read its weight, or replace it by an equivalent {plain}"
         )
-        raise _refusal(name, override, remedy)
     layer = Layer(name, module, rule)
     if layer.is_plain:
-        _check_weight(name, module.weight)
+        check_weight(name, module.weight)
     _check_surroundings(model, name, module, modules)
     return layer
-
-
-def make_plain(layer: Layer) -> tuple[Layer, nn.Module]:
-    """A plain layer that computes what `layer` does, and what is to stand in its place: itself, with its padding if it has any.
-
-    The layer's own parameters go on where the plain one can have them; else it gets new ones.
-
-    Raises MorphError where the layer does not have the weight that its rule says.
-    """
-    module, rule = layer.module, layer.rule
-    weight = _effective_weight(layer)
-    settings: dict[str, Any] = {"bias": False, "device": "meta", "dtype": weight.dtype}
-    channels = [*weight.shape[:2]]
-    if rule.spatial_dims and weight.ndim > 1:
-        given = ("stride", "padding", "dilation", "groups", "padding_mode", *(["output_padding"] if rule.transposed else []))
-        settings |= {name: getattr(module, name) for name in given if hasattr(module, name)}
-        settings["kernel_size"] = tuple(weight.shape[2:])
-        channels[1] *= settings.get("groups", 1)
-    if weight.ndim != rule.spatial_dims + 2:
-        raise _refusal(
-            layer.name,
-            f"the rule of {type(module).__name__} gives a weight of shape {tuple(weight.shape)}",
-            f"register it with the spatial_dims that it has, and a weight of {rule.spatial_dims + 2} dimensions",
-        )
-    plain: Any = skip_init(rule.plain, *(channels if rule.transposed else channels[::-1]), **settings)
-    plain.weight = _as_parameter(weight, layer.origin.requires_grad)
-    bias = getattr(module, "bias", None)
-    plain.bias = None if bias is None else _as_parameter(bias, bias.requires_grad)
-    plain.train(module.training)
-    pad = None if rule.pad is None else rule.pad(module)
-    whole = plain if pad is None else Replacement(OrderedDict(pad=pad, layer=plain))
-    return Layer(layer.name, plain, find_rule(plain)[0] or rule), whole
-
-
-@torch.no_grad()
-def _effective_weight(layer: Layer) -> Tensor:
-    """What the layer computes with in eval mode; its own parameter where it is that."""
-    module, read = layer.module, layer.rule.weight
-    compute_weights(module)
-    with eval_mode(module):
-        first, second = (module.weight if read is None else read(module) for _ in range(2))
-    _check_weight(layer.name, first)
-    if first.device.type != "meta" and not torch.equal(first, second):
-        raise _refusal(
-            layer.name, "its weight is not the same each time that it is computed", "make it deterministic in eval mode"
-        )
-    return first
 
 
 def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
@@ -202,33 +150,27 @@ def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
     return pruned or "weight" in vars(module) or (rule.weight is None and module._parameters.get("weight") is None)
 
 
-def _check_weight(name: str, weight: Any) -> None:
+def check_weight(name: str, weight: Any) -> None:
+    """Refuse a layer whose weight is no plain floating-point tensor."""
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
-        raise _refusal(
+        raise refusal(
             name,
             f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
             "convert the layer to a plain floating-point one",
         )
 
 
-def _as_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad=requires_grad)
-
-
 def _origins(module: nn.Module) -> list[nn.Parameter]:
     """What a layer's weight is computed from."""
-    return [
-        parameter for name, parameter in module.named_parameters() if not name.startswith(("bias", "parametrizations.bias"))
-    ]
+    biases = ("bias", "parametrizations.bias")
+    return [parameter for name, parameter in module.named_parameters() if not name.startswith(biases)]
 
 
 def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Refuse what other modules do with this one, or with its weight, besides calling it."""
     for owner_name, attribute, owner in _owners(model, module):
         if isinstance(owner, _READ_WEIGHTS):
-            raise _refusal(
+            raise refusal(
                 name,
                 f"{type(owner).__name__} {owner_name!r} reads the weight of its {attribute!r} instead of calling it",
                 "morph another layer, or replace that module by one that calls its layers",
@@ -237,7 +179,7 @@ def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules:
     for other_name, other in modules.items():
         for key, value in vars(other).items():
             if not key.startswith("_") and any(item is module for item in _items(value)):
-                raise _refusal(
+                raise refusal(
                     name,
                     f"{type(other).__name__} {other_name!r} also keeps it in its attribute {key!r}, outside PyTorch's registry",
                     "keep it as a submodule (nn.ModuleList, nn.ModuleDict) only",
@@ -245,7 +187,7 @@ def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules:
         if other not in own:
             for key, parameter in other._parameters.items():
                 if parameter is not None and any(_same_memory(parameter, origin) for origin in origins):
-                    raise _refusal(
+                    raise refusal(
                         name,
                         f"its weight is tied to {other_name + '.' + key!r}",
                         "untie it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())",
@@ -269,7 +211,8 @@ def _same_memory(one: Tensor, two: Any) -> bool:
     return one.device == two.device and one.device.type != "meta" and one.data_ptr() == two.data_ptr()
 
 
-def _refusal(name: str, cause: str, remedy: str) -> MorphError:
+def refusal(name: str, cause: str, remedy: str) -> MorphError:
+    """The error for a layer that cannot be morphed."""
     return MorphError(f"layer {name!r} cannot be morphed: {cause}; {remedy}.")
 
 

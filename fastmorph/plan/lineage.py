@@ -19,11 +19,13 @@ class Ancestry:
         linear: maps, in order, that take a first moment (a momentum, an average of gradients) of the ancestor to the
             parameter's; None if there is no way: the moment starts afresh.
         square: the same for second moments (averages or sums of squared gradients).
+        joined: whether the parameter descends from none, and has the ancestor for its options alone.
     """
 
     ancestor: nn.Parameter
     linear: tuple[Map, ...] | None = ()
     square: tuple[Map, ...] | None = ()
+    joined: bool = False
 
 
 class Lineage:
@@ -32,7 +34,8 @@ class Lineage:
     def __init__(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Start from (child's parameter, parent's parameter) pairs of equal values."""
         self._of = {child: Ancestry(parent) for child, parent in pairs}
-        self.ancestors = {past.ancestor for past in self._of.values()}
+        # The parent's parameters, with their places among its `parameters()`.
+        self.ancestors = {past.ancestor: place for place, past in enumerate(self._of.values())}
 
     def __getitem__(self, parameter: nn.Parameter) -> Ancestry | None:
         """The ancestry of a parameter; None for one that is not of this model."""
@@ -42,13 +45,13 @@ class Lineage:
         """Let `new` take the place of `old`."""
         past = self._of.pop(old, None)
         if past is not None:
-            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square))
+            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
 
     def joined(self, new: nn.Parameter, near: nn.Parameter) -> None:
         """Let `new`, unless it is known, share the options of `near` and start afresh."""
         past = self._of.get(near)
         if past is not None and new not in self._of:
-            self._of[new] = Ancestry(past.ancestor, None, None)
+            self._of[new] = Ancestry(past.ancestor, None, None, joined=True)
 
 
 def _then(maps: tuple[Map, ...] | None, new: Map | None) -> tuple[Map, ...] | None:

@@ -22,8 +22,9 @@ from fastmorph.graph.structure import Structure
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
-from fastmorph.plan.optimizers import carry_over, check_optimizer, rebound
+from fastmorph.plan.optimizers import carry_over, check_optimizer
 from fastmorph.plan.plan import Plan
+from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.step import Step
 from fastmorph.plan.transaction import Operator, Transaction
 
@@ -65,6 +66,7 @@ class Morphed(Generic[M]):
     certificate: Certificate | None
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
+    _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
 
     def rebind(self, scheduler: Any) -> Any:
         """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
@@ -73,7 +75,7 @@ class Morphed(Generic[M]):
         """
         if self.optimizer is None:
             raise MorphError("there is no optimizer to drive; pass the parent's to morph(..., optimizer=).")
-        return rebound(scheduler, self.optimizer)
+        return rebound(scheduler, self.optimizer, self._twins)
 
 
 def morph(
@@ -102,8 +104,10 @@ def morph(
         example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
             follow channels through the model.
         structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
-        optimizer: the parent's, an SGD, Adam, AdamW, RMSprop, Adagrad, or any without state; it is not touched. Its options,
-            moments and step counts are carried over, each moment as its weight: `Morphed.optimizer`.
+        optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
+            carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the
+            order of the child's `parameters()`. New norms and P-activations join a group without weight decay; where there is
+            none, a new last group without it is made for the `a` of P-activations.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
             nearly exact in train mode, where a BatchNorm uses the batch's own.
         verify: whether to compare parent and child on `example_inputs`.
@@ -157,8 +161,11 @@ def morph(
         certificate = verify_models(model, child, *given) if before is None else certify(before, child, given)
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
-    carried = None if optimizer is None else carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps))
+    carried: Optimizer | None = None
+    twins: tuple[int, ...] = ()
+    if optimizer is not None:
+        carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
+    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:

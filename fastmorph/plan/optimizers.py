@@ -2,114 +2,225 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Muon, Optimizer
 from torch.utils import _pytree as pytree
 
+import fastmorph.plan.known_optimizers  # noqa: F401 - registers them
 from fastmorph.errors import MorphError
+from fastmorph.nn import PActivation
 from fastmorph.plan.lineage import Ancestry, Lineage
+from fastmorph.plan.optimizer_rules import FreshStateWarning, OptimizerRule, find_optimizer_rule, follow_moment
 
-_ADAM = {"exp_avg": "linear", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
-# By what rule each tensor of a parameter's state follows the parameter.
-_MOMENTS: dict[type[Optimizer], dict[str, str]] = {
-    SGD: {"momentum_buffer": "linear"},
-    Adam: _ADAM,
-    AdamW: _ADAM,
-    RMSprop: {"square_avg": "square", "momentum_buffer": "linear", "grad_avg": "linear"},
-    Adagrad: {"sum": "square"},
-}
+_OWN = ("param_groups", "state", "defaults", "step")  # a scheduler wraps `step`
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Refuse, before any work, an optimizer that cannot be carried over. Raises MorphError."""
-    name = type(optimizer).__name__
-    own = set(model.parameters())
+    name, own = type(optimizer).__name__, set(model.parameters())
+    if not isinstance(optimizer, Optimizer):
+        raise MorphError(f"optimizer= takes a torch.optim.Optimizer, not a {name}; pass the one inside it, if it wraps one.")
+    places: list[tuple[str, Any]] = [
+        (f"its attribute {key!r}", value) for key, value in vars(optimizer).items() if key not in _OWN
+    ]
+    for key, value in places:
+        if any(isinstance(leaf, Optimizer) for leaf in _held(value, {id(optimizer)})):
+            raise MorphError(
+                f"a {name} cannot be carried over: it wraps another optimizer, in {key}, and would go on training the parent. "
+                f"Pass the optimizer inside it, and wrap Morphed.optimizer in a new {name}."
+            )
     if not any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
         raise MorphError(f"the {name} given holds none of the model's parameters; pass the optimizer of this very model.")
-    rules = _rules(optimizer)
-    for key, value in vars(optimizer).items():
-        held = () if key in ("param_groups", "state", "defaults") else pytree.tree_leaves(value)
-        if any(isinstance(leaf, nn.Parameter) and leaf in own for leaf in held):
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    places += [("the options of its groups", options), ("its state", list(optimizer.state.values()))]
+    for key, value in places:
+        if any(isinstance(leaf, nn.Parameter) and leaf in own for leaf in _held(value, {id(optimizer)})):
             raise MorphError(
-                f"a {name} cannot be carried over: it keeps parameters in its attribute {key!r}, outside its parameter groups; "
+                f"a {name} cannot be carried over: it keeps parameters in {key}, outside its parameter groups; "
                 f"leave optimizer= out and make a new {name} for the child."
             )
-    known = ", ".join(kind.__name__ for kind in _MOMENTS)
-    for parameter, state in optimizer.state.items():
-        strange = sorted(k for k, v in state.items() if rules is None or (k not in rules and isinstance(v, Tensor) and v.ndim))
-        if parameter in own and strange:
-            raise MorphError(
-                f"the state {', '.join(map(str, strange))} of a {name} cannot be carried over: how it follows a weight that "
-                f"changes is known for {known} alone. Leave optimizer= out and make a new {name} for the child."
-            )
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The parameters and optimizers that can be reached from a value, through containers, objects and modules."""
+    if id(value) in seen or isinstance(value, type | ModuleType | FunctionType | MethodType):
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Parameter | Optimizer):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in (*value.keys(), *value.values()):
+            yield from _held(part, seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _held(part, seen)
+    elif not isinstance(value, Tensor):
+        yield from _held(getattr(value, "__dict__", ()), seen)
 
 
 @torch.no_grad()
-def carry_over(optimizer: Optimizer, child: nn.Module, lineage: Lineage, *, consume: bool = False) -> Optimizer:
+def carry_over(
+    optimizer: Optimizer, child: nn.Module, lineage: Lineage, *, consume: bool = False
+) -> tuple[Optimizer, tuple[int, ...]]:
     """An optimizer of the same class for the child's parameters; the one given is left as it is, unless it is consumed.
 
-    Parameter groups keep their order and options. Each parameter of the child stands in the group of its ancestor, and where
-    the way of all of the ancestor's moments is known, it has the moments and the step count too.
+    Parameter groups keep their order and options. Each parameter of the child stands in the group of its ancestor, in the
+    order of `child.parameters()` where the ancestors stood in the parent's, and where the way of all of the ancestor's moments
+    is known, it has the moments and the step count too. New vectors (the weights and biases of norms, the `a` of P-activations)
+    join a group without weight decay where there is one. Where there is none, each group that decays and would get an `a` gets
+    a twin without weight decay at the end.
 
-    Raises MorphError where a parameter's ancestor is not known.
+    Returns the optimizer, and for each of those new groups the index of the group that it is a twin of.
+
+    Raises MorphError where a parameter's ancestor is not known, or where the optimizer cannot take a new parameter.
     """
-    descendants: defaultdict[nn.Parameter, list[nn.Parameter]] = defaultdict(list)
-    state: dict[nn.Parameter, dict[str, Any]] = {}
-    rules = _rules(optimizer) or {}
+    rule = find_optimizer_rule(optimizer)
     names = {parameter: name for name, parameter in child.named_parameters()}
+    state, lost = _carried_state(optimizer, names, lineage, rule, consume)
+    if lost:
+        keys = ", ".join(sorted({str(key) for found in lost.values() for key in found}))
+        warnings.warn(
+            f"the state of a {type(optimizer).__name__} starts afresh for {', '.join(lost)}: how {keys} follows a weight that "
+            "changes is not known; say it by fm.optimizer_rule.",
+            FreshStateWarning,
+            stacklevel=3,
+        )
+    groups, sources = _carried_groups(optimizer, names, lineage, child)
+    for old, kept in optimizer.state.items():
+        if old not in lineage.ancestors:  # not the model's
+            state[old] = deepcopy(kept) if isinstance(old, Tensor) else kept
+    if rule is not None and rule.start is not None:
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter not in state:
+                    state[parameter] = rule.start(parameter, group)
+    return _like(optimizer, groups, state), sources
+
+
+# --- parameter groups --------------------------------------------------------------------------------------------------------
+
+
+def _carried_groups(
+    optimizer: Optimizer, names: Mapping[nn.Parameter, str], lineage: Lineage, child: nn.Module
+) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    old_groups = optimizer.param_groups
+    home = {old: index for index, group in enumerate(old_groups) for old in group["params"]}
+    fading = {module.a for module in child.modules() if isinstance(module, PActivation)}
+    members: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
+    twins: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter, name in names.items():
         past = lineage[parameter]
         if past is None:
             raise MorphError(f"the child's {name!r} has no ancestor in the parent, and so no parameter group.")
-        descendants[past.ancestor].append(parameter)
-        if past.linear is not None or past.square is not None:
-            before = optimizer.state.pop(past.ancestor, {}) if consume else optimizer.state.get(past.ancestor, {})
-            if after := _state(before, rules, past, move=consume):
-                state[parameter] = after
+        index = home.get(past.ancestor)
+        if index is None:  # the optimizer does not train it
+            continue
+        if past.joined and parameter.ndim < 2 and old_groups[index].get("weight_decay"):
+            apart = _group_without_decay(old_groups, index, lineage)
+            (twins if apart is None and parameter in fading else members)[index if apart is None else apart].append(parameter)
+        else:
+            members[index].append(parameter)
+        if isinstance(optimizer, Muon) and parameter.ndim != 2:
+            raise MorphError(
+                f"a Muon trains matrices alone, and the child's {name!r} of shape {tuple(parameter.shape)} would join them; "
+                "leave out the activation and norm, or leave optimizer= out and make new optimizers for the child."
+            )
     groups = []
-    for group in optimizer.param_groups:
-        kept = {key: deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
-        kept["params"] = []
-        for index, old in enumerate(group["params"]):
-            new = descendants[old] if old in lineage.ancestors else [old]
-            kept["params"] += new
-            if "param_names" in group:
-                kept.setdefault("param_names", []).extend(names.get(p, group["param_names"][index]) for p in new)
-            if old not in lineage.ancestors and old in optimizer.state:  # not the model's
-                state[old] = deepcopy(optimizer.state[old])
-        groups.append(kept)
-    return _like(optimizer, groups, state)
+    for index, group in enumerate(old_groups):
+        params = _in_order(group["params"], members[index], lineage)
+        groups.append(_group(group, params, names))
+    for index, params in sorted(twins.items()):
+        groups.append({**_group(old_groups[index], params, names), "weight_decay": 0.0})
+    return groups, tuple(sorted(twins))
 
 
-def _rules(optimizer: Optimizer) -> dict[str, str] | None:
-    return next((_MOMENTS[kind] for kind in type(optimizer).__mro__ if kind in _MOMENTS), None)
+def _group_without_decay(groups: list[dict[str, Any]], index: int, lineage: Lineage) -> int | None:
+    """The group of the parent's without weight decay whose other options are most like those of group `index`."""
+    held = [i for i, group in enumerate(groups) if any(old in lineage.ancestors for old in group["params"])]
+    free = [i for i in held if not groups[i].get("weight_decay", 1)]
+
+    def likeness(other: int) -> int:
+        return sum(key != "params" and bool(value == groups[other].get(key)) for key, value in groups[index].items())
+
+    return max(free, key=likeness, default=None)
 
 
-def _state(before: Mapping[str, Any], rules: Mapping[str, str], past: Ancestry, *, move: bool) -> dict[str, Any]:
+def _in_order(old: list[nn.Parameter], new: list[nn.Parameter], lineage: Lineage) -> list[nn.Parameter]:
+    """The new parameters of a group, and those of its old ones that are not the model's.
+
+    `new` is in the child's order. Where the group was not in the parent's, it keeps its own order.
+    """
+    ranks = [lineage.ancestors[parameter] for parameter in old if parameter in lineage.ancestors]
+    if ranks != sorted(ranks):
+        places = {parameter: place for place, parameter in enumerate(old)}
+        pasts = {parameter: lineage[parameter] for parameter in new}
+        new = sorted(new, key=lambda p: places.get(past.ancestor, len(old)) if (past := pasts[p]) else len(old))
+    first = next((place for place, parameter in enumerate(old) if parameter in lineage.ancestors), len(old))
+    return [*old[:first], *new, *(parameter for parameter in old[first:] if parameter not in lineage.ancestors)]
+
+
+def _group(old: Mapping[str, Any], params: list[nn.Parameter], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    kept = {key: deepcopy(value) for key, value in old.items() if key not in ("params", "param_names")}
+    kept["params"] = params
+    if "param_names" in old:
+        before = dict(zip(old["params"], old["param_names"], strict=True))
+        kept["param_names"] = [names.get(parameter) or before[parameter] for parameter in params]
+    return kept
+
+
+# --- state -------------------------------------------------------------------------------------------------------------------
+
+
+def _carried_state(
+    optimizer: Optimizer, names: Mapping[nn.Parameter, str], lineage: Lineage, rule: OptimizerRule | None, consume: bool
+) -> tuple[dict[Any, dict[str, Any]], dict[str, set[str]]]:
+    """State by the child's parameters, and by their names, the keys without a rule for which it starts afresh."""
+    state: dict[Any, dict[str, Any]] = {}
+    lost: dict[str, set[str]] = {}
+    for parameter, name in names.items():
+        past = lineage[parameter]
+        if past is None or (past.linear is None and past.square is None):
+            continue
+        before = optimizer.state.pop(past.ancestor, {}) if consume else optimizer.state.get(past.ancestor, {})
+        if past.linear == past.square == ():
+            state[parameter] = dict(before) if consume else deepcopy(dict(before))
+        elif unknown := {key for key, value in before.items() if not _has_rule(key, value, rule)}:
+            lost[name] = unknown
+        elif after := _followed(before, rule, past):
+            state[parameter] = after
+    return {parameter: each for parameter, each in state.items() if each}, lost
+
+
+def _has_rule(key: str, value: Any, rule: OptimizerRule | None) -> bool:
+    if rule is None:
+        return False
+    return key in rule.moments or not any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves(value))
+
+
+def _followed(before: Mapping[str, Any], rule: OptimizerRule | None, past: Ancestry) -> dict[str, Any]:
     """A descendant's state; empty where part of it would start afresh: a step count without its moments would mislead."""
     after = {}
     for key, value in before.items():
-        if key in rules and isinstance(value, Tensor):
-            maps = past.linear if rules[key] == "linear" else past.square
-            if maps is None:
+        if rule is not None and key in rule.moments and isinstance(value, Tensor):
+            after[key] = follow_moment(value, rule.moments[key], past)
+            if after[key] is None:
                 return {}
-            moment = value
-            for follow in maps:
-                moment = follow(moment).to(value)
-            after[key] = moment if maps or move else moment.clone()
+            if after[key] is value:
+                after[key] = value.clone()
         else:
             after[key] = deepcopy(value)
     return after
 
 
-def _like(optimizer: Optimizer, groups: list[dict[str, Any]], state: dict[nn.Parameter, dict[str, Any]]) -> Optimizer:
+def _like(optimizer: Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]]) -> Optimizer:
     """A new optimizer of the same class and settings, made as PyTorch makes one that it unpickles."""
     new: Optimizer = type(optimizer).__new__(type(optimizer))
     whole = {"defaults": deepcopy(optimizer.defaults), "state": defaultdict(dict, state), "param_groups": groups}
@@ -119,33 +230,4 @@ def _like(optimizer: Optimizer, groups: list[dict[str, Any]], state: dict[nn.Par
             getattr(new, key).update(value)
         elif key not in vars(new) and key != "step":  # a scheduler's wrapper, which knows the old one
             setattr(new, key, value)
-    if isinstance(new, Adagrad):
-        for group in groups:
-            for parameter in group["params"]:
-                if parameter not in new.state:
-                    start = torch.full_like(parameter, group["initial_accumulator_value"])
-                    device = parameter.device if group.get("fused") else None
-                    new.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device), "sum": start}
     return new
-
-
-class _StepCounter(LRScheduler):
-    """Lets an optimizer note that it has stepped, as every scheduler does, and leaves its learning rates alone."""
-
-    def _initial_step(self) -> None:
-        pass
-
-
-def rebound(scheduler: Any, optimizer: Optimizer) -> Any:
-    """A copy of a learning-rate scheduler, with those inside it, that drives `optimizer` from where it stands.
-
-    Raises MorphError if it was made for another number of parameter groups.
-    """
-    old = scheduler.optimizer
-    if len(old.param_groups) != len(optimizer.param_groups):
-        raise MorphError(
-            f"the scheduler drives {len(old.param_groups)} parameter groups, the child's optimizer has "
-            f"{len(optimizer.param_groups)}; pass a scheduler of the optimizer that was carried over."
-        )
-    _StepCounter(optimizer)
-    return deepcopy(scheduler, {id(old): optimizer})

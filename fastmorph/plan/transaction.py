@@ -24,9 +24,10 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
-from fastmorph.plan.layers import Layer, find_layer, make_plain, replace_module
+from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
+from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
 
 Assign = Callable[[Decomposition], None]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm_parts import timm_part
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -55,13 +56,6 @@ class OnlyCallsSuper(nn.Conv2d):
 fm.register_layer(Masked, spatial_dims=2, weight=lambda layer: layer.weight * layer.mask)
 
 
-def timm_layers(module, name):
-    if missing("timm"):
-        pytest.skip("timm is not installed (requirements-zoo.txt)")
-    build("timm/starnet_s050")  # declares what timm asks torchvision for
-    return getattr(importlib.import_module(f"timm.layers.{module}"), name)
-
-
 def old(kind, layer):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,13 +70,13 @@ def parametrised(layer, **parametrisations):
 
 CONV = (6, 4, 3)
 MAKERS = {
-    "StdConv2d": lambda: timm_layers("std_conv", "StdConv2d")(*CONV, stride=2, bias=True),
-    "StdConv2dSame": lambda: timm_layers("std_conv", "StdConv2dSame")(*CONV, stride=2, dilation=2),
-    "StdConv2dSame static": lambda: timm_layers("std_conv", "StdConv2dSame")(*CONV),
-    "ScaledStdConv2d": lambda: timm_layers("std_conv", "ScaledStdConv2d")(*CONV, groups=2, gain_init=0.7),
-    "ScaledStdConv2dSame": lambda: timm_layers("std_conv", "ScaledStdConv2dSame")(*CONV, stride=(3, 2), gamma=1.7),
-    "Conv2dSame": lambda: timm_layers("conv2d_same", "Conv2dSame")(*CONV, stride=(2, 3)),
-    "Conv2dSame even": lambda: timm_layers("conv2d_same", "Conv2dSame")(6, 4, (2, 3)),
+    "StdConv2d": lambda: timm_part("layers.std_conv", "StdConv2d")(*CONV, stride=2, bias=True),
+    "StdConv2dSame": lambda: timm_part("layers.std_conv", "StdConv2dSame")(*CONV, stride=2, dilation=2),
+    "StdConv2dSame static": lambda: timm_part("layers.std_conv", "StdConv2dSame")(*CONV),
+    "ScaledStdConv2d": lambda: timm_part("layers.std_conv", "ScaledStdConv2d")(*CONV, groups=2, gain_init=0.7),
+    "ScaledStdConv2dSame": lambda: timm_part("layers.std_conv", "ScaledStdConv2dSame")(*CONV, stride=(3, 2), gamma=1.7),
+    "Conv2dSame": lambda: timm_part("layers.conv2d_same", "Conv2dSame")(*CONV, stride=(2, 3)),
+    "Conv2dSame even": lambda: timm_part("layers.conv2d_same", "Conv2dSame")(6, 4, (2, 3)),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Conv2d(*CONV, padding=1)),
     "old weight_norm": lambda: old("weight_norm", nn.Conv2d(*CONV, padding=1)),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Conv2d(*CONV, padding=(0, 1))),
@@ -201,6 +195,29 @@ def test_gpt2s_linear_layers():
     model = nn.Sequential(conv1d(6, 4)).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     torch.testing.assert_close(fm.deepen(model, "0")(x), model(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_transposed_convolutions_grow(padding):
+    conv = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=padding, groups=2)
+    model = nn.Sequential(parametrizations.weight_norm(conv)).double()
+    child = fm.grow_kernel(model, {"0": (5, 3)})
+    assert type(child[0]) is nn.ConvTranspose2d
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(child(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_child_with_same_padding_grows_again(tmp_path):
+    model = network("Conv2dSame")
+    plan = [fm.Deepen("0", activation="relu"), fm.Deepen("0.layer.second"), fm.Widen("0.layer.first", 24)]
+    for size in (9, 10):
+        x = torch.randn(2, 6, size, size + 2, dtype=torch.float64)
+        grown = fm.morph(model, plan, example_inputs=x)
+        assert grown.certificate
+        torch.testing.assert_close(grown.model(x[:, :, 1:]), model(x[:, :, 1:]), rtol=0, atol=1e-9)
+    grown.history.save(tmp_path / "plan.toml")
+    replayed = fm.morph(model, fm.Plan.load(tmp_path / "plan.toml")).model
+    assert all(torch.equal(*pair) for pair in zip(replayed.parameters(), grown.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["nf_regnet_b0", "tf_efficientnet_lite0"])
