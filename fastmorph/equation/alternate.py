@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends import find_backend
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.frame import Frame, make_frame
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.errors import MorphError
@@ -79,7 +79,7 @@ def fixed_half_steps(
     """The body of the operator `alternate`, whose arguments these are, in plain PyTorch and the backend's maps."""
     maps = find_backend(backend, weight, None if weight.dtype == torch.float64 else precision)
     frame = Frame(tuple(weight.shape[3:]), tuple(first.shape[3:]), second_size)
-    norm = batch_norm(weight)
+    norm = frobenius(weight)
     scale = torch.where(norm > 0, norm, torch.ones_like(norm))
     exact = 32 * torch.finfo(weight.dtype).eps  # beyond this a half-step only moves rounding about
     # As second kernels of the equation and of its transpose: F2, then F1 transposed.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import TorchBackend
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.frame import Frame, tap_count
 
 _LARGEST_RANK = 2048  # columns; a singular value decomposition of this size takes seconds
 
@@ -34,18 +34,18 @@ def half_step_is_exact(frame: Frame, co: int, ci: int, hidden: int, *, for_secon
     """
     if not for_second:
         return half_step_is_exact(frame.transposed, ci, co, hidden)
-    if hidden * volume(frame.second) < ci * volume(frame.size):
+    if hidden * tap_count(frame.second) < ci * tap_count(frame.size):
         return False
     sizes = tuple((k1, k2) for k1, k2 in zip(frame.first, frame.second, strict=True) if k1 > 1)
     if len(sizes) < 2 or any(ci * (k1 - 1) + 1 > k2 for k1, k2 in sizes):
         return True
-    return _has_full_rank(min(hidden, ci * volume(frame.size)), ci, sizes)
+    return _has_full_rank(min(hidden, ci * tap_count(frame.size)), ci, sizes)
 
 
 @lru_cache(maxsize=1024)
 def _has_full_rank(hidden: int, ci: int, sizes: tuple[tuple[int, int], ...]) -> bool:
     k1, k2 = zip(*sizes, strict=True)
-    columns = ci * volume(tuple(a + b - 1 for a, b in sizes))
+    columns = ci * tap_count(tuple(a + b - 1 for a, b in sizes))
     if columns > _LARGEST_RANK:
         return False  # not known, so not promised
     noise = torch.randn(1, hidden, ci, *k1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -54,8 +54,8 @@ def _has_full_rank(hidden: int, ci: int, sizes: tuple[tuple[int, int], ...]) -> 
 
 def smallest_half_step(frame: Frame, co: int, ci: int) -> int:
     """The smallest C_hid for which one half-step is exact, on either side."""
-    n = volume(frame.size)
-    hidden = min(-(-ci * n // volume(frame.second)), -(-co * n // volume(frame.first)))
+    n = tap_count(frame.size)
+    hidden = min(-(-ci * n // tap_count(frame.second)), -(-co * n // tap_count(frame.first)))
     while not any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False)):
         hidden += 1
     return hidden
@@ -63,8 +63,8 @@ def smallest_half_step(frame: Frame, co: int, ci: int) -> int:
 
 def freedom(frame: Frame, co: int, ci: int, hidden: int) -> int:
     """Unknowns less the gauge (an invertible C_hid x C_hid matrix) less equations; negative: no exact answer in general."""
-    unknowns = hidden * (ci * volume(frame.first) + co * volume(frame.second)) - hidden**2
-    return unknowns - co * ci * volume(frame.size)
+    unknowns = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) - hidden**2
+    return unknowns - co * ci * tap_count(frame.size)
 
 
 def smallest_by_counting(frame: Frame, co: int, ci: int) -> int | None:
@@ -72,8 +72,8 @@ def smallest_by_counting(frame: Frame, co: int, ci: int) -> int | None:
 
     The gauge makes the count fall again beyond half the unknowns per channel, where Claim 1 has long taken over.
     """
-    per_channel = ci * volume(frame.first) + co * volume(frame.second)
-    discriminant = per_channel**2 - 4 * co * ci * volume(frame.size)
+    per_channel = ci * tap_count(frame.first) + co * tap_count(frame.second)
+    discriminant = per_channel**2 - 4 * co * ci * tap_count(frame.size)
     if discriminant < 0:
         return None
     guess = max(1, math.floor((per_channel - math.sqrt(discriminant)) / 2) - 1)
@@ -87,7 +87,7 @@ def smallest_direct(frame: Frame, co: int, ci: int) -> int | None:
 
     It is the rank that a weight can have as a matrix, (C_out, C_in * |K|) in F1 or (C_out * |K|, C_in) in F2.
     """
-    taps = volume(frame.kernel)
+    taps = tap_count(frame.kernel)
     options = [min(co, ci * taps)] * frame.fits(within_first=True) + [min(ci, co * taps)] * frame.fits(within_first=False)
     return min(options, default=None)
 

@@ -112,11 +112,11 @@ def window(start: Size, size: Size) -> tuple[Any, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
-def at(tap: Size) -> tuple[Any, ...]:
+def one_tap(tap: Size) -> tuple[Any, ...]:
     """The index of one tap of a kernel (C_out, C_in, *K)."""
     return (slice(None), slice(None), *tap)
 
 
-def volume(size: Size) -> int:
+def tap_count(size: Size) -> int:
     """Number of taps of a kernel of `size`."""
     return math.prod(size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmorph.equation import reference
 from fastmorph.equation.backends import NumpyBackend, TorchBackend
-from fastmorph.equation.backends.torch_backend import batch_norm, pad
+from fastmorph.equation.backends.torch_backend import frobenius, pad
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
 from fastmorph.equation.frame import Size
@@ -153,7 +153,7 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
     composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
-    return (batch_norm(padded - composed) / equation.norm()).double()
+    return (frobenius(padded - composed) / equation.norm()).double()
 
 
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from strategies import Case, agrees, cases, oracle_residual
 import fastmorph as fm
 from fastmorph.equation import reference
 from fastmorph.equation.bounds import half_step_is_exact, smallest_half_step
-from fastmorph.equation.frame import make_frame, volume
+from fastmorph.equation.frame import make_frame, tap_count
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -36,7 +36,7 @@ def test_compose_agrees_with_the_oracle(dtype, case, hidden, seed):
     found = fm.compose(first, second, spatial_dims=case.dims, backend="torch")
     assert found.dtype == dtype
     working = torch.float32 if dtype == torch.bfloat16 else dtype
-    terms = hidden * min(volume(case.frame.first), volume(case.frame.second)) + 1
+    terms = hidden * min(tap_count(case.frame.first), tap_count(case.frame.second)) + 1
     for b in range(2):
         one, two = first[b].double().numpy(), second[b].double().numpy()
         exact = reference.compose(one, two)

@@ -14,7 +14,7 @@ from fastmorph.equation.bounds import (
     smallest_exact,
     tolerance,
 )
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.frame import Frame, tap_count
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.direct import Direct
 from fastmorph.equation.solvers.general import General
@@ -61,7 +61,7 @@ class Auto(Solver):
             return General(max_iter=_SWEEPS), f"below Claim 1, at or above the counting bound of {least}"
         if allow_inexact:
             return General(), f"no exact answer: below the counting bound of {least}; the nearest is sought"
-        equations = co * ci * volume(frame.size)
+        equations = co * ci * tap_count(frame.size)
         raise MorphError(
             f"hidden_channels={hidden} is too few: {freedom(frame, co, ci, hidden) + equations} unknowns (less the gauge) "
             f"face {equations} equations, so that a general weight has no exact answer. The smallest number that can be "

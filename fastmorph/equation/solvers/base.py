@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import TorchBackend, batch_norm
+from fastmorph.equation.backends.torch_backend import TorchBackend, frobenius
 from fastmorph.equation.bounds import half_step_is_exact, tolerance
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.frame import Frame, tap_count
 from fastmorph.equation.randomness import Noise
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
@@ -56,7 +56,7 @@ class Equation:
         return (
             torch.finfo(self.dtype).bits < 32
             and half_step_is_exact(self.frame, co, ci, self.hidden)
-            and ci * volume(self.frame.size) <= _LARGEST_CORRECTION
+            and ci * tap_count(self.frame.size) <= _LARGEST_CORRECTION
         )
 
     @property
@@ -77,12 +77,12 @@ class Equation:
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
         ci = self.weight.shape[2]
-        fan_in = ci * volume(self.frame.first)
+        fan_in = ci * tap_count(self.frame.first)
         return self.noise(self.hidden, ci, *self.frame.first).to(self.weight.dtype) / fan_in**0.5
 
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
-        norm = batch_norm(self.weight, self.work)
+        norm = frobenius(self.weight, self.work)
         return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 

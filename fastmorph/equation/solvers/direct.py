@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import numerical_rank
-from fastmorph.equation.frame import Frame, volume, window
+from fastmorph.equation.frame import Frame, tap_count, window
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.errors import MorphError
 
@@ -59,7 +59,7 @@ class Direct(Solver):
     @staticmethod
     def role(frame: Frame, co: int, ci: int, hidden: int) -> bool | None:
         """True: the weight goes into F1; False: into F2; None: exact in neither, except for weights of low rank."""
-        taps = volume(frame.kernel)
+        taps = tap_count(frame.kernel)
         if frame.fits(within_first=True) and hidden >= min(co, ci * taps):
             return True
         if frame.fits(within_first=False) and hidden >= min(ci, co * taps):
@@ -89,11 +89,11 @@ class Direct(Solver):
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
         """Mixing of both kernels."""
         block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
-        return 2.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))
+        return 2.0 * block * hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second))
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """Both kernels; besides them, some ranges of channels of a fixed size, and the factors of a weight of low rank."""
-        return hidden * (ci * volume(frame.first) + co * volume(frame.second)) + 2 * co * ci * volume(frame.size)
+        return hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) + 2 * co * ci * tap_count(frame.size)
 
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
@@ -133,13 +133,13 @@ class Direct(Solver):
         everything: Any = slice(None)
         one, two, odd = slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
 
-        power = batch_norm(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
-        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * volume(frame.first))))
+        power = frobenius(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
+        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * tap_count(frame.first))))
         spread = _column(power.sqrt(), right.ndim)
         density = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
         # P keeps norms: scaled by this, the kernels come out with one root mean square, as far as noise has its expectation.
-        power1 = power * (extras * volume(frame.first) + rank * volume(frame.kernel)) / volume(frame.first)
-        power2 = (rank + 2 * pairs * co * volume(frame.second) * density**2) / (co * volume(frame.second))
+        power1 = power * (extras * tap_count(frame.first) + rank * tap_count(frame.kernel)) / tap_count(frame.first)
+        power2 = (rank + 2 * pairs * co * tap_count(frame.second) * density**2) / (co * tap_count(frame.second))
         balance = (power2 / power1) ** 0.25
 
         def rows(part: slice) -> Tensor:

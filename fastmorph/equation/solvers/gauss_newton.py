@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import freedom
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
@@ -64,7 +64,7 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
     residual, used = torch.empty_like(scale), torch.empty_like(state.used)
     limit = 2 * max_iter - 1  # the last half-step is kept for an item that is not exact by then
     while True:
-        remaining = batch_norm(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
+        remaining = frobenius(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
         history.add(state.items, remaining)
         done = (remaining <= tol) | state.stalled | (state.used + 3 > limit)
         if bool(done.any()):

@@ -9,7 +9,7 @@ import torch
 
 from fastmorph.equation import reference
 from fastmorph.equation.bounds import half_step_is_exact
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.frame import Frame, tap_count
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.solvers.anderson import MEMORY, anderson
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
@@ -132,7 +132,7 @@ class General(Solver):
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """The Gram matrices and their factors, both kernels and the composition, a few times."""
-        n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+        n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
         second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
         kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
         exact = any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
@@ -162,7 +162,7 @@ class General(Solver):
 
 
 def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:
-    n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+    n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
     system = min(hidden * m2, ci * n)
     gram = 2.0 * hidden**2 * ci * m1 * m2
     return gram + system**3 / 3 + 2.0 * co * system**2 + 4.0 * co * hidden * ci * m1 * m2

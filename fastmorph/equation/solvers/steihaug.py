@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import TorchBackend, taps_first, taps_last
-from fastmorph.equation.frame import Size, volume
+from fastmorph.equation.frame import Size, tap_count
 
 MOST_STEPS = 120  # a direction that is not found by then is better sought again from where this one leads
 _SETTLED = 0.1  # of the first gradient
@@ -119,7 +119,7 @@ def ridged_factor(gram: Tensor) -> Tensor:
 def _half_step(factor: Tensor, kernel: Tensor) -> Tensor:
     """M^-1 on a kernel (B, Co, Ch, *K2), given the factor of M, whose rows are ordered tap by tap."""
     b, co, ch, *k2 = kernel.shape
-    rows = taps_first(kernel).view(volume(tuple(k2)), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
+    rows = taps_first(kernel).view(tap_count(tuple(k2)), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
     by_tap = torch.cholesky_solve(rows, factor).view(b, -1, ch, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
     return taps_last(by_tap.reshape(*k2, b, co, ch))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.frame import Size
 from fastmorph.equation.half_step import HalfStep, per_item
 
@@ -18,7 +18,7 @@ def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool
     """
     second = step.solve(target, before)
     error, norm = step.error(target, before, second)
-    near = norm <= torch.finfo(error.dtype).eps ** 0.25 * batch_norm(target)
+    near = norm <= torch.finfo(error.dtype).eps ** 0.25 * frobenius(target)
     if always_refine or bool(near.any()):
         wanted = near | always_refine
         finer, finer_error, finer_norm = step.refined(second, error, norm, target, before)
