@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import TorchBackend, frobenius, pad, taps_first, taps_last
+from fastmorph.equation.backends import Backend
+from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad, taps_first, taps_last
 from fastmorph.equation.frame import Size, tap_count
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
@@ -29,7 +30,7 @@ class HalfStep:
         singular: (B,) items whose Gram matrix is numerically singular.
     """
 
-    def __init__(self, first: Tensor, k2: Size, backend: TorchBackend, *, wait: bool = True) -> None:
+    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
         """`wait=False` never waits for the device, as a CUDA graph asks; singular items are then not solved, only told."""
         self.first, self.k2, self.backend = first, k2, backend
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
@@ -46,7 +47,7 @@ class HalfStep:
             self.factor.drop_failed()
         elif bool(self.singular.any()):
             self.factor.drop_failed()
-            self.inverse = torch.linalg.pinv(backend.dense_system(first[self.singular], k2))
+            self.inverse = torch.linalg.pinv(dense_system(first[self.singular], k2))
 
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""

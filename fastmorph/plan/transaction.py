@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
@@ -25,7 +25,7 @@ from fastmorph.errors import MorphError
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 
-Assign = Callable[[Decomposition], None]
+Assign = Callable[[Decomposition[Tensor]], None]
 
 
 class Operator(Protocol):
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(eq=False)
 class _Equation:
-    problem: Problem
+    problem: Problem[Tensor]
     assign: Assign
     layer: str
     part: str
@@ -140,7 +140,9 @@ class Transaction:
         self.settle(layer.module)
         return layer
 
-    def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
+    def solve(
+        self, problem: Problem[Tensor], assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = ""
+    ) -> None:
         """Queue an equation.
 
         Args:
@@ -181,17 +183,13 @@ class Transaction:
         pending = {module for equation in self._queue for module in equation.modules}
         return any(part in pending for module in modules for part in module.modules())
 
-    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition]:
+    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition[Tensor]]:
         try:
             return decompose_many([e.problem for e in queue], generator=self._equation_noise, **self.solving)
         except MorphError as error:
-            number, _, message = str(error).removeprefix("problem ").partition(": ")
-            if not number.isdecimal():
+            if error.problem is None or error.inner is None:
                 raise
-            message = f"{queue[int(number)].name}: {message}"
-            if isinstance(error, InexactMorphError):
-                raise InexactMorphError(message, error.decomposition) from None
-            raise MorphError(message) from None
+            raise error.inner.within(queue[error.problem].name) from None
 
     @contextmanager
     def _resumed(self, step: Step | None) -> Iterator[None]:
@@ -266,7 +264,7 @@ class Transaction:
             old.data = old.data.new_empty(0)
 
 
-def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
+def _add(step: Step, answer: Decomposition[Tensor], milliseconds: float) -> None:
     residual = float(answer.residual.max())
     if residual >= step.residual:
         step.how = answer.reason

@@ -7,6 +7,8 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,21 +18,20 @@ from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
 
 _LITTLE = 2**15  # numbers
 _SOME = 2**17  # numbers that may be copied
+T = TypeVar("T")
 PRECISIONS = ("float64", "ieee", "tf32x3", "tf32")
 
 
+@dataclass(frozen=True)
 class TorchBackend:
-    """Plain PyTorch. Other backends replace the maps they have kernels for.
+    """Plain PyTorch, a `Backend`. Others replace the maps that they have kernels for."""
 
-    Attributes:
-        name: what `backend=` calls it.
-        precision: of products, one of `PRECISIONS`, or None to choose.
-    """
+    precision: str | None = None
+    name: ClassVar[str] = "torch"
 
-    name = "torch"
-
-    def __init__(self, precision: str | None = None) -> None:
-        self.precision = precision
+    def implementation(self, solver: T, reference: T) -> T:
+        """The solver on this backend's maps."""
+        return solver
 
     def working_dtype(self, device: torch.device) -> torch.dtype:
         """What the solvers work in: float64 unless told otherwise, or float32 on Apple's GPUs, which have no float64."""
@@ -38,6 +39,8 @@ class TorchBackend:
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
+        if torch.finfo(first.dtype).bits < 32:  # taps would be added up in the low precision
+            return self.compose(first.float(), second.float()).to(first.dtype)
         k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
         if tap_count(k1) < tap_count(k2):  # loop over the smaller kernel: the transposed equation swaps the two
             return self.compose(second.transpose(1, 2), first.transpose(1, 2)).transpose(1, 2)
@@ -144,15 +147,16 @@ class TorchBackend:
         """
         return None
 
-    def dense_system(self, first: Tensor, k2: Size) -> Tensor:
-        """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
-        b, ch, ci = first.shape[:3]
-        k1 = tuple(first.shape[3:])
-        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
-        out = first.new_zeros(b, *k2, ch, ci, *n)
-        for v in taps(k2):
-            out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
-        return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
+
+def dense_system(first: Tensor, k2: Size) -> Tensor:
+    """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
+    b, ch, ci = first.shape[:3]
+    k1 = tuple(first.shape[3:])
+    n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+    out = first.new_zeros(b, *k2, ch, ci, *n)
+    for v in taps(k2):
+        out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+    return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
 
 
 def taps_first(kernel: Tensor) -> Tensor:
