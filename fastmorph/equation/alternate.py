@@ -92,13 +92,13 @@ def fixed_half_steps(
     exact = 32 * torch.finfo(weight.dtype).eps  # beyond this a half-step only moves rounding about
     residual = torch.ones_like(norm)
 
-    def half_step(_: Side, fixed: Tensor, last: Tensor, target: Tensor, within: Frame) -> Tensor:
+    def half_step(side: Side, fixed: Tensor, last: Tensor, target: Tensor, within: Frame) -> Tensor:
         nonlocal residual
         step = HalfStep(fixed, within.second, maps, wait=False)
         found = step.solve(target, within.before)
-        kernel, _, error = step.refine(found, *step.error(target, within.before, found), target, within.before)
-        moves = ~step.singular & ~(residual <= exact) & torch.isfinite(error)
-        residual = torch.where(moves, error / scale, residual)
+        kernel, _, left = step.refine(found, *step.error(target, within.before, found), target, within.before)
+        moves = ~step.singular & ~(residual <= exact) & torch.isfinite(left)
+        residual = torch.where(moves, left / scale, residual)
         return per_item(moves, kernel, last)
 
     with exact_arithmetic():

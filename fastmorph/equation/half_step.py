@@ -31,12 +31,12 @@ class HalfStep:
     """
 
     def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
-        """`wait=False` never waits for the device, as a CUDA graph asks; singular items are then not solved, only told."""
+        """Factor the system. `wait=False`, for CUDA graphs, never waits for the device, and only marks singular items."""
         self.first, self.k2, self.backend = first, k2, backend
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
         self.by_rows = first.shape[1] * tap_count(k2) <= first.shape[2] * tap_count(self.size)
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
-        # Frame rows further apart than K1 - 1 share no kernel: there the columns' Gram matrix is zero, and its factor stays so.
+        # No kernel covers two frame rows further apart than K1 - 1. The columns' Gram matrix is zero there, and so is its factor.
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
         if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0

@@ -67,28 +67,41 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     """
     if not isinstance(problem, Problem):
         raise MorphError(f"a {type(problem).__name__} is not a problem; pass fm.Problem(weight, hidden_channels, ...).")
-    dims = check_dims(problem.spatial_dims)
-    weight, restore = to_tensor(problem.weight, "weight")
-    refuse_transforms(weight, "decompose")
-    weight = weight.detach()
-    check_rank(weight, dims, "weight", "(*B, C_out, C_in, *K)")
-    hidden = problem.hidden_channels
-    if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-        raise MorphError(f"hidden_channels={hidden!r} must be a positive int.")
+    weight, restore, dims = check_weight(problem.weight, problem.spatial_dims)
+    hidden = check_hidden(problem.hidden_channels)
     if not isinstance(solver, Solver):
         raise MorphError(
             f"solver={solver!r} is not a solver; pass fm.Auto(), fm.Direct(), fm.General() or fm.Practical(), or an fm.Solver "
             "of your own."
         )
     cut = weight.ndim - dims - 2
-    if 0 in weight.shape[cut:]:
-        raise MorphError(f"weight has shape {tuple(weight.shape)}: it has no entries to compose.")
     frame = make_frame(weight.shape[cut + 2 :], problem.kernel_sizes)
     _check_memory(weight, cut, hidden, frame)
     flat, exponents = in_range(weight.reshape(-1, *weight.shape[cut:]))
     chosen = find_backend(backend, weight, precision)
     choice = solver.choose(flat, hidden, frame, allow_inexact=allow_inexact)
     return Checked(flat, weight.shape[:cut], hidden, frame, restore, chosen, exponents, choice)
+
+
+def check_weight(weight: Any, spatial_dims: int) -> tuple[Tensor, Restore, int]:
+    """A weight (*B, Co, Ci, *K) as a detached tensor, the way back to its kind, and its number of spatial dimensions.
+
+    Raises MorphError for what is no weight, or none that has entries.
+    """
+    dims = check_dims(spatial_dims)
+    tensor, restore = to_tensor(weight, "weight")
+    refuse_transforms(tensor, "decompose")
+    check_rank(tensor, dims, "weight", "(*B, C_out, C_in, *K)")
+    if 0 in tensor.shape[tensor.ndim - dims - 2 :]:
+        raise MorphError(f"weight has shape {tuple(tensor.shape)}: it has no entries to compose.")
+    return tensor.detach(), restore, dims
+
+
+def check_hidden(hidden: Any) -> int:
+    """Raise MorphError unless hidden channels are a positive int."""
+    if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
+        raise MorphError(f"hidden_channels={hidden!r} must be a positive int.")
+    return hidden
 
 
 def in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

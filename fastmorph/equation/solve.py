@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -87,8 +87,8 @@ class _Answer(NamedTuple):
 
 
 def _attempt(equation: Equation, solver: Solver) -> _Answer:
-    solve = equation.backend.implementation(solver.solve, partial(_by_reference, solver))
-    solution = solve(equation)
+    by_reference: Callable[[Equation], Solution] = partial(_by_reference, solver)
+    solution = equation.backend.implementation(solver.solve, by_reference)(equation)
     first, second = _rounded(equation, solution, solver)
     residual = _residual(equation, first, second, estimate=solver.closed_form)
     return _Answer(first, second, residual, solution.trace, solution.iterations)

@@ -126,9 +126,12 @@ class Direct(Solver):
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
     ) -> reference.Solved:
         """The same closed form with a dense P, by the numpy oracle, which finds the role for itself."""
-        turned = weight.swapaxes(0, 1)
-        matrices = {"first": weight.reshape(len(weight), -1), "second": turned.reshape(len(turned), -1)}
-        role = self.role(frame, *weight.shape[:2], hidden) or min(
+        turned, (co, ci) = weight.swapaxes(0, 1), weight.shape[:2]
+        matrices: dict[Side, reference.Array] = {
+            "first": weight.reshape(len(weight), -1),
+            "second": turned.reshape(len(turned), -1),
+        }
+        role = self.role(frame, co, ci, hidden) or min(
             self._sides(frame), key=lambda side: np.linalg.matrix_rank(matrices[side], 0.5 * tol * np.linalg.norm(weight))
         )
         if role == "first":
