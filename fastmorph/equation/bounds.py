@@ -14,7 +14,7 @@ from fastmorph.errors import MorphError
 
 _LARGEST_RANK = 2048  # columns; a singular value decomposition of this size takes seconds
 _OVERSAMPLED = 8  # columns beyond the rank, with which the range finder misses no more than `_MISSED` times the least
-_MISSED = 100
+_MISSED = 1000
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -125,7 +125,8 @@ def may_have_rank(matrix: Tensor, rank: int, relative: float) -> bool:
     some tens at most. That costs products, where singular values cost some twenty times more.
     """
     generator = torch.Generator().manual_seed(0)
-    draw = torch.randn(matrix.shape[2], min(rank + _OVERSAMPLED, matrix.shape[2]), generator=generator, device="cpu")
+    # One column fewer than would span everything.
+    draw = torch.randn(matrix.shape[2], min(rank + _OVERSAMPLED, min(matrix.shape[1:]) - 1), generator=generator, device="cpu")
     basis, _ = torch.linalg.qr(matrix @ draw.to(matrix))
     missed = frobenius(matrix - basis @ (basis.mT @ matrix))
     return bool((missed <= _MISSED * relative * frobenius(matrix)).all())

@@ -36,7 +36,7 @@ class HalfStep:
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
         self.by_rows = first.shape[1] * tap_count(k2) <= first.shape[2] * tap_count(self.size)
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
-        # No kernel covers two frame rows further apart than K1 - 1. The columns' Gram matrix is zero there, and so is its factor.
+        # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
         if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
