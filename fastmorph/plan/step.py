@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fastmorph.equation.decomposition import Decomposition
 
 
@@ -29,12 +31,9 @@ class Step:
     milliseconds: float = 0.0
     how: str = "no equation to solve"
 
-    def add(self, answer: Decomposition, milliseconds: float) -> None:
+    def add(self, answer: Decomposition[Tensor], milliseconds: float) -> None:
         """Count an equation that was solved for it."""
         residual = float(answer.residual.max())
         if residual >= self.residual:
-            self.residual, self.how = residual, answer.reason
-            batch = answer.residual.ndim
-            sides = answer.second.shape[batch], answer.first.shape[batch + 1]
-            self.estimated = answer.solver.closed_form and max(sides) > 32
+            self.residual, self.estimated, self.how = residual, answer.estimated, answer.reason
         self.milliseconds += milliseconds

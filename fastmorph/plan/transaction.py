@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seed
@@ -30,7 +30,7 @@ from fastmorph.plan.memory import check_memory, check_sizes
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
 
-Assign = Callable[[Decomposition], None]
+Assign = Callable[[Decomposition[Tensor]], None]
 
 
 class Operator(Protocol):
@@ -46,7 +46,7 @@ class Operator(Protocol):
 
 @dataclass(eq=False)
 class _Equation:
-    problem: Problem
+    problem: Problem[Tensor]
     assign: Assign
     layer: str
     part: str
@@ -167,7 +167,9 @@ class Transaction:
         self.replace_module(layer.module, whole, near=layer.origin)
         return plain
 
-    def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
+    def solve(
+        self, problem: Problem[Tensor], assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = ""
+    ) -> None:
         """Queue an equation.
 
         Args:
@@ -208,17 +210,13 @@ class Transaction:
         pending = {module for equation in self._queue for module in equation.modules}
         return any(part in pending for module in modules for part in module.modules())
 
-    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition]:
+    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition[Tensor]]:
         try:
             return decompose_many([e.problem for e in queue], generator=self._equation_noise, **self.solving)
         except MorphError as error:
-            number, _, message = str(error).removeprefix("problem ").partition(": ")
-            if not number.isdecimal():
+            if error.problem is None or error.inner is None:
                 raise
-            message = f"{queue[int(number)].name}: {message}"
-            if isinstance(error, InexactMorphError):
-                raise InexactMorphError(message, error.decomposition) from None
-            raise MorphError(message) from None
+            raise error.inner.within(queue[error.problem].name) from None
 
     @contextmanager
     def _resumed(self, step: Step | None) -> Iterator[None]:
