@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
 from fastmorph.equation.problem import Checked, Problem, check
-from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.randomness import Generator, draw_seeds
 from fastmorph.equation.solve import solve_alike
 from fastmorph.equation.solvers import Auto, Direct, Solver
 from fastmorph.errors import MorphError
@@ -24,7 +24,7 @@ def decompose_many(
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
     precision: str | None = None,
-    generator: Generator = None,
+    generator: Generator | Sequence[int] = None,
     allow_inexact: bool = False,
     memory_budget: int = 2**31,
     progress: bool | None = None,
@@ -39,7 +39,7 @@ def decompose_many(
         solver: see `decompose`; `Auto` chooses for each problem.
         backend: see `decompose`.
         precision: see `decompose`.
-        generator: see `decompose`; one seed is drawn for each problem, in order.
+        generator: see `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
         allow_inexact: see `decompose`.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
@@ -53,7 +53,7 @@ def decompose_many(
         InexactMorphError: an answer is not exact; the message says which, and the error carries the answer.
     """
     checked = [_check(index, problem, solver, backend, precision, allow_inexact) for index, problem in enumerate(problems)]
-    seeds = [draw_seed(generator) for _ in checked]
+    seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
         for chunk in _chunks(checked, memory_budget):
