@@ -34,9 +34,10 @@ from fastmorph.errors import MorphError
 
 Generator = torch.Generator | np.random.Generator | int | None
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
+Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 VERSION = 1  # of the noise: another one would give the same plan another child
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 _STEP, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _SCALE = 12.0**0.5 / 2**16
 _BLOCK = 2**15  # words at a time on a CPU: they stay in its cache, and calls cost little beside them
@@ -66,7 +67,7 @@ def draw_seeds(generator: Generator | Sequence[int], count: int) -> list[int]:
         raise MorphError(
             f"generator={generator!r}; pass a seed from 0 to 2**63 - 1, a torch.Generator, a numpy.random.Generator or None."
         )
-    return [generator, *(Stream(generator).of(number).key >> 1 for number in range(1, count))]
+    return [generator, *(Stream(generator).of(number).seed for number in range(1, count))]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Stream:
 
     key: int
 
+    @property
+    def seed(self) -> int:
+        """A seed for what takes seeds, from 0 to 2**63 - 1."""
+        return self.key >> 1
+
     def of(self, *names: int | str) -> Stream:
         """The stream that belongs to these names (a tensor, a purpose, a number) under this one."""
         digest = blake2b(repr((self.key, *names)).encode(), digest_size=8).digest()
@@ -86,20 +92,24 @@ class Stream:
 
     def levels(self, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
         """The halves of words behind the values [start, stop), int16."""
-        return _levels(np.array([self.key], np.uint64), start, stop, torch.device(device))[0]
+        return _levels(self.key, start, stop, torch.device(device))
 
     def fill(self, out: Tensor, scale: float = 1.0, start: int = 0) -> Tensor:
         """Set `out`, any strides, to the values from `start` on, in the order of its indices, times `scale`; it is returned."""
         if out.is_contiguous():
-            _fill(out.view(1, -1), np.array([self.key], np.uint64), start, scale)
+            _fill(out.view(-1), self.key, start, scale)
         else:
             _set(out, self.levels(start, start + out.numel(), out.device).view(out.shape), scale)
         return out
 
+    def tensor(self, shape: Sequence[int], like: Tensor, scale: float = 1.0) -> Tensor:
+        """Values from the first on, times `scale`, in a new tensor of this shape, of the dtype and on the device of `like`."""
+        return self.fill(like.new_empty(tuple(shape)), scale)
+
     def below(self, bounds: np.ndarray) -> np.ndarray:
         """An integer from 0 to below each of `bounds` (below 2**31), of its shape, on the CPU: word i decides the i-th."""
-        words = _words_numpy(np.array([self.key], np.uint64), 0, bounds.size).view(np.uint32)[0].astype(np.uint64)
-        return (words.reshape(bounds.shape) * bounds.astype(np.uint64) >> np.uint64(32)).astype(np.int64)
+        words = _words_numpy(self.key, 0, bounds.size).astype(np.uint64).reshape(bounds.shape)
+        return (words * bounds.astype(np.uint64) >> 32).astype(np.int64)
 
 
 class Noise:
@@ -116,9 +126,10 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], batches: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        items = [np.arange(batch) for batch in batches]
-        self._keys = _mix(np.repeat(np.array(seeds, np.uint64), batches), np.concatenate([*items, np.zeros(0, np.int64)]))
-        self._draws = np.zeros(len(self._keys), np.int64)  # so far, of each item
+        items = [np.arange(batch, dtype=np.uint64) for batch in batches]
+        numbers = np.concatenate([*items, np.zeros(0, np.uint64)])
+        self._keys: Keys = _mix(np.repeat(np.array(seeds, np.uint64), batches), numbers)
+        self._draws = np.zeros_like(self._keys)  # so far, of each item
         self._items = np.arange(len(self._keys))
 
     def of(self, items: Tensor) -> Noise:
@@ -134,7 +145,7 @@ class Noise:
     def parts(self, *shape: int) -> Callable[[slice], Tensor]:
         """The next draw, (B, *shape), in parts of its second dimension: what is returned takes a slice of it."""
         rows, _, *rest = shape
-        keys = _mix(self._next()[:, None], np.arange(rows)).reshape(-1)
+        keys = _mix(self._next()[:, None], np.arange(rows, dtype=np.uint64)).reshape(-1)
         batch, inner = len(self._items), math.prod(rest)
 
         def draw(part: slice) -> Tensor:
@@ -150,29 +161,31 @@ class Noise:
 
     def _next(self) -> Keys:
         """The key of each item's next draw."""
-        keys = _mix(self._keys[self._items], self._draws[self._items])
+        keys: Keys = _mix(self._keys[self._items], self._draws[self._items])
         self._draws[self._items] += 1
         return keys
 
 
-def _mix(keys: Keys, numbers: np.ndarray) -> Keys:
-    """The keys of numbers under keys (which broadcast): mix(key + number * G)."""
-    x: Keys = keys + numbers.astype(np.uint64) * np.uint64(_GOLDEN)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+def _mix(key: Any, number: Any) -> Any:
+    """The key of a number under a key, mix(key + number * G): of ints, or of arrays of uint64 that broadcast."""
+    x = (key + number * _GOLDEN) & _MASK
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+    return x ^ x >> 31
 
 
-def _fill(out: Tensor, keys: Keys, start: int, scale: float) -> None:
-    """Set the rows of `out` (S, n) to the values from `start` on of S streams, times `scale`; in blocks on a CPU."""
-    streams, size = out.shape
-    most = 2 * _BLOCK if out.device.type == "cpu" else max(1, out.numel())
-    together = max(1, most // max(1, size))
-    for row in range(0, streams, together):
-        some = slice(row, row + together)
-        for at in range(0, size, most):
-            part = out[some, at : at + most]
-            _set(part, _levels(keys[some], start + at, start + at + part.shape[1], out.device), scale)
+def _fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
+    """Set `out` (*S, n) to the values from `start` on of one stream (n) or several (S, n), times `scale`; in blocks on a CPU."""
+    if not out.numel():
+        return
+    size, most = out.shape[-1], 2 * _BLOCK if out.device.type == "cpu" else out.numel()
+    if not isinstance(keys, int) and len(keys) > (together := max(1, most // size)):
+        for row in range(0, len(keys), together):
+            _fill(out[row : row + together], keys[row : row + together], start, scale)
+        return
+    for at in range(0, size, most):
+        part = out[..., at : at + most]
+        _set(part, _levels(keys, start + at, start + at + part.shape[-1], out.device), scale)
 
 
 def _set(out: Tensor, levels: Tensor, scale: float) -> None:
@@ -183,61 +196,64 @@ def _set(out: Tensor, levels: Tensor, scale: float) -> None:
         out.copy_(levels.float().add_(0.5).mul_(_SCALE * scale))
 
 
-def _levels(keys: Keys, start: int, stop: int, device: torch.device) -> Tensor:
-    """The values [start, stop) of S streams as halves of words, (S, stop - start) int16."""
+def _levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:
+    """The values [start, stop) of streams as halves of words, (*S, stop - start) int16."""
     first, last = start // 2, -(-stop // 2)
     cut = min(last, ((first >> 32) + 1) << 32)  # behind it words have other keys
     words = _words(keys, first, cut, device)
     if cut < last:
-        words = torch.cat([words, _words(keys, cut, last, device)], 1)
-    return words.view(torch.int16)[:, start - 2 * first : stop - 2 * first]
+        words = torch.cat([words, _words(keys, cut, last, device)], -1)
+    return words.view(torch.int16)[..., start - 2 * first : stop - 2 * first]
 
 
-def _words(keys: Keys, start: int, stop: int, device: torch.device) -> Tensor:
-    """The words [start, stop), all of one `i >> 32`, of S streams, (S, stop - start) int32."""
+def _words(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:
+    """The words [start, stop), all of one `i >> 32`, of streams, (*S, stop - start) int32."""
     if device.type == "cpu":
         return torch.from_numpy(_words_numpy(keys, start, stop).view(np.int32))
     return _words_torch(keys, start, stop, device)
 
 
-def _halves(keys: Keys, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is added to the steps of words from `start` on, and k1, each (S, 1) uint32."""
-    mixed = _mix(keys[:, None], np.array([start >> 32]))
-    return (mixed + np.uint64((start * _STEP) % 2**32)).astype(np.uint32), (mixed >> np.uint64(32)).astype(np.uint32)
+def _halves(keys: int | Keys, start: int) -> tuple[Any, Any]:
+    """What is added to the steps of words from `start` on, and k1: ints, or (S, 1) uint32."""
+    mixed = _mix(keys if isinstance(keys, int) else keys[:, None], start >> 32)
+    added, k1 = (mixed + start * _STEP % 2**32) & 0xFFFFFFFF, mixed >> 32
+    return (added, k1) if isinstance(keys, int) else (added.astype(np.uint32), k1.astype(np.uint32))
 
 
-def _words_numpy(keys: Keys, start: int, stop: int) -> np.ndarray:
+def _words_numpy(keys: int | Keys, start: int, stop: int) -> Words:
     added, k1 = _halves(keys, start)
-    x = _steps(stop - start) + added
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(_FIRST)
+    x: Words = _steps(stop - start) + added
+    x ^= x >> 16
+    x *= _FIRST
     x ^= k1
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(_SECOND)
-    x ^= x >> np.uint32(16)
+    x ^= x >> 15
+    x *= _SECOND
+    x ^= x >> 16
     return x
 
 
-def _words_torch(keys: Keys, start: int, stop: int, device: torch.device) -> Tensor:
+def _words_torch(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:
     """The same where tensors have no unsigned words: a shift keeps the sign, which a mask takes away."""
-    added, k1 = (torch.from_numpy(half.view(np.int32)).to(device) for half in _halves(keys, start))
-    x = torch.arange(stop - start, dtype=torch.int32, device=device).mul_(_signed(_STEP)) + added
+    added, k1 = (_signed(half, device) for half in _halves(keys, start))
+    x = torch.arange(stop - start, dtype=torch.int32, device=device).mul_(_signed(_STEP, device)) + added
     x ^= (x >> 16) & 0xFFFF
-    x *= _signed(_FIRST)
+    x *= _signed(_FIRST, device)
     x ^= k1
     x ^= (x >> 15) & 0x1FFFF
-    x *= _signed(_SECOND)
+    x *= _signed(_SECOND, device)
     x ^= (x >> 16) & 0xFFFF
     return x
 
 
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+def _signed(word: int | Words, device: torch.device) -> Any:
+    if isinstance(word, int):
+        return word - 2**32 if word >= 2**31 else word
+    return torch.from_numpy(word.view(np.int32)).to(device)
 
 
 _table = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(_STEP)
 
 
-def _steps(count: int) -> np.ndarray:
-    """(count,) uint32: i * STEP."""
+def _steps(count: int) -> Words:
+    """(count,): i * STEP modulo 2**32."""
     return _table[:count] if count <= _BLOCK else np.arange(count, dtype=np.uint32) * np.uint32(_STEP)

@@ -97,7 +97,7 @@ def _shares(
     for index, row in rows.items():
         if index != whole:
             cut: Any = (..., *window(row.offset, row.share))
-            noise = torch.randn(rest[cut].shape, generator=transaction.random, dtype=torch.float32).to(rest)
+            noise = transaction.noise("share", layer.name, str(index)).tensor(rest[cut].shape, rest)
             shares[index] = (rest[cut] / len(rows) + noise * spread).to(given)
             rest[cut] -= shares[index]
     return {**shares, whole: rest.to(given)}
@@ -129,11 +129,11 @@ def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> N
         part.weight.requires_grad_(weight.requires_grad)
     if transaction.with_weights:
         one, two = (
-            torch.randn(*shape, *size, generator=transaction.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
+            transaction.noise("residual", layer.name).tensor((*shape, *size), weight, (fan * prod(size)) ** -0.5)
             for shape, fan in (((hidden // 2, channels), channels), ((channels, hidden // 2), hidden))
         )
-        transaction.fill(first, torch.cat([one, one]).to(weight))
-        transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
+        transaction.fill(first, torch.cat([one, one]))
+        transaction.fill(second, torch.cat([two, -two], dim=1))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
     transaction.replace_module(layer.module, whole, near=weight)

@@ -51,7 +51,7 @@ class Widen:
         shapes = growth.shapes()
         if transaction.with_weights:
             transaction.settle()
-        filling = Filling(growth, self.fill, transaction.random) if transaction.with_weights else None
+        filling = Filling(growth, self.fill, transaction.noise("widen", self.layer)) if transaction.with_weights else None
         for name, shape in shapes.items():
             old = tensor_of(transaction.model, name)
             if filling is None:
