@@ -98,13 +98,17 @@ class Stream:
         """Set `out`, any strides, to the values from `start` on, in the order of its indices, times `scale`; it is returned."""
         if out.is_contiguous():
             _fill(out.view(-1), self.key, start, scale)
+        elif out.device.type == "cpu" and out.numel() > 2 * _BLOCK and len(out) > 1:
+            row = out[0].numel()
+            for at, part in enumerate(out.split(step := max(1, 2 * _BLOCK // row))):
+                self.fill(part, scale, start + at * step * row)
         else:
             _set(out, self.levels(start, start + out.numel(), out.device).view(out.shape), scale)
         return out
 
-    def tensor(self, shape: Sequence[int], like: Tensor, scale: float = 1.0) -> Tensor:
-        """Values from the first on, times `scale`, in a new tensor of this shape, of the dtype and on the device of `like`."""
-        return self.fill(like.new_empty(tuple(shape)), scale)
+    def tensor(self, shape: Sequence[int], like: Tensor, scale: float = 1.0, row: int = 0) -> Tensor:
+        """Values times `scale` in a new tensor of this shape, of the dtype and on the device of `like`, or its rows from `row` on."""
+        return self.fill(like.new_empty(tuple(shape)), scale, row * math.prod(shape[1:]))
 
     def below(self, bounds: np.ndarray) -> np.ndarray:
         """An integer from 0 to below each of `bounds` (below 2**31), of its shape, on the CPU: word i decides the i-th."""
@@ -189,11 +193,13 @@ def _fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
 
 
 def _set(out: Tensor, levels: Tensor, scale: float) -> None:
-    """Values from levels. In float32 or float64 only the last step rounds, wherever it is taken."""
-    if out.dtype in (torch.float32, torch.float64):
-        out.copy_(levels).add_(0.5).mul_(_SCALE * scale)
-    else:
-        out.copy_(levels.float().add_(0.5).mul_(_SCALE * scale))
+    """Values from levels, in float32 or float64, by one fused multiply-add: one rounding, as half the factor is exact."""
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    factor = torch.tensor(_SCALE * scale, dtype=dtype)
+    into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    torch.add(0.5 * factor, levels.to(dtype), alpha=float(factor), out=into)
+    if into is not out:
+        out.copy_(into)
 
 
 def _levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:

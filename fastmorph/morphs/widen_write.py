@@ -116,7 +116,7 @@ def _write_fresh(after: Tensor, lead: Side, inner: Sequence[_Inner], step: int, 
             _put(after, _place(lead.fresh[rows], after), copied)
     for rows in _ranges(len(lead.drawn), step):
         to = _place(lead.drawn[rows], after)
-        out = noise.fill(_target(after, to), scale, rows.start * after[0].numel())
+        out = noise.fill(_target(after, to), scale, rows.start * math.prod(after.shape[1:]))
         for side in inner:
             side.cancel(out)
         _put(after, to, out)
@@ -151,38 +151,52 @@ class _Inner:
 
     def spread(self, given: Tensor, out: Tensor, row: int) -> None:
         """Fill `out` from a block in which this dimension has its old size."""
-        _move(given, out, self.dim, self._kept)
-        _move(given, out, self.dim, self._copied)
-        if self.side.divisor is not None:
-            if self._divisor is None:  # as a whole row, which a block is divided by in one run
-                self._divisor = _along(out, self.dim, self.side.divisor)[0].expand(out.shape[1:]).contiguous()
-            out.div_(self._divisor)
+        divisor = self._whole_divisor(out)
+        _move(given, out, self.dim, self._kept, divisor)
+        _move(given, out, self.dim, self._copied, divisor)
         if self._balanced:
             count = len(self._balanced)
-            noise = self._draw(given, (len(given), count, *given.shape[1:]), row, self._scale / count)
+            noise = self._noise.tensor((len(given), count, *given.shape[1:]), given, self._scale / count, row)
             noise -= noise.mean(1, keepdim=True)
             for number, moves in enumerate(self._balanced):
-                _move(noise[:, number], out, self.dim, moves, add=True)
-        drawn = len(self.side.drawn)
-        noise = self._draw(out, [drawn if dim == self.dim else size for dim, size in enumerate(out.shape)], row, self._scale)
+                _add(noise[:, number], out, self.dim, moves)
+        if self._drawn:
+            self._finish(out, self._draw(out, row))
+        for to, _ in self._rest:
+            _fill(out, self.dim, to, self.side.value)
+
+    def _draw(self, out: Tensor, row: int) -> Tensor:
+        """Noise for a block of rows from number `row` on, put where it goes."""
+        to, _ = self._drawn[0]
+        shape = [len(self.side.drawn) if dim == self.dim else size for dim, size in enumerate(out.shape)]
+        if len(self._drawn) == 1 and isinstance(to, slice):
+            return self._noise.fill(_take(out, self.dim, to), self._scale, row * math.prod(shape[1:]))
+        noise = self._noise.tensor(shape, out, self._scale, row)
         _move(noise, out, self.dim, self._drawn)
-        self._finish(out, noise)
+        return noise
+
+    def _whole_divisor(self, out: Tensor) -> Tensor | None:
+        """The divisor of a row, in one run of memory."""
+        if self.side.divisor is not None and self._divisor is None:
+            self._divisor = _along(out, self.dim, self.side.divisor)[:1].expand(1, *out.shape[1:]).contiguous()
+        return self._divisor
 
     def cancel(self, out: Tensor) -> None:
         """Let what stands in a block of fresh rows cancel, where twins are to."""
         if self.side.paired:
-            none = out.narrow(self.dim, 0, 0)
-            self._finish(out, torch.cat([none, *(_take(out, self.dim, to) for to, _ in self._drawn)], self.dim))
+            if self._drawn:
+                self._finish(out, torch.cat([_take(out, self.dim, to) for to, _ in self._drawn], self.dim))
+            for to, _ in self._rest:
+                _fill(out, self.dim, to, self.side.value)
 
     def _finish(self, out: Tensor, noise: Tensor) -> None:
+        """The other twins, from noise that stands in its places."""
         if self.side.standard:
             mean, noise = self._standard(out, noise)
             _move(mean + noise, out, self.dim, self._drawn)
             _move(mean - noise, out, self.dim, self._mirror)
-        elif self._mirror:
-            _move(-noise if self.side.reads else noise, out, self.dim, self._mirror)
-        for to, _ in self._rest:
-            _fill(out, self.dim, to, self.side.value)
+        else:
+            _move(noise, out, self.dim, self._mirror, sign=-1 if self.side.reads else 1)
 
     def _standard(self, out: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's mean, and noise of the row's variance: with mean + noise and mean - noise, a row keeps both."""
@@ -191,10 +205,6 @@ class _Inner:
         mean = old.mean(rest, keepdim=True)
         size = (old - mean).square().mean(rest, keepdim=True).sqrt()
         return mean, noise * (size / noise.square().mean(rest, keepdim=True).sqrt())
-
-    def _draw(self, like: Tensor, shape: Sequence[int], row: int, scale: float) -> Tensor:
-        """The rows of noise from number `row` on."""
-        return self._noise.fill(like.new_empty(shape), scale, row * math.prod(shape[1:]))
 
 
 # --- moves along one dimension ------------------------------------------------------------------------------------------------
@@ -220,14 +230,27 @@ def _moves(to: Ints, of: Ints, like: Tensor) -> list[tuple[Place, Place]]:
     return [(_place(a, like), _place(b, like)) for a, b in zip(np.split(to, cuts), np.split(of, cuts), strict=True)]
 
 
-def _move(value: Tensor, out: Tensor, dim: int, moves: Sequence[tuple[Place, Place]], *, add: bool = False) -> None:
+def _move(
+    value: Tensor, out: Tensor, dim: int, moves: Sequence[tuple[Place, Place]], divisor: Tensor | None = None, sign: int = 1
+) -> None:
+    """Copy entries of `value` to their places, over those of `divisor` there, or negated, in one pass where places are runs."""
     for to, of in moves:
         part = _take(value, dim, of)
-        if isinstance(to, slice):
-            into = _take(out, dim, to)
-            _ = into.add_(part) if add else into.copy_(part)
+        if not isinstance(to, slice):
+            part = part if divisor is None else part / _take(divisor, dim, to)
+            out.index_copy_(dim, to, part if sign > 0 else -part)
+        elif divisor is not None:
+            torch.div(part, _take(divisor, dim, to), out=_take(out, dim, to))
+        elif sign < 0:
+            torch.neg(part, out=_take(out, dim, to))
         else:
-            _ = out.index_add_(dim, to, part) if add else out.index_copy_(dim, to, part)
+            _take(out, dim, to).copy_(part)
+
+
+def _add(value: Tensor, out: Tensor, dim: int, moves: Sequence[tuple[Place, Place]]) -> None:
+    for to, of in moves:
+        part = _take(value, dim, of)
+        _ = _take(out, dim, to).add_(part) if isinstance(to, slice) else out.index_add_(dim, to, part)
 
 
 def _take(tensor: Tensor, dim: int, place: Place) -> Tensor:
