@@ -107,7 +107,7 @@ class Stream:
         return out
 
     def tensor(self, shape: Sequence[int], like: Tensor, scale: float = 1.0, row: int = 0) -> Tensor:
-        """Values times `scale` in a new tensor of this shape, of the dtype and on the device of `like`, or its rows from `row` on."""
+        """A new tensor of values times `scale`, of the dtype and on the device of `like`: rows from `row` on of a longer one."""
         return self.fill(like.new_empty(tuple(shape)), scale, row * math.prod(shape[1:]))
 
     def below(self, bounds: np.ndarray) -> np.ndarray:
@@ -179,7 +179,7 @@ def _mix(key: Any, number: Any) -> Any:
 
 
 def _fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
-    """Set `out` (*S, n) to the values from `start` on of one stream (n) or several (S, n), times `scale`; in blocks on a CPU."""
+    """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`; in blocks on a CPU."""
     if not out.numel():
         return
     size, most = out.shape[-1], 2 * _BLOCK if out.device.type == "cpu" else out.numel()

@@ -160,7 +160,7 @@ class _Donors:
 
 
 def _kin(coupling: Coupling, classes: Ints) -> tuple[Ints, Ints, Ints]:
-    """The classes of the kinds of these, one kind behind the other, and for each of these where its kind begins and its size."""
+    """The classes of the kinds of these, kind by kind, and for each of these where its kind begins and its size."""
     found, first, size, begin = [], np.zeros_like(classes), np.zeros_like(classes), 0
     open_ones = np.ones(len(classes), np.bool_)
     while open_ones.any():
@@ -196,8 +196,8 @@ def _root_mean_square(tensor: Tensor) -> float:
     Taken on the CPU, in one order, so that it is the same for a tensor on every device.
     """
     sample = tensor
-    for dim, size in enumerate(tensor.shape):
+    for dim, count in enumerate(tensor.shape):
         if sample.numel() > _SAMPLE:
-            sample = sample[(slice(None),) * dim + (slice(None, None, max(1, size // _LINES)),)]
+            sample = sample[(slice(None),) * dim + (slice(None, None, max(1, count // _LINES)),)]
     size = float(np.sqrt(np.square(sample.double().cpu().numpy()).mean())) if tensor.numel() else 0.0
     return size or (tensor[0].numel() if tensor.ndim else 1) ** -0.5

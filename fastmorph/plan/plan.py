@@ -128,7 +128,9 @@ class Plan:
         if set(tables) - {"morph", "inputs", "seed", "noise"} or not all(
             isinstance(array, list) and all(isinstance(entry, dict) for entry in array) for array in arrays
         ):
-            raise MorphError(f"a plan holds [[morph]] tables only, with seed, noise and [[inputs]] tables; got {sorted(tables)}.")
+            raise MorphError(
+                f"a plan holds [[morph]] tables only, with seed, noise and [[inputs]] tables; got {sorted(tables)}."
+            )
         morphs, inputs = arrays
         for entry in inputs:
             if set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -55,8 +57,8 @@ def test_tensor_code_makes_the_same_words(start):
 def test_the_whole_is_its_parts():
     stream, size = Stream(5), 5 * randomness._BLOCK + 3
     whole = stream.fill(torch.empty(size))
-    for cuts in ([0, 1, 2, 1001, 2**16, 2**16 + 1, 2**17 - 1, size], list(range(0, size, 9973)) + [size]):
-        parts = [stream.fill(torch.empty(b - a), start=a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    for cuts in ([0, 1, 2, 1001, 2**16, 2**16 + 1, 2**17 - 1, size], [*range(0, size, 9973), size]):
+        parts = [stream.fill(torch.empty(b - a), start=a) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
     table = whole[: 64 * 30].view(30, 64)
     strided = torch.empty(64, 30).T

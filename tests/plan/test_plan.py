@@ -97,7 +97,10 @@ SUBNET = '[[morph]]\noperator = "insert_subnet"\nlayer = "0"\n'
         ('seed = "1"', "seed='1'"),
         ("seed = true", "seed=True"),
         ("seed = -1", "seed=-1"),
-        ("seed = 7\nnoise = 0", "noise=0 of a plan: its seed stands for noise of another version than this fastmorph's, which is 1"),
+        (
+            "seed = 7\nnoise = 0",
+            "noise=0 of a plan: its seed stands for noise of another version than this fastmorph's, which is 1",
+        ),
         ("seed = 7\nnoise = true", "noise=True"),
         ("noise = 2", "run it with the fastmorph that recorded it, or leave noise out to have another child"),
         ('noise = "1"', "noise='1'"),
