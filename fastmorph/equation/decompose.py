@@ -94,8 +94,8 @@ def decompose(
         precision: how products are taken: "float64", or for weights of 32 bits or fewer, in float32: "ieee" in full, with
             backend "triton" also "tf32x3" (as three of tf32) or "tf32" (exact for the short dtypes only). None: float64, but
             "tf32x3" for the closed form by kernel.
-        generator: source of the noise that the free entries start from (torch or numpy); None: torch's global one. The same
-            seed gives the same answer.
+        generator: a seed, or a torch or numpy generator, for the noise that the free entries start from; None: torch's global
+            one. The same seed gives the same answer.
         allow_inexact: return an answer that is not exact instead of raising.
 
     Returns:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Checked, Problem, check
-from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.randomness import Generator, draw_seeds
 from fastmorph.equation.solve import solve_alike
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
@@ -27,7 +27,7 @@ def decompose_many(
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
     precision: str | None = None,
-    generator: Generator = None,
+    generator: Generator | Sequence[int] = None,
     allow_inexact: bool = False,
     memory_budget: int = 2**31,
     progress: bool | None = None,
@@ -42,7 +42,7 @@ def decompose_many(
         solver: see `decompose`; `Auto` chooses for each problem.
         backend: see `decompose`.
         precision: see `decompose`.
-        generator: see `decompose`; one seed is drawn for each problem, in order.
+        generator: see `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
         allow_inexact: see `decompose`.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
@@ -59,7 +59,7 @@ def decompose_many(
         raise MorphError(f"problems is a {type(problems).__name__}; pass a list of fm.Problem, [problem] for one.")
     options: _Options = {"solver": solver, "backend": backend, "precision": precision, "allow_inexact": allow_inexact}
     checked = [_check(index, problem, options) for index, problem in enumerate(problems)]
-    seeds = [draw_seed(generator) for _ in checked]
+    seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
         for chunk in _chunks(checked, memory_budget):

@@ -7,6 +7,7 @@ paper ("Network Morphism", Section 3.4, and "Modularized Transaction of Neural N
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypedDict
@@ -21,7 +22,7 @@ from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.frame import Size
 from fastmorph.equation.peel import Peeling, find_whole, plan_peeling, share_out
 from fastmorph.equation.problem import check_weight, in_range
-from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.randomness import Generator, Stream, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 
@@ -134,10 +135,10 @@ def decompose_sum(
     given = _weight(weight, spatial_dims)
     rows = {index: plan_peeling(given.kernel, *given.channels, *branch) for index, branch in enumerate(branches)}
     whole = find_whole(rows, given.kernel)
-    source = torch.Generator(given.scaled.device).manual_seed(draw_seed(generator))
+    source, number = Stream(draw_seed(generator)), itertools.count()
 
     def noise(shape: Size) -> Tensor:
-        return torch.randn(shape, generator=source, device=source.device, dtype=torch.float64)
+        return source.of("share", next(number)).tensor(shape, given.scaled)
 
     options: _Options = {"solver": solver, "backend": backend, "generator": generator, "allow_inexact": allow_inexact}
     chains: dict[int, Chain[Array]] = {}

@@ -102,7 +102,7 @@ def _shares(
         rest[at] -= torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
 
     def noise(shape: Size) -> Tensor:
-        return torch.randn(shape, generator=transaction.random, dtype=torch.float32)
+        return transaction.noise("share", layer.name).tensor(shape, rest)
 
     return share_out(rest, {index: row.peeling for index, row in rows.items()}, whole, noise, given.dtype)
 
@@ -137,11 +137,11 @@ def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> N
         part.weight.requires_grad_(weight.requires_grad)
     if transaction.with_weights:
         one, two = (
-            torch.randn(*shape, *size, generator=transaction.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
+            transaction.noise("residual", layer.name).tensor((*shape, *size), weight, (fan * prod(size)) ** -0.5)
             for shape, fan in (((hidden // 2, channels), channels), ((channels, hidden // 2), hidden))
         )
-        transaction.fill(first, torch.cat([one, one]).to(weight))
-        transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
+        transaction.fill(first, torch.cat([one, one]))
+        transaction.fill(second, torch.cat([two, -two], dim=1))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
     transaction.replace_module(layer.module, whole, near=layer.origin)

@@ -27,7 +27,7 @@ and the remedy.
 
 `apply` changes `transaction.model`, in place, into one that computes the same, and the transaction offers
 
-- model: the child in the making; random: the CPU generator for all noise.
+- model: the child in the making; noise(*names): a `Stream` of noise for a purpose, the same for the same seed and plan.
 - example_inputs: what to trace the model on, or None; structure: what `fm.follow` found there, or None.
 - find_layer(name): a layer that can be morphed, its weights there to be read, or a refusal.
 - settle(module): let the weights that a module waits for be solved, before they are read; without a module, all of them.

@@ -7,6 +7,7 @@ where nothing can read them by mistake; an operator that needs a model's or a la
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
-from fastmorph.equation.randomness import draw_seed
+from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
 from fastmorph.plan.layers import Layer, find_layer, replace_module
@@ -51,6 +52,7 @@ class _Equation:
     layer: str
     part: str
     modules: tuple[nn.Module, ...]
+    seed: int
     step: Step | None
 
     @property
@@ -76,8 +78,6 @@ class Transaction:
         consume: whether the parent's tensors may go: see `release`.
         structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
-        random: CPU generator for the operators' own noise. The equations have another, so that settling early or late does not
-            change what it draws.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
     """
@@ -90,17 +90,17 @@ class Transaction:
     consume: bool = False
     structure: Structure | None = None
     solving: dict[str, Any] = field(default_factory=dict)
-    random: torch.Generator = field(init=False)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
-    _equation_noise: torch.Generator = field(init=False)
+    _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.seed)
-        self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
+    def noise(self, *names: str) -> Stream:
+        """Noise for a purpose of these names (an operator, a layer, ...); every call with the same names gives other noise."""
+        self._drawn[names] += 1
+        return Stream(self.seed).of(*names, self._drawn[names])
 
     def run(self, operators: Iterable[Operator]) -> None:
         """Run operators in order; neighbours of one class that can be applied together are.
@@ -180,7 +180,8 @@ class Transaction:
             part: of what the equation is, for errors, where a layer needs several.
         """
         if self.with_weights:
-            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), self._step))
+            seed = self.noise("equation", layer, part).seed
+            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), seed, self._step))
 
     def settle(self, *modules: nn.Module) -> None:
         """Solve everything queued, in one `decompose_many`, and assign the answers.
@@ -212,7 +213,7 @@ class Transaction:
 
     def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition[Tensor]]:
         try:
-            return decompose_many([e.problem for e in queue], generator=self._equation_noise, **self.solving)
+            return decompose_many([e.problem for e in queue], generator=[e.seed for e in queue], **self.solving)
         except MorphError as error:
             if error.problem is None or error.inner is None:
                 raise

@@ -302,7 +302,8 @@ GOOD = torch.ones(4, 3, 3, 3)
         ((torch.randn(9, 9, 5, 5), 12), {}, "unknowns"),
         ((GOOD, 4), {"backend": "jax"}, "backend='jax'"),
         ((GOOD, 4), {"solver": "general"}, "not a solver"),
-        ((GOOD, 4), {"generator": 3}, "generator=3"),
+        ((GOOD, 4), {"generator": True}, "generator=True"),
+        ((GOOD, 4), {"generator": -1}, "generator=-1"),
         ((torch.empty(4, 0, 3, 3), 4), {}, "no entries"),
     ],
 )

@@ -160,10 +160,11 @@ class Direct(Solver):
         power2 = (rank + 2 * pairs * co * tap_count(frame.second) * density**2) / (co * tap_count(frame.second))
         balance = (power2 / power1) ** 0.25
 
+        s, r = equation.noise.parts(extras - pairs, ci, *frame.first), equation.noise.parts(pairs, co, *frame.second)
+
         def rows(part: slice) -> Tensor:
             """[S; S; s; V] for some input channels."""
-            channels = part.stop - part.start
-            noise = equation.noise(extras - pairs, channels, *frame.first) * spread
+            noise, channels = s(part) * spread, part.stop - part.start
             out = noise.new_empty(batch, hidden, channels, *frame.first)
             out[:, one] = out[:, two] = noise[:, :pairs]
             out[:, odd] = noise[:, pairs:]
@@ -174,8 +175,7 @@ class Direct(Solver):
 
         def columns(part: slice) -> Tensor:
             """[R | -R | 0 | U]^T for some output channels."""
-            channels = part.stop - part.start
-            noise = equation.noise(pairs, channels, *frame.second) * density
+            noise, channels = r(part) * density, part.stop - part.start
             out = noise.new_empty(batch, hidden, channels, *frame.second)
             out[:, one], out[:, two] = noise, -noise
             out[:, 2 * pairs :] = 0
