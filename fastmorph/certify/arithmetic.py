@@ -26,6 +26,8 @@ _FACTS = {
     "__len__",
 }
 
+_BLOCK = 2**18  # entries of a linear layer's weight that are cast at a time
+
 
 class WeightsChanged(BaseException):
     """A forward is about to write into a weight that it shares with the model. No error, so that no forward catches it."""
@@ -93,6 +95,8 @@ class Arithmetic(TorchFunctionMode):
         given = list(_tensors((args, kwargs)))
         floats = [t for t in given if is_float(t) and id(t) not in self._weights]
         weights = [t for t in given if id(t) in self._weights]
+        if func is F.linear and any(weight.numel() > _BLOCK for weight in weights) and not any(_coarse(t) for t in floats):
+            return _linear(*args, **kwargs)
         # An embedding's rows are cast when they are taken; beside numbers of an island a weight stays as it is.
         if weights and func is not F.embedding and (not floats or any(not _coarse(t) for t in floats)):
             args, kwargs = _mapped((args, kwargs), lambda t: widened(t) if id(t) in self._weights else t)
@@ -138,6 +142,13 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise
     args, kwargs = _mapped((args, kwargs), widened)  # a product of float64 and a constant of forward's own
     return func(*args, **kwargs)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
+    """F.linear in float64, some rows of the weight at a time: no more is cast than stays in cache."""
+    blocks = weight.split(max(1, _BLOCK // weight.shape[1]))
+    out = torch.cat([F.linear(input, widened(block)) for block in blocks], -1)  # (*, out_features)
+    return out if bias is None else out + widened(bias)
 
 
 def _attention(

@@ -60,10 +60,10 @@ def verify(
     copies of buffers and inputs. A model that writes into its parameters as it runs, or has TorchScript or wrapped tensors
     inside, runs on a copy of them. A failing certificate runs both models once more, to name the first layer that differs.
 
-    **Nothing is touched**: the modules that run are copies that share the parameters; no gradients, no autocast of the caller's, and the
-    generators (torch, its CUDA devices if initialised, random, numpy) are put back, so each run starts from one state of
-    them, and dropout coincides where both models draw in one order. Runs of several threads take turns. On CUDA, cuDNN's TF32
-    is off for the whole process while a model runs.
+    **Nothing is touched**: the modules that run are copies that share the parameters. There are no gradients, and no autocast
+    of the caller's. The generators (torch, its CUDA devices if initialised, random, numpy) are put back, so each run starts
+    from one state of them, and dropout coincides where both models draw in one order. Runs of several threads take turns. On
+    CUDA, cuDNN's TF32 is off for the whole process while a model runs.
 
     Raises `MorphError` for no inputs, an unknown mode, a bad tolerance, models on different devices or on the meta device, a
     model that cannot be copied or run (in float64: one that fixes another dtype), and outputs without anything to compare.
