@@ -34,21 +34,23 @@ class WeightsChanged(BaseException):
 
 
 class Arithmetic(TorchFunctionMode):
-    """Every call of a PyTorch function while a model runs, with three things seen to.
+    """Every call of a PyTorch function while a model runs, with four things seen to.
 
     - `weights` are shared with the model, so a call that may write into one raises `WeightsChanged` before it does.
-    - Where `exact`, a weight is cast to float64 for the one call that uses it, and what forward makes without naming a dtype
-      is float64. What it computes in fewer bits by its own word stays so, with weights in their own dtype: an island.
+    - Where `dtype` is float64, a weight is cast to it for the one call that uses it, and what forward makes without naming a
+      dtype is float64 too.
+    - What forward computes in fewer bits than `dtype` by its own word stays so, with weights in their own dtype: an island.
     - Where `shaken`, each value that enters an island is moved by one unit in the last place, up or down at random
       (Monte Carlo arithmetic: Parker, 1997), which measures how the outputs follow the island's rounding.
 
     An active mode also keeps PyTorch from the fused paths of nn.MultiheadAttention and nn.TransformerEncoder.
     """
 
-    def __init__(self, weights: Iterable[Tensor], *, exact: bool, shaken: bool = False) -> None:
+    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype, *, shaken: bool = False) -> None:
         super().__init__()
         kept = list(weights)
-        self.exact, self.shaken, self.islands = exact, shaken, 0
+        self.shaken, self.islands = shaken, 0
+        self._exact, self._eps = dtype == torch.float64, torch.finfo(dtype).eps
         self._weights = {id(weight): weight for weight in kept}
         self._storages = {weight.untyped_storage().data_ptr() for weight in kept if weight.numel()}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -60,7 +62,16 @@ class Arithmetic(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self._weights:
             self._guard(func, name, args, kwargs)
-        return self._in_float64(func, name, args, kwargs) if self.exact else func(*args, **kwargs)
+        if name == "__get__" or name in _FACTS:
+            return self._fact(func, args, kwargs)
+        floats = [t for t in _tensors((args, kwargs)) if is_float(t) and id(t) not in self._weights]
+        if self._exact:
+            args, kwargs, out = self._in_float64(func, args, kwargs, floats)
+        else:
+            out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and self._coarse(out) and not any(out is t for t in _tensors((args, kwargs))):
+            return self._narrow(out, name, args, kwargs, floats)
+        return out
 
     def _guard(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `WeightsChanged` for a call that writes into a weight, or hands out one that PyTorch does not watch."""
@@ -83,42 +94,43 @@ class Arithmetic(TorchFunctionMode):
             return True
         return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._storages
 
-    def _in_float64(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name == "__get__":  # a property: a weight's dtype is what it will be cast to
-            found = func(*args, **kwargs)
-            mine = id(args[0]) in self._weights
-            if mine and isinstance(found, torch.dtype):
-                return widened(torch.empty(0, dtype=found)).dtype
-            return widened(found) if mine and isinstance(found, Tensor) else found
-        if name in _FACTS:
-            return func(*args, **kwargs)
-        given = list(_tensors((args, kwargs)))
-        floats = [t for t in given if is_float(t) and id(t) not in self._weights]
-        weights = [t for t in given if id(t) in self._weights]
-        if func is F.linear and any(weight.numel() > _BLOCK for weight in weights) and not any(_coarse(t) for t in floats):
-            return _linear(*args, **kwargs)
-        # An embedding's rows are cast when they are taken; beside numbers of an island a weight stays as it is.
-        if weights and func is not F.embedding and (not floats or any(not _coarse(t) for t in floats)):
+    def _fact(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A property of a tensor; a weight's dtype is what it will be cast to."""
+        found = func(*args, **kwargs)
+        if not self._exact or id(args[0]) not in self._weights:
+            return found
+        if isinstance(found, torch.dtype):
+            return widened(torch.empty(0, dtype=found)).dtype
+        return widened(found) if isinstance(found, Tensor) else found
+
+    def _in_float64(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], floats: list[Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """The arguments and the result of a call with its weights cast, but those beside numbers of an island."""
+        weights = [t for t in _tensors((args, kwargs)) if id(t) in self._weights]
+        island = bool(floats) and all(self._coarse(t) for t in floats)
+        if func is F.linear and not any(self._coarse(t) for t in floats) and any(w.numel() > _BLOCK for w in weights):
+            return args, kwargs, _linear(*args, **kwargs)
+        if weights and not island and func is not F.embedding:  # whose rows are cast when they are taken
             args, kwargs = _mapped((args, kwargs), lambda t: widened(t) if id(t) in self._weights else t)
-            floats = [t for t in _tensors((args, kwargs)) if is_float(t)]
-        out = _called(func, args, kwargs)
-        if isinstance(out, Tensor) and _coarse(out) and not any(out is t for t in given):
-            return self._narrow(out, name, args, kwargs, floats)
-        return out
+        return args, kwargs, _called(func, args, kwargs)
 
     def _narrow(self, out: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], floats: list[Tensor]) -> Tensor:
-        """A result in fewer bits than float64: an island's, unless forward never said so."""
+        """A result in fewer bits than asked for: an island's, unless forward never said so."""
         named = name in _CASTS or any(isinstance(leaf, torch.dtype) for leaf in _leaves((args, kwargs)))
-        if not floats and not named:
+        if self._exact and not floats and not named:
             return widened(out)
         self.islands += 1
-        if not self.shaken or all(_coarse(t) for t in floats):
+        if not self.shaken or all(self._coarse(t) for t in floats):
             return out
         moved = out * (1 + torch.finfo(out.dtype).eps * self._signs(out))
         stays = ~moved.isfinite()
         if name in _CASTS:  # a number that fits is not rounded
             stays |= out.to(args[0].dtype) == args[0]
         return torch.where(stays, out, moved)
+
+    def _coarse(self, tensor: Tensor) -> bool:
+        return is_float(tensor) and torch.finfo(tensor.dtype).eps > self._eps
 
     def _signs(self, like: Tensor) -> Tensor:
         if like.device not in self._generators:
@@ -144,7 +156,7 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in float64, some rows of the weight at a time: no more is cast than stays in cache."""
     blocks = weight.split(max(1, _BLOCK // weight.shape[1]))
     out = torch.cat([F.linear(input, widened(block)) for block in blocks], -1)  # (*, out_features)
@@ -173,10 +185,6 @@ def _attention(
 def _renormalises(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether F.embedding or F.embedding_bag bounds the norm of its rows, which it does in place."""
     return kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
-
-
-def _coarse(tensor: Tensor) -> bool:
-    return is_float(tensor) and torch.finfo(tensor.dtype).eps > torch.finfo(torch.float64).eps
 
 
 def _leaves(value: Any) -> Iterator[Any]:

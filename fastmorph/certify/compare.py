@@ -100,6 +100,7 @@ def with_noise(
             yield row
             continue
         _, noise, problem, _ = difference(other, old.to(other.dtype))
+        noise = max(noise, row.noise or 0.0)
         tolerance = min(ROUNDINGS * noise, limit) if noise <= limit and not problem else 0.0
         raised = tolerance > row.tolerance
         yield replace(row, noise=noise, raised=raised, tolerance=tolerance if raised else row.tolerance)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastmorph.certify.compare import difference
 from fastmorph.certify.inputs import Inputs
-from fastmorph.certify.run import run
+from fastmorph.certify.run import LayerOutputs, run
 
 
 @dataclass(frozen=True)
@@ -22,51 +21,43 @@ class _Differing:
     before: int  # layers that agreed until then
 
 
-def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Inputs, *, exact: bool, tolerance: float) -> str:
-    """A sentence on the first layer, by name and in the parent's order, whose output differs by more than `tolerance`.
+def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Inputs, dtype: torch.dtype, tolerance: float) -> str:
+    """A sentence on the first layer whose output differs by more than `tolerance`, in the order of the parent's run.
 
-    Layers that both models have are compared, all calls of each, on the parent's channels where the child's output grew. A
+    Layers that both models have are compared, call by call, on the parent's channels where the child's output grew. A
     grown output counts only if no output of the parent's own shape agrees after it: its channels may lie in another order.
-    Runs both models once more, and holds every output of a layer of the parent meanwhile.
+    Runs both models once more, and holds the outputs of all their layers meanwhile.
     """
-    outputs: dict[str, list[tuple[nn.Module, list[Tensor]]]] = {}
-    calls: dict[str, list[tuple[nn.Module, list[Tensor]]]] = {}
-
-    def keep(where: dict[str, list[tuple[nn.Module, list[Tensor]]]], name: str, module: nn.Module, output: Any) -> None:
-        tensors = [leaf.detach().clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        where.setdefault(name, []).append((module, tensors))
-
-    run(parent, "parent", mode, call, exact=exact, watch=lambda *found: keep(outputs, *found))
-    run(child, "child", mode, call, exact=exact, watch=lambda *found: keep(calls, *found))
+    olds: LayerOutputs = {}
+    news: LayerOutputs = {}
+    run(parent, "parent", mode, call, dtype, layers=olds)
+    run(child, "child", mode, call, dtype, layers=news)
     grown: _Differing | None = None
-    agreed = 0
-    for name, olds in outputs.items():
-        news = calls.get(name, [])
-        if not name or len(olds) != len(news):
+    agreed: set[str] = set()
+    for (name, number), (kind, before) in olds.items():
+        child_kind, after = news.get((name, number), ("", []))
+        if not child_kind or len(before) != len(after):
             continue
-        max_rel, same_shape = _worst(olds, news)
+        max_rel, same_shape = _worst(before, after)
         if max_rel <= tolerance:
-            agreed += 1
+            agreed.add(name)
             grown = None if same_shape else grown
             continue
-        found = _Differing(name, type(olds[0][0]).__name__, type(news[0][0]).__name__, max_rel, agreed)
+        found = _Differing(name, kind, child_kind, max_rel, len(agreed - {name}))
         if same_shape:
-            return _told(grown or found, exact)
+            return _told(grown or found, dtype == torch.float64)
         grown = grown or found
-    return _told(grown, exact)
+    return _told(grown, dtype == torch.float64)
 
 
-def _worst(olds: list[tuple[nn.Module, list[Tensor]]], news: list[tuple[nn.Module, list[Tensor]]]) -> tuple[float, bool]:
-    """The largest relative difference over all calls of a layer, and whether all outputs have the parent's shapes."""
+def _worst(before: list[Tensor], after: list[Tensor]) -> tuple[float, bool]:
+    """The largest relative difference, and whether all outputs have the parent's shapes."""
     worst, same_shape = 0.0, True
-    for (_, before), (_, after) in zip(olds, news, strict=True):
-        if len(before) != len(after):
-            return float("inf"), True
-        for old, new in zip(before, after, strict=True):
-            if old.shape != new.shape and old.ndim == new.ndim:
-                same_shape = False
-                new = new[tuple(slice(size) for size in old.shape)]
-            worst = max(worst, difference(old, new)[1])
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape and old.ndim == new.ndim:
+            same_shape = False
+            new = new[tuple(slice(size) for size in old.shape)]
+        worst = max(worst, difference(old, new)[1])
     return worst, same_shape
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -28,17 +27,17 @@ class Recorded:
 def record(model: nn.Module, example_inputs: Any) -> Recorded:
     """Run the model itself, in eval mode and its own dtype. `example_inputs` as in `morph`.
 
-    A float64 model that computes a part of itself in fewer bits runs twice, to measure its rounding. Raises `MorphError`
+    A model that computes a part of itself in fewer bits runs twice, to measure its rounding. Raises `MorphError`
     if it cannot run.
     """
     call = as_call(example_inputs, model)
-    exact = coarsest_dtype([model], pytree.tree_leaves(call)) == torch.float64
+    dtype = coarsest_dtype([model], pytree.tree_leaves(call))
     try:
-        once = run(model, "parent", "eval", call, exact=exact)
+        once = run(model, "parent", "eval", call, dtype)
     except MorphError as error:
         cause = error.__cause__
         raise MorphError(f"the model could not be run on example_inputs: {type(cause).__name__}: {cause}.") from cause
-    again = run(model, "parent", "eval", call, exact=True, shaken=True).outputs if exact and once.islands else None
+    again = run(model, "parent", "eval", call, dtype, shaken=True).outputs if once.islands else None
     return Recorded(once.outputs, again)
 
 
@@ -49,7 +48,7 @@ def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certific
     if dtype not in TOLERANCES:
         raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
     tolerance = TOLERANCES[dtype][0]
-    after = run(child, "child", "eval", call, exact=dtype == torch.float64)
+    after = run(child, "child", "eval", call, dtype)
     rows = tuple(compare(before.outputs, after.outputs, "eval", dtype, tolerance))
     if before.shaken is not None:
         rows = tuple(with_noise(rows, before.outputs, before.shaken, dtype, judge=True))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fastmorph.errors import MorphError
 # PyTorch's generators, Python's and numpy's are the process's, and so is cuDNN's precision: one run at a time has them.
 _ALONE = threading.RLock()
 
-Watch = Callable[[str, nn.Module, Any], None]  # a module's name, the module and its output, after each of its calls
+LayerOutputs = dict[tuple[str, int], tuple[str, list[Tensor]]]  # a layer's name and which of its calls: its kind and its output
 
 
 @dataclass(frozen=True)
@@ -38,44 +39,49 @@ class Run:
 
 
 def run(
-    model: nn.Module, who: str, mode: str, call: Inputs, *, exact: bool, shaken: bool = False, watch: Watch | None = None
+    model: nn.Module,
+    who: str,
+    mode: str,
+    call: Inputs,
+    dtype: torch.dtype,
+    *,
+    shaken: bool = False,
+    layers: LayerOutputs | None = None,
 ) -> Run:
-    """Run the model in `mode` on copies of the inputs, all in float64 where `exact`, moved by its rounding where `shaken`.
+    """Run the model in `mode` on copies of the inputs: in float64 if `dtype` is that, else as it is.
 
     The modules that run are copies that share the parameters and have buffers and attributes of their own. A weight is cast
     to float64 as it is used. A model that writes into its parameters, and one with TorchScript inside or with tensor
-    subclasses for parameters, runs on copies of them instead. Raises `MorphError` where the model cannot be run.
+    subclasses for parameters, runs on copies of them instead. `layers` is filled with the outputs of each layer.
+
+    Values that enter arithmetic coarser than `dtype` are moved by their rounding where `shaken`. Raises `MorphError` where the
+    model cannot be run.
     """
-    model = bare(model)
-    devices = {
-        t.device.type for t in chain(model.parameters(), model.buffers(), pytree.tree_leaves(call)) if isinstance(t, Tensor)
-    }
+    model, exact = bare(model), dtype == torch.float64
+    tensors = chain(model.parameters(), model.buffers(), pytree.tree_leaves(call))
+    devices = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)}
+
+    def once(share: bool) -> Run:
+        twin = _twin(model, exact, share)
+        twin.train(mode == "train")
+        if layers is not None:
+            _keep(layers, twin)
+        # Copies of the inputs too: a model that works in place must not change what the next run sees.
+        args, kwargs = pytree.tree_map(lambda leaf: copied(leaf, exact), tuple(call))
+        with isolated(devices), Arithmetic(twin.parameters() if share else (), dtype, shaken=shaken) as arithmetic:
+            outputs = dict(flatten(twin(*args, **kwargs)))  # walked inside, where iterators still compute
+        return Run(outputs, bool(arithmetic.islands))
+
     try:
         with isolated(devices):
             try:
-                return _run(model, mode, call, exact, shaken, watch, share=_can_share(model))
+                return once(_can_share(model))
             except WeightsChanged:
-                pass
-        with isolated(devices):
-            return _run(model, mode, call, exact, shaken, watch, share=False)
+                return once(False)
     except Exception as error:
         what = f"The float64 copy of the {who}" if exact else f"The {who}"
         hint = " Without it algebra cannot be told from rounding; let the module follow its weights' dtype." * exact
         raise MorphError(f"{what} could not be run in {mode} mode: {type(error).__name__}: {error}.{hint}") from error
-
-
-def _run(model: nn.Module, mode: str, call: Inputs, exact: bool, shaken: bool, watch: Watch | None, share: bool) -> Run:
-    twin = _twin(model, exact, share)
-    twin.train(mode == "train")
-    if watch is not None:
-        for name, module in twin.named_modules():
-            module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
-    # Copies of the inputs too: a model that works in place must not change what the next run sees.
-    args, kwargs = pytree.tree_map(lambda leaf: copied(leaf, exact), tuple(call))
-    arithmetic = Arithmetic(twin.parameters() if share else (), exact=exact, shaken=shaken)
-    with arithmetic:
-        outputs = dict(flatten(twin(*args, **kwargs)))  # walked inside, where iterators still compute
-    return Run(outputs, bool(arithmetic.islands))
 
 
 def _twin(model: nn.Module, exact: bool, share: bool) -> nn.Module:
@@ -98,6 +104,22 @@ def _twin(model: nn.Module, exact: bool, share: bool) -> nn.Module:
             if tensor.is_complex():  # .double() leaves these as they are
                 tensor.data = widened(tensor.data)
     return twin
+
+
+def _keep(layers: LayerOutputs, model: nn.Module) -> None:
+    """Have every layer of the model, itself excepted, leave copies of its outputs in `layers`."""
+    layers.clear()
+    calls: Counter[str] = Counter()
+
+    def leave(name: str, module: nn.Module, output: Any) -> None:
+        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+        tensors = [part.detach().clone() for part in parts if isinstance(part, Tensor)]
+        calls[name] += 1
+        layers[name, calls[name]] = (type(module).__name__, tensors)
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(lambda module, _, output, name=name: leave(name, module, output))
 
 
 def _can_share(model: nn.Module) -> bool:

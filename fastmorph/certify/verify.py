@@ -51,10 +51,10 @@ def verify(
     **Outputs** may be nested: tuples, sets, mappings, dataclasses, objects, registered pytrees, iterators (which are consumed).
     Structures, shapes, dtypes, integers and values that are not finite must be equal. What cannot be looked into fails by name.
 
-    **The parent's own rounding** is measured: between its own dtype and float64, and, where a row in float64 exceeds its
-    tolerance and the parent computes a part of itself in fewer bits (a softmax or a norm in float32, say), by one more run
-    whose values move by one unit in the last place wherever they enter such a part. Without a `tolerance` given, a row's
-    tolerance becomes 8 times that, if it is more, and never more than that of the next coarser dtype.
+    **The parent's own rounding** is measured between its own dtype and float64. Where a row exceeds its tolerance and the
+    parent computes a part of itself in fewer bits than the row's precision has (a softmax in float32, say), it is measured by
+    one more run too, whose values move by one unit in the last place wherever they enter such a part. Without a `tolerance`
+    given, a row's tolerance becomes 8 times that, if it is more, and never more than that of the next coarser dtype.
 
     **Costs** the forward passes, and a cast of each weight to float64 when it is used: one weight's copy at a time, beside
     copies of buffers and inputs. A model that writes into its parameters as it runs, or has TorchScript or wrapped tensors
@@ -82,20 +82,22 @@ def verify(
         raise MorphError(f"tolerance is a finite number, 0 or more, not {tolerance}.")
     own_tolerance, exact_tolerance = TOLERANCES[dtype] if tolerance is None else (tolerance, tolerance)
 
+    precisions = [(dtype, own_tolerance), (torch.float64, exact_tolerance)][: 2 if exact and dtype != torch.float64 else 1]
+    judge = tolerance is None
     rows: list[Comparison] = []
     for mode in modes:
-        judge, is_exact = tolerance is None, dtype == torch.float64
-        before, after = (run(m, who, mode, call, exact=is_exact) for who, m in (("parent", parent), ("child", child)))
-        found = list(compare(before.outputs, after.outputs, mode, dtype, own_tolerance))
-        if exact and not is_exact:
-            own = before.outputs
-            before, after = (run(m, who, mode, call, exact=True) for who, m in (("parent", parent), ("child", child)))
-            rows += with_noise(found, own, before.outputs, dtype, judge=judge)
-            found = list(compare(before.outputs, after.outputs, mode, torch.float64, exact_tolerance))
-        if (exact or is_exact) and before.islands and judge and not all(row.holds for row in found):
-            shaken = run(parent, "parent", mode, call, exact=True, shaken=True)
-            found = list(with_noise(found, before.outputs, shaken.outputs, torch.float64, judge=True))
-        rows += found
+        measured = []
+        for precision, bound in precisions:
+            before, after = (run(m, who, mode, call, precision) for who, m in (("parent", parent), ("child", child)))
+            found = list(compare(before.outputs, after.outputs, mode, precision, bound))
+            if judge and before.islands and not all(row.holds for row in found):
+                shaken = run(parent, "parent", mode, call, precision, shaken=True)
+                found = list(with_noise(found, before.outputs, shaken.outputs, precision, judge=True))
+            measured.append((found, before.outputs))
+        (own, outputs), *in_float64 = measured
+        for found, exact_outputs in in_float64:
+            own = [*with_noise(own, outputs, exact_outputs, dtype, judge=judge), *found]
+        rows += own
     if not rows:
         raise MorphError("The models returned no tensor, so there is nothing to compare.")
     certificate = Certificate(tuple(rows), dtype, modes, float(own_tolerance))
@@ -103,8 +105,7 @@ def verify(
     if not failed:
         return certificate
     row = next((row for row in failed if row.precision == "float64"), failed[0])
-    in_float64 = row.precision == "float64"
-    where = first_difference(parent, child, row.mode, call, exact=in_float64, tolerance=row.tolerance)
+    where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
     return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where)
 
 
