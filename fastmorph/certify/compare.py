@@ -102,8 +102,8 @@ def with_noise(
         _, noise, problem, _ = difference(other, old.to(other.dtype))
         noise = max(noise, row.noise or 0.0)
         tolerance = min(ROUNDINGS * noise, limit) if noise <= limit and not problem else 0.0
-        raised = tolerance > row.tolerance
-        yield replace(row, noise=noise, raised=raised, tolerance=tolerance if raised else row.tolerance)
+        raised = row.raised or tolerance > row.tolerance
+        yield replace(row, noise=noise, raised=raised, tolerance=max(tolerance, row.tolerance))
 
 
 def difference(old: Tensor, new: Tensor) -> tuple[float, float, str, str]:

@@ -36,6 +36,8 @@ def record(model: nn.Module, example_inputs: Any) -> Recorded:
         once = run(model, "parent", "eval", call, dtype)
     except MorphError as error:
         cause = error.__cause__
+        if cause is None:
+            raise
         raise MorphError(f"the model could not be run on example_inputs: {type(cause).__name__}: {cause}.") from cause
     again = run(model, "parent", "eval", call, dtype, shaken=True).outputs if once.islands else None
     return Recorded(once.outputs, again)

@@ -55,11 +55,16 @@ def run(
     subclasses for parameters, runs on copies of them instead. `layers` is filled with the outputs of each layer.
 
     Values that enter arithmetic coarser than `dtype` are moved by their rounding where `shaken`. Raises `MorphError` where the
-    model cannot be run.
+    model cannot be run, and on the meta device.
     """
     model, exact = bare(model), dtype == torch.float64
     tensors = chain(model.parameters(), model.buffers(), pytree.tree_leaves(call))
     devices = {tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)}
+
+    if "meta" in devices:
+        raise MorphError(
+            "The models or the inputs are on the meta device, where there are no values to compare: load the weights."
+        )
 
     def once(share: bool) -> Run:
         twin = _twin(model, exact, share)
@@ -89,7 +94,8 @@ def _twin(model: nn.Module, exact: bool, share: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     if share:
         for parameter in model.parameters():
-            alias = torch.Tensor._make_subclass(type(parameter), parameter.detach(), parameter.requires_grad)
+            with_grad = parameter.requires_grad and not parameter.is_inference()
+            alias = torch.Tensor._make_subclass(type(parameter), parameter.detach(), with_grad)
             vars(alias).update(vars(parameter))
             memo[id(parameter)] = alias
         memo |= {id(buffer): copied(buffer, exact) for buffer in model.buffers()}
@@ -118,7 +124,7 @@ def _keep(layers: LayerOutputs, model: nn.Module) -> None:
         layers[name, calls[name]] = (type(module).__name__, tensors)
 
     for name, module in model.named_modules():
-        if name:
+        if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             module.register_forward_hook(lambda module, _, output, name=name: leave(name, module, output))
 
 

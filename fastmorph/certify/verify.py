@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from fastmorph.certify.certificate import Certificate
@@ -74,7 +74,9 @@ def verify(
     if not inputs and not kwargs:
         raise MorphError("verify runs both models, so it needs the inputs of one call: verify(parent, child, x).")
     call = Inputs(inputs, dict(kwargs or {}))
-    _check_devices(parent, child, call)
+    devices = [sorted({str(t.device) for t in chain(m.parameters(), m.buffers())}) for m in (parent, child)]
+    if all(devices) and devices[0] != devices[1]:
+        raise MorphError(f"The parent is on {devices[0]}, the child on {devices[1]}: move both to the same device.")
     dtype = coarsest_dtype((parent, child), pytree.tree_leaves(call))
     if tolerance is None and dtype not in TOLERANCES:
         raise MorphError(f"There is no default tolerance for {dtype_name(dtype)}: pass tolerance=.")
@@ -107,14 +109,3 @@ def verify(
     row = next((row for row in failed if row.precision == "float64"), failed[0])
     where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
     return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where)
-
-
-def _check_devices(parent: nn.Module, child: nn.Module, call: Inputs) -> None:
-    devices = [sorted({str(t.device) for t in chain(m.parameters(), m.buffers())}) for m in (parent, child)]
-    if all(devices) and devices[0] != devices[1]:
-        raise MorphError(f"The parent is on {devices[0]}, the child on {devices[1]}: move both to the same device.")
-    inputs = {str(leaf.device) for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)}
-    if "meta" in chain(*devices, inputs):
-        raise MorphError(
-            "The models or the inputs are on the meta device, where there are no values to compare: load the weights."
-        )
