@@ -1,8 +1,8 @@
-"""Products in full, whatever the user has allowed the rest of the process: autocast, TF32 on a GPU, bfloat16 on a CPU.
+"""Products in full, whatever else the process allows: autocast, TF32 on a GPU, bfloat16 on a CPU.
 
-PyTorch keeps the setting of float32 products in one place for all threads, so that it is held while at least one solve runs, and put back after
-the last. Products of other threads are then taken in full too: never less exact than they asked for. Whoever changes the
-setting meanwhile has the last word: it is left as they set it.
+PyTorch keeps the setting of float32 products in one place for all threads, so that it is held while at least one solve runs,
+and put back after the last. Products of other threads are then taken in full too: never less exact than they asked for. Whoever
+changes the setting meanwhile has the last word: it is left as they set it.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Stream:
         return out
 
     def tensor(self, shape: Sequence[int], like: Tensor, scale: float = 1.0, row: int = 0) -> Tensor:
-        """A new tensor of values times `scale`, of the dtype and on the device of `like`: rows from `row` on of a longer one."""
+        """New values times `scale`, of the dtype and on the device of `like`: rows from `row` on of a longer tensor."""
         return self.fill(like.new_empty(tuple(shape)), scale, row * math.prod(shape[1:]))
 
     def below(self, bounds: np.ndarray) -> np.ndarray:
