@@ -98,6 +98,11 @@ class Coupling:
             found[together] = number
         return found
 
+    @cached_property
+    def standardised(self) -> Bools:
+        """(count,): at a class's name, whether a weight's rows are standardised over some of its atoms."""
+        return self.mask(self.record.mask("standardised"))
+
     # --- what is alike --------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -158,10 +163,10 @@ class Coupling:
         """(count,): at a class's name, its kind. Classes of one kind differ only in their indices."""
         return kinds(self)[0]
 
-    def members(self, cls: int) -> Ints:
-        """The atoms of a class."""
-        start = int(self.starts[cls])
-        return self.order[start : start + int(self.lengths[np.searchsorted(self.names, cls)])]
+    def members_of(self, classes: Ints) -> tuple[Ints, Ints]:
+        """The atoms of classes, one class behind the other, and for each atom the place of its class in `classes`."""
+        lengths = self.lengths[np.searchsorted(self.names, classes)]
+        return self.order[np.repeat(self.starts[classes], lengths) + positions(lengths)], np.repeat(np.arange(len(classes)), lengths)
 
     def kin(self, cls: int) -> Ints:
         """All classes of the same kind as this one, that may be copied too, itself among them."""

@@ -29,14 +29,15 @@ def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
 
     Raises MorphError if there is no such layer, or it made none.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     if layer in record.outputs:
         return record.outputs[layer]
-    if layer not in modules:
-        near = difflib.get_close_matches(layer, modules, n=3)
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        near = difflib.get_close_matches(layer, [name for name, _ in model.named_modules(remove_duplicate=False)], n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
-        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).")
-    own = {id(parameter) for parameter in modules[layer].parameters(recurse=False)}
+        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).") from None
+    own = {id(parameter) for parameter in module.parameters(recurse=False)}
     weights = [name for name in record.outputs if id(tensor_of(model, name)) in own] if own else []
     if len(weights) == 1:
         return record.outputs[weights[0]]
@@ -49,5 +50,5 @@ def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
         hint = "name the layer that makes the channels, or pass example_inputs= that reach this one"
     else:
         hint = "name a layer with a weight"
-    kind = type(modules[layer]).__name__
+    kind = type(module).__name__
     raise MorphError(f"layer {layer!r} cannot be widened: it is a {kind} and makes no channels of its own; {hint}.")

@@ -72,15 +72,24 @@ class Growth:
     @classmethod
     def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False) -> Growth:
         """So many copies of these classes."""
-        copies = np.zeros(len(coupling.classes))
-        copies[classes] = counts
-        return cls(coupling, copies[coupling.classes], even=even)
+        atoms, row = coupling.members_of(classes)
+        copies = np.zeros(coupling.record.count)
+        copies[atoms] = counts[row]
+        return cls(coupling, copies, even=even)
 
     @classmethod
     def of_parts(cls, parts: Sequence[Growth]) -> Growth:
         """All these at once: growths as they are tried first, of one coupling, that have no axis in common."""
+        copies = np.zeros_like(parts[0].copies)
+        for part in parts:
+            copies[part.atoms] = part.copies[part.atoms]
         layouts = {axis: layout for part in parts for axis, layout in part.layouts.items()}
-        return cls(parts[0].coupling, np.sum([part.copies for part in parts], axis=0), given=layouts)
+        return cls(parts[0].coupling, copies, given=layouts)
+
+    @cached_property
+    def atoms(self) -> Ints:
+        """The atoms that get copies."""
+        return np.flatnonzero(self.copies)
 
     def total(self, atoms: Tensor) -> int:
         """How many there are of these atoms, and of positions that are none, after all."""
@@ -96,7 +105,7 @@ class Growth:
         if self.given is not None:
             return self.given
         axes = self.coupling.record.axes
-        grown = np.unique(self.coupling.axes[self.copies > 0])
+        grown = np.unique(self.coupling.axes[self.atoms])
         return {axes[number]: self._layout(axes[number]) for number in grown.tolist()}
 
     def _layout(self, axis: Axis) -> Layout:
@@ -111,12 +120,11 @@ class Growth:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The new shapes of parameters and buffers that grow, by name."""
-        sizes: dict[str, list[int]] = {}
-        for axis in self.coupling.record.axes:
-            if axis.parameter:
-                sizes.setdefault(axis.name, []).append(len(self.layouts[axis].origin) if axis in self.layouts else axis.size)
-        grown = {axis.name for axis in self.layouts}
-        return {name: tuple(shape) for name, shape in sizes.items() if name in grown}
+        names = dict.fromkeys(axis.name for axis in self.layouts if axis.parameter)
+        return {name: tuple(map(self._size, self.coupling.record.parameter(name))) for name in names}
+
+    def _size(self, axis: Axis) -> int:
+        return len(self.layouts[axis].origin) if axis in self.layouts else axis.size
 
     def difference(self, child: Record, after: Coupling) -> Difference | None:
         """What the resized model does otherwise than the record's; None if old channels flow as before.

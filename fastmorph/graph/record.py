@@ -137,6 +137,7 @@ class Record:
         self._operands: list[tuple[int, Sequence[Tensor]]] = []
         self._roles: list[Role] = []
         self._sizes: dict[str, dict[tuple[Any, ...], Tensor]] = {}
+        self._masks: dict[str, Bools] = {}
 
     def copy(self) -> Record:
         """Another one to go on with, which leaves this one as it is."""
@@ -232,10 +233,11 @@ class Record:
 
     def mask(self, kind: Kind) -> Bools:
         """(count,): which atoms were marked so."""
-        mask = np.zeros(self.count, np.bool_)
-        atoms = _joined(self._marks.get(kind, ()))
-        mask[atoms[atoms >= 0]] = True
-        return mask
+        if kind not in self._masks:
+            self._masks[kind] = np.zeros(self.count, np.bool_)
+            atoms = _joined(self._marks.get(kind, ()))
+            self._masks[kind][atoms[atoms >= 0]] = True
+        return self._masks[kind]
 
     @cached_property
     def edges(self) -> Edges:

@@ -86,9 +86,9 @@ class Widen:
 
     def _check_fill(self, growth: Growth) -> None:
         record = growth.coupling.record
-        standardised = record.mask("standardised") & (growth.copies > 0)
-        if standardised.any() and self.fill != "pair":
-            name = record.axis_of(int(standardised.argmax())).name
+        standardised = growth.atoms[record.mask("standardised")[growth.atoms]]
+        if len(standardised) and self.fill != "pair":
+            name = record.axis_of(int(standardised[0])).name
             raise MorphError(
                 f"layer {self.layer!r}: {name!r} is standardised row by row, which twins alone leave as it is; use fill='pair'."
             )
