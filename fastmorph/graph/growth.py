@@ -118,13 +118,18 @@ class Growth:
         origin = np.repeat(begins, sizes) + within % long
         return Layout(origin, within // long, origin)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The new shapes of parameters and buffers that grow, by name."""
-        names = dict.fromkeys(axis.name for axis in self.layouts if axis.parameter)
-        return {name: tuple(map(self._size, self.coupling.record.parameter(name))) for name in names}
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The parameters and buffers that grow."""
+        return tuple(dict.fromkeys(axis.name for axis in self.layouts if axis.parameter))
 
-    def _size(self, axis: Axis) -> int:
-        return len(self.layouts[axis].origin) if axis in self.layouts else axis.size
+    def shape(self, name: str, before: Sequence[int]) -> tuple[int, ...]:
+        """What becomes of the shape of a parameter or buffer; of sizes that do not grow, any may be given."""
+        sizes = list(before)
+        for axis in self.coupling.record.parameter(name):
+            if axis in self.layouts:
+                sizes[axis.dim] = len(self.layouts[axis].origin)
+        return tuple(sizes)
 
     def difference(self, child: Record, after: Coupling) -> Difference | None:
         """What the resized model does otherwise than the record's; None if old channels flow as before.

@@ -75,10 +75,10 @@ class Widen:
         if transaction.with_weights:
             transaction.settle()
         filling = Filling(growth, self.fill, transaction.random) if transaction.with_weights else None
-        for name, shape in growth.shapes().items():
+        for name in growth.names:
             old = tensor_of(transaction.model, name)
             if filling is None:
-                transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
+                transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
             else:
                 with torch.no_grad():
                     new, linear, square = filling.tensor(name, old.detach())
