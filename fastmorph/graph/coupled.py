@@ -98,7 +98,9 @@ class Tables:
         shared = np.bincount(self._axes[held], self._counts[held], len(axes)).astype(np.int64)
         numbered = ((number, axes[number], int(shared[number])) for number in np.flatnonzero(shared).tolist())
         return tuple(
-            Row(axis.name, axis.dim, axis.size, count, self._roles[number]) for number, axis, count in numbered if axis.parameter
+            Row(axis.name, axis.dim, axis.size, count, self._roles[number])
+            for number, axis, count in numbered
+            if axis.parameter
         )
 
     def _fixed(self, classes: Ints) -> tuple[str, ...]:

@@ -166,7 +166,9 @@ class Coupling:
     def members_of(self, classes: Ints) -> tuple[Ints, Ints]:
         """The atoms of classes, one class behind the other, and for each atom the place of its class in `classes`."""
         lengths = self.lengths[np.searchsorted(self.names, classes)]
-        return self.order[np.repeat(self.starts[classes], lengths) + positions(lengths)], np.repeat(np.arange(len(classes)), lengths)
+        return self.order[np.repeat(self.starts[classes], lengths) + positions(lengths)], np.repeat(
+            np.arange(len(classes)), lengths
+        )
 
     def kin(self, cls: int) -> Ints:
         """All classes of the same kind as this one, that may be copied too, itself among them."""
@@ -176,7 +178,7 @@ class Coupling:
 
 
 def kinds(*couplings: Coupling) -> list[Ints]:
-    """`Coupling.kinds` of several runs, so that they can be compared: where the atoms of a class occur, and how they are tied."""
+    """`Coupling.kinds` of several runs, which can then be compared: where a class's atoms occur, and how they are tied."""
     held, tied = [], []
     for coupling in couplings:
         classes = coupling.classes[coupling.edges[:, 0]]

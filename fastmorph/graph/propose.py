@@ -83,7 +83,9 @@ class Proposals:
         if nearest is None:
             raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
         near, cause = nearest
-        raise MorphError(f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}.")
+        raise MorphError(
+            f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."
+        )
 
     def _nearest(self, width: int, refusals: list[Refusal]) -> tuple[int, str] | None:
         """A width near this one that works, and why this one does not."""

@@ -145,8 +145,9 @@ class Record:
         for name, value in vars(self).items():
             if isinstance(value, list | dict | set):
                 setattr(new, name, value.copy())
-        for held in (new.cuts, new._marks, new._sizes):
-            held.update({key: value.copy() for key, value in held.items()})  # type: ignore[attr-defined]
+        new.cuts = {module: [*cuts] for module, cuts in self.cuts.items()}
+        new._marks = {kind: [*labels] for kind, labels in self._marks.items()}
+        new._sizes = {module: {**labels} for module, labels in self._sizes.items()}
         return new
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:

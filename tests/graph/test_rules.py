@@ -101,5 +101,5 @@ def test_a_rule_may_be_replaced():
 
 def test_what_is_no_operator_is_refused():
     for thing in (torch.relu, "relu", 3):
-        with pytest.raises(fm.MorphError, match="is no operator: give one of torch.ops"):
+        with pytest.raises(fm.MorphError, match=r"is no operator: give one of torch\.ops"):
             fm.graph.rule(thing)(elementwise)

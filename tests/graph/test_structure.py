@@ -93,7 +93,9 @@ def test_the_one_that_is_to_be_refused_is_found_by_halves(place):
     model = blocks()
     model.blocks[0][1] = nn.LayerNorm([6, 5, 5], dtype=torch.float64)  # a plain growth of what it normalises is refused at once
     model.aside = Net(lambda m, x: m.one(x).reshape(-1, 6, 5, 5) * 0 + x[:, :1], one=nn.Conv2d(4, 6, 1, dtype=torch.float64))
-    model.blocks[1].append(Net(lambda m, x: m.two(m.one(x).reshape(-1, 6, 5, 5)), one=nn.Conv2d(4, 6, 1), two=nn.Conv2d(6, 4, 1)))
+    model.blocks[1].append(
+        Net(lambda m, x: m.two(m.one(x).reshape(-1, 6, 5, 5)), one=nn.Conv2d(4, 6, 1), two=nn.Conv2d(6, 4, 1))
+    )
     model = trained(model)
     plan = [fm.Widen(f"blocks.{i}.0", 8) for i in (1, 2, 3)] + [fm.Widen("blocks.2.0", 12)]
     plan.insert(place, fm.Widen("blocks.1.4.one", 9))
@@ -134,7 +136,7 @@ def test_a_stale_structure_is_refused():
     child = fm.widen(model, {"blocks.1.0": 9}, structure=structure)
     with pytest.raises(fm.MorphError, match=r"not this model's: module 'blocks.1.0' is another since .* fm.follow"):
         fm.widen(child, {"blocks.1.0": 12}, structure=structure)
-    with pytest.raises(fm.MorphError, match="module 'blocks.2' is another"):
+    with pytest.raises(fm.MorphError, match=r"module 'blocks\.2' is another"):
         coupled(blocks(2), "stem", structure=structure)
     model.blocks[0][0].stride = (2, 2)
     with pytest.raises(fm.MorphError, match=r"module 'blocks.0.0' is another"):

@@ -22,7 +22,7 @@ def rule(*operators: Any, replace: bool = False) -> Callable[[Rule], Rule]:
     """A decorator that registers what operators do to channels, for models whose own operators are not known.
 
     The rule is called as rule(tracer, call) after the operator has run on fake tensors, which have shapes and no values. It
-    reads the arguments (`call["name"]`, `call.tensors`, `call.out`) and what is known of them (`tracer.flow(tensor)`, a `Flow`),
+    reads the arguments (`call["name"]`, `call.tensors`, `call.out`) and what is known of them (`tracer.flow(tensor)`),
     notes what the operator does, and returns the flow of the result, a list of flows of several, or None where no channel
     passes. What it notes:
 

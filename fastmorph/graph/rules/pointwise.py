@@ -120,7 +120,9 @@ def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim:
             if not met or flow.opaque:
                 slots.append(slot)
     if opaque:
-        tracer.record.mark("writes", (slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own))
+        tracer.record.mark(
+            "writes", (slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)
+        )
     kept = merged(tracer, slots)
     single = lonely(tracer, [flow for flow, _ in operands], bool(kept))
     return Flow(tuple(kept + [aligned(slot, ndim) for slot in single]), opaque)
