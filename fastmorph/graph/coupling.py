@@ -177,21 +177,30 @@ class Coupling:
         return rivals[(self.kinds[rivals] == self.kinds[cls]) & ~self.fixed[rivals]]
 
 
-def kinds(*couplings: Coupling) -> list[Ints]:
-    """`Coupling.kinds` of several runs, which can then be compared: where a class's atoms occur, and how they are tied."""
+def kinds(*couplings: Coupling, among: Ints | None = None) -> list[Ints]:
+    """`Coupling.kinds` of several runs, which can then be compared: where a class's atoms occur, and how they are tied.
+
+    With `among`, of these classes alone.
+    """
+    names = [coupling.names if among is None else np.unique(among) for coupling in couplings]
     held, tied = [], []
-    for coupling in couplings:
-        classes = coupling.classes[coupling.edges[:, 0]]
-        edges = coupling.edges[np.argsort(classes, kind="stable")]
-        counts = np.bincount(classes, minlength=coupling.record.count)[coupling.names]
-        held.append((coupling.lengths, coupling.places[coupling.order], coupling.signatures[coupling.order]))
+    for coupling, classes in zip(couplings, names, strict=True):
+        atoms, row = coupling.members_of(classes)
+        held.append((np.bincount(row, minlength=len(classes)), coupling.places[atoms], coupling.signatures[atoms]))
+        edges, of_edge = coupling.edges, coupling.classes[coupling.edges[:, 0]]
+        if among is not None:
+            wanted = np.zeros(coupling.record.count, np.bool_)
+            wanted[classes] = True
+            edges, of_edge = edges[wanted[of_edge]], of_edge[wanted[of_edge]]
+        edges = edges[np.argsort(of_edge, kind="stable")]
+        counts = np.bincount(of_edge, minlength=coupling.record.count)[classes]
         tied.append((counts, coupling.ranks[edges[:, 0]], coupling.ranks[edges[:, 1]]))
     one, two = (first_alike(*_behind_each_other(rows)) for rows in (held, tied))
     _, labels = np.unique(one * len(one) + two, return_inverse=True)
     found = []
-    for coupling in couplings:
+    for coupling, classes in zip(couplings, names, strict=True):
         found.append(np.full(coupling.record.count, -1))
-        found[-1][coupling.names], labels = labels[: len(coupling.names)], labels[len(coupling.names) :]
+        found[-1][classes], labels = labels[: len(classes)], labels[len(classes) :]
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.coupling import Coupling, Floats
+from fastmorph.graph.coupling import Coupling, Floats, kinds
 from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record, unique
 
@@ -75,7 +75,9 @@ class Growth:
         atoms, row = coupling.members_of(classes)
         copies = np.zeros(coupling.record.count)
         copies[atoms] = counts[row]
-        return cls(coupling, copies, even=even)
+        growth = cls(coupling, copies, even=even)
+        vars(growth)["atoms"] = np.sort(atoms)  # known here, so that nobody looks for them among all
+        return growth
 
     @classmethod
     def of_parts(cls, parts: Sequence[Growth]) -> Growth:
@@ -194,7 +196,8 @@ class Growth:
         one, two = one[alike], two[alike]
         pairs = np.unique(np.stack([after.classes[one], after.classes[two]], 1), axis=0)
         apart = (after.places[one] != after.places[two]).any() or len(np.unique(pairs[:, 1])) != len(pairs)
-        if apart or (after.kinds[pairs[:, 0]] != after.kinds[pairs[:, 1]]).any():
+        (found,) = kinds(after, among=pairs)
+        if apart or (found[pairs[:, 0]] != found[pairs[:, 1]]).any():
             return "copies of one channel would not be treated alike"
         return None
 
