@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,9 @@ def clone(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if type(value) in _PLAIN:
                 new[key] = value
             elif type(value) is dict and key in ("_parameters", "_buffers", "_modules"):
-                new[key] = {name: memo[id(held)] if id(held) in memo else held for name, held in value.items()}
+                new[key] = {name: memo.get(id(held), held) for name, held in value.items()}
+            elif type(value) is OrderedDict and not value and key.startswith("_"):  # hooks: there are many registers of none
+                new[key] = OrderedDict()
             else:
                 new[key] = copy.deepcopy(value, memo)
     found: nn.Module = memo[id(model)]

@@ -148,6 +148,8 @@ class Record:
         new.cuts = {module: [*cuts] for module, cuts in self.cuts.items()}
         new._marks = {kind: [*labels] for kind, labels in self._marks.items()}
         new._sizes = {module: {**labels} for module, labels in self._sizes.items()}
+        new._masks = {}
+        vars(new).pop("edges", None)  # gathered anew
         return new
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:

@@ -31,7 +31,11 @@ Assign = Callable[[Decomposition], None]
 
 
 class Operator(Protocol):
-    """A morph as frozen data."""
+    """A morph as frozen data.
+
+    A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
+    together, and it notes what each of them did (`Transaction.step`).
+    """
 
     @property
     def layer(self) -> str:

@@ -91,8 +91,6 @@ def test_other_operators_follow_again_only_where_a_width_comes(runs):
 @pytest.mark.parametrize("place", range(5))
 def test_the_one_that_is_to_be_refused_is_found_by_halves(place):
     model = blocks()
-    model.blocks[0][1] = nn.LayerNorm([6, 5, 5], dtype=torch.float64)  # a plain growth of what it normalises is refused at once
-    model.aside = Net(lambda m, x: m.one(x).reshape(-1, 6, 5, 5) * 0 + x[:, :1], one=nn.Conv2d(4, 6, 1, dtype=torch.float64))
     model.blocks[1].append(
         Net(lambda m, x: m.two(m.one(x).reshape(-1, 6, 5, 5)), one=nn.Conv2d(4, 6, 1), two=nn.Conv2d(6, 4, 1))
     )
