@@ -137,6 +137,7 @@ class Record:
         self._operands: list[tuple[int, Sequence[Tensor]]] = []
         self._roles: list[Role] = []
         self._sizes: dict[str, dict[tuple[Any, ...], Tensor]] = {}
+        self._masks: dict[str, Bools] = {}
 
     def copy(self) -> Record:
         """Another one to go on with, which leaves this one as it is."""
@@ -144,8 +145,11 @@ class Record:
         for name, value in vars(self).items():
             if isinstance(value, list | dict | set):
                 setattr(new, name, value.copy())
-        for held in (new.cuts, new._marks, new._sizes):
-            held.update({key: value.copy() for key, value in held.items()})  # type: ignore[attr-defined]
+        new.cuts = {module: [*cuts] for module, cuts in self.cuts.items()}
+        new._marks = {kind: [*labels] for kind, labels in self._marks.items()}
+        new._sizes = {module: {**labels} for module, labels in self._sizes.items()}
+        new._masks = {}
+        vars(new).pop("edges", None)  # gathered anew
         return new
 
     def add_axis(self, name: str, dim: int, size: int, *, parameter: bool) -> Axis:
@@ -232,10 +236,11 @@ class Record:
 
     def mask(self, kind: Kind) -> Bools:
         """(count,): which atoms were marked so."""
-        mask = np.zeros(self.count, np.bool_)
-        atoms = _joined(self._marks.get(kind, ()))
-        mask[atoms[atoms >= 0]] = True
-        return mask
+        if kind not in self._masks:
+            self._masks[kind] = np.zeros(self.count, np.bool_)
+            atoms = _joined(self._marks.get(kind, ()))
+            self._masks[kind][atoms[atoms >= 0]] = True
+        return self._masks[kind]
 
     @cached_property
     def edges(self) -> Edges:

@@ -26,7 +26,7 @@ class Call:
     """One call of an operator.
 
     Attributes:
-        name: e.g. "add" for aten::add.Tensor and for aten::add_.Tensor.
+        name: e.g. "add" for aten::add.Tensor and for aten::add_.Tensor; "library::operator" for one that is not PyTorch's own.
         func: the operator.
         args: its arguments by name, as given or by default.
         out: what it returned.
@@ -70,7 +70,7 @@ Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or
 class Tracer(TorchDispatchMode):
     """Follows channels while it is the innermost mode; `module` is the name of the module that runs."""
 
-    def __init__(self, rule_of: Callable[[Any, str], Rule], record: Record) -> None:
+    def __init__(self, rule_of: Callable[[Any], Rule], record: Record) -> None:
         super().__init__()
         self.record = record
         self.stack: list[str] = [""]
@@ -154,7 +154,7 @@ class Tracer(TorchDispatchMode):
                 self.record.block(*self._poison[id(tensor)])
         entries, held = len(self.record.journal), [self.flow(tensor).slots for tensor in call.tensors]
         try:
-            flows = self._rule_of(func, call.name)(self, call)
+            flows = self._rule_of(func)(self, call)
         except Exception as error:
             raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
         if isinstance(flows, Flow):
@@ -209,7 +209,7 @@ def _same_everywhere(tensor: Tensor) -> bool:
 def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
     """An operator's name without a mark of writing in place, and its arguments: name, whether there is a default, and that."""
     schema = func._schema
-    name: str = schema.name.split("::")[1]
+    name: str = schema.name.removeprefix("aten::")
     if schema.is_mutable and name.endswith("_"):
         name = name[:-1]
     return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
