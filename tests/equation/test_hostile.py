@@ -1,4 +1,4 @@
-"""Weights of any power, short dtypes, autocast, transforms, empty batches, and things that are no problems: right or refused."""
+"""Weights of any power, short dtypes, autocast, transforms, empty batches and what is no problem: right or refused."""
 
 from __future__ import annotations
 
