@@ -23,7 +23,8 @@ from fastmorph.plan.morph import Morphed, Options, morph, restructure
 from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
-from fastmorph.plan.transaction import Operator, Step, Transaction
+from fastmorph.plan.step import Step
+from fastmorph.plan.transaction import Operator, Transaction
 from fastmorph.plan.transfer import transfer_optimizer
 
 __version__ = "0.1.0"

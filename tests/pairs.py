@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmorph.certify.certificate import Certificate, Row
+from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.compare import Comparison
 
 X = torch.ones(2, 3)
 
 
-class Call(nn.Module):
+class Apply(nn.Module):
     """A model that is one function of its input, with or without parameters."""
 
     def __init__(self, function: Any, *modules: nn.Module) -> None:
@@ -34,9 +35,9 @@ class Cell:
         return self.value
 
 
-def returning(*values: Any) -> Call:
+def returning(*values: Any) -> Apply:
     """A model without parameters that ignores its input and returns what it was given."""
-    return Call(lambda x: values[0] if len(values) == 1 else values)
+    return Apply(lambda x: values[0] if len(values) == 1 else values)
 
 
 def family(error: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -53,6 +54,6 @@ def family(error: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[nn.M
     return parent.to(dtype), child.to(dtype), torch.randn(5, 6, dtype=torch.float64).to(dtype)
 
 
-def only(certificate: Certificate) -> Row:
+def only(certificate: Certificate) -> Comparison:
     (row,) = certificate.rows
     return row

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastmorph.equation import reference
-from fastmorph.equation.frame import Frame, make_frame, volume
+from fastmorph.equation.frame import Frame, make_frame, tap_count
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def agrees(case: Case, first, second):
     """
     slack = 0.0
     for weight, one, two in _items(case, first, second):
-        terms = one.shape[0] * volume(case.frame.second)
+        terms = one.shape[0] * tap_count(case.frame.second)
         bound = terms * np.finfo(float).eps * np.linalg.norm(reference.compose(abs(one), abs(two)))
         slack = max(slack, bound / (np.linalg.norm(weight) or 1.0))
     return pytest.approx(oracle_residual(case, first, second), rel=1e-6, abs=slack)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastmorph_kernels.configs import Shipped, shipped
-from fastmorph_kernels.direct.kernel import direct_kernel, sums_kernel
+from fastmorph_kernels.direct.kernel import direct_kernel, scales_kernel, sums_kernel
+from fastmorph_kernels.direct.launch import SCALES_BLOCK
 from fastmorph_kernels.direct.mixing import SIDE
 
 from bench.cases.case import Case, aligned_with
@@ -49,6 +50,7 @@ _OTHERS: tuple[_Sizes, ...] = ((64, 64, 16), (64, 16, 32), (64, 16, 64), (16, 16
 
 def cases(target: str) -> Iterator[Case]:
     """Every configuration; on sm_90, for which they were chosen, float32 in every layout and with every kind of block too."""
+    yield from map(_scales, ("float32", "float64"))
     for entry in shipped("direct"):
         every = target == "sm_90" and entry.dtype.itemsize == 4
         if entry.variant == "sums":
@@ -64,6 +66,11 @@ def cases(target: str) -> Iterator[Case]:
             crowded = sizes[2] in (None, SIDE) or (run and sizes[1] == SIDE)
             if bool(many) == (crowded or name in _IRREGULAR):
                 yield _factor(entry, name, sizes, factor, target)
+
+
+def _scales(dtype: str) -> Case:
+    types = dict.fromkeys(("share", "least", "ratio", "noise"), "fp32")
+    return Case("direct", scales_kernel, dtype, "scales", {"BLOCK": SCALES_BLOCK}, {"num_warps": 4}, types=types)
 
 
 def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) -> Case:

@@ -11,9 +11,9 @@ from pathlib import Path
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 
-_FOLDER = Path(__file__).resolve().parent.parent.parent / "tests"
+_FOLDER = Path(__file__).resolve().parents[2] / "tests" / "kernels"
 # What is compiled ahead of time needs no GPU.
-FILES = sorted(path.name for path in _FOLDER.glob("test_kernel_*.py") if path.name != "test_kernel_aot.py")
+FILES = sorted(path.name for path in _FOLDER.glob("test_*.py") if path.name != "test_kernel_aot.py")
 _PROCESSES = 8  # compiling takes longer than running
 
 
@@ -26,5 +26,5 @@ def run(setup: Setup, report: Report, name: str) -> None:
     if importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", str(_PROCESSES)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=_FOLDER.parent, env=environment, check=False, timeout=max(1.0, report.left))
+    done = subprocess.run(command, cwd=_FOLDER.parents[1], env=environment, check=False, timeout=max(1.0, report.left))
     report.hold(f"{name}: exit status", done.returncode)

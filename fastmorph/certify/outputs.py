@@ -1,12 +1,13 @@
-"""Running a model so that nothing of it is touched, and its outputs as a flat mapping."""
+"""Outputs of any kind, as a flat mapping from paths to leaves."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from enum import Enum
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,71 +16,74 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Path = tuple[object, ...]
+Outputs = dict[Path, Any]
+
+PLAIN = (type, type(None), str, bytes, torch.dtype, torch.device, torch.layout, Enum)  # no numbers, but equal or not
+_LONGEST = 100_000  # items taken from an iterator: one without end is refused
 
 
-@contextmanager
-def isolated(exact: bool) -> Iterator[None]:
-    """No gradients, and all global state put back after.
+def flatten(value: Any, path: Path = (), around: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) for each leaf, and (path, its type) for each container, which tells a list from a tuple.
 
-    That includes the generators, so every run starts from one state of them and parent and child draw the same numbers.
+    Leaves are tensors (numbers and arrays among them), values of the `PLAIN` types, and whatever cannot be walked.
+    An iterator is consumed. `around` are the identities of the containers that hold `value`, to end a cycle at.
     """
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    # cuDNN runs float32 convolutions and RNNs in TF32 (1e-3) unless told not to, and no float32 tolerance would hold.
-    # Matrix products do that only where the user asked for it, and then their rounding is the user's.
-    cudnn = [getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")]
-    precisions, default_dtype = [op.fp32_precision for op in cudnn], torch.get_default_dtype()
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (the generator that models use)
-    with torch.random.fork_rng(cuda, device_type="cuda"), torch.no_grad():
-        try:
-            if exact:
-                torch.set_default_dtype(torch.float64)  # for what forward itself makes: an RNN's first state, say
-            for op in cudnn:
-                op.fp32_precision = "ieee"
-            yield
-        finally:
-            for op, precision in zip(cudnn, precisions, strict=True):
-                op.fp32_precision = precision
-            torch.set_default_dtype(default_dtype)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's own mode is put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def flatten(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) for each leaf, and (path, its type) for each container, which tells a list from a tuple."""
-    items: Iterable[tuple[object, Any]]
-    if isinstance(value, Tensor):
-        yield path, value.detach()
+    if isinstance(value, Tensor) and not value.is_nested:
+        yield path, value.detach() if value.layout == torch.strided else value.detach().to_dense()
         return
-    if isinstance(value, (bool, int, float, complex)):
-        yield path, torch.as_tensor(np.asarray(value))  # by way of numpy, which keeps a Python float's 64 bits
+    if isinstance(value, (bool, int, float, complex, np.generic, np.ndarray)) and not isinstance(value, Enum):
+        array = np.asarray(value)  # by way of numpy, which keeps a Python float's 64 bits
+        yield path, torch.tensor(array, device="cpu") if array.dtype.kind in "biufc" else repr(value)
         return
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    else:  # a container registered with PyTorch, or else a leaf, which is its own only item
-        leaves = pytree.tree_leaves(value, is_leaf=lambda node: node is not value)
-        if len(leaves) == 1 and leaves[0] is value:
-            yield path, value
-            return
-        items = enumerate(leaves)
+    if isinstance(value, PLAIN):
+        yield path, value
+        return
+    if id(value) in around:
+        yield path, f"the container {len(around) - around.index(id(value))} levels above"
+        return
+    items = _items(value)
+    if items is None:
+        yield path, value
+        return
     yield path, type(value)
     for key, item in items:
-        yield from flatten(item, (*path, key))
+        yield from flatten(item, (*path, key), (*around, id(value)))
+
+
+def _items(value: Any) -> Iterable[tuple[object, Any]] | None:
+    """What a container holds, by name or number; None for what cannot be walked."""
+    if isinstance(value, Tensor):  # a nested one
+        return enumerate(value.unbind())
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return zip(value._fields, value, strict=True)
+    if isinstance(value, Set):
+        return enumerate(sorted(value, key=_order))
+    if isinstance(value, Sequence):
+        return enumerate(value)
+    if isinstance(value, Iterator):
+        taken = list(islice(value, _LONGEST + 1))
+        return enumerate(taken) if len(taken) <= _LONGEST else None
+    leaves = pytree.tree_leaves(value, is_leaf=lambda node: node is not value)
+    if len(leaves) != 1 or leaves[0] is not value:  # a container registered with PyTorch
+        return enumerate(leaves)
+    if callable(value) and not is_dataclass(value):
+        return None  # a function computes what its variables do not tell
+    names = [field.name for field in fields(value)] if is_dataclass(value) else []
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    names += getattr(value, "__dict__", ())
+    held = [name for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+    return [(name, getattr(value, name)) for name in held] or None
+
+
+def _order(member: Any) -> tuple[Any, ...]:
+    """An order of a set's members that parent and child share: by kind, shape and size."""
+    if isinstance(member, Tensor):
+        return "Tensor", (*member.shape,), float(member.double().sum()) if member.numel() else 0.0
+    return type(member).__name__, (), repr(member)
 
 
 def copied(leaf: Any, exact: bool) -> Any:
@@ -94,3 +98,20 @@ def widened(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether it holds real or complex floating-point numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each module's own mode is put back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

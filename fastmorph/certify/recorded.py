@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from fastmorph.certify.certificate import TOLERANCES, Certificate, coarsest_dtype, compare
-from fastmorph.certify.outputs import copied, eval_mode, flatten, isolated
+from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.compare import TOLERANCES, coarsest_dtype, compare, dtype_name, with_noise
+from fastmorph.certify.outputs import Outputs
+from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
+from fastmorph.inputs import as_call
 
-Outputs = dict[tuple[object, ...], Any]
+
+@dataclass(frozen=True)
+class Recorded:
+    """A model's outputs in eval mode and its own dtype, and those moved by its own rounding where that was measured."""
+
+    outputs: Outputs
+    shaken: Outputs | None
 
 
-def record(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
-    """The flattened outputs of the model itself, in eval mode and in its own dtype. Raises MorphError if it cannot run."""
+def record(model: nn.Module, example_inputs: Any) -> Recorded:
+    """Run the model itself, in eval mode and its own dtype. `example_inputs` as in `morph`.
+
+    A model that computes a part of itself in fewer bits runs twice, to measure its rounding. Raises `MorphError`
+    if it cannot run.
+    """
+    call = as_call(example_inputs, model)
+    dtype = coarsest_dtype([model], pytree.tree_leaves(call))
     try:
-        with eval_mode(model), isolated(False):
-            outputs = model(*(copied(leaf, False) for leaf in inputs))
-            return {path: copied(leaf, False) for path, leaf in flatten(outputs)}
-    except Exception as error:
-        raise MorphError(f"the model could not be run on example_inputs: {type(error).__name__}: {error}.") from error
+        once = run(model, "parent", "eval", call, dtype)
+    except MorphError as error:
+        cause = error.__cause__
+        if cause is None:
+            raise
+        raise MorphError(f"the model could not be run on example_inputs: {type(cause).__name__}: {cause}.") from cause
+    again = run(model, "parent", "eval", call, dtype, shaken=True).outputs if once.islands else None
+    return Recorded(once.outputs, again)
 
 
-def certify(before: Outputs, child: nn.Module, inputs: tuple[Any, ...]) -> Certificate:
-    """Compare the child with what was recorded, in its own dtype alone: without the parent there are no float64 copies."""
-    after = record(child, inputs)
-    dtype = coarsest_dtype(child, child, list(inputs))
+def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certificate:
+    """Compare the child with what was recorded, in its own dtype alone: without the parent nothing runs in float64."""
+    call = as_call(example_inputs, child)
+    dtype = coarsest_dtype([child], pytree.tree_leaves(call))
     if dtype not in TOLERANCES:
-        raise MorphError(f"there is no default tolerance for {dtype}: pass verify=False.")
-    rows = tuple(compare(before, after, {}, "eval", dtype, TOLERANCES[dtype][0]))
+        raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
+    tolerance = TOLERANCES[dtype][0]
+    after = run(child, "child", "eval", call, dtype)
+    rows = tuple(compare(before.outputs, after.outputs, "eval", dtype, tolerance))
+    if before.shaken is not None:
+        rows = tuple(with_noise(rows, before.outputs, before.shaken, dtype, judge=True))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")
-    return Certificate(rows, dtype, ("eval",), TOLERANCES[dtype][0])
+    certificate = Certificate(rows, dtype, ("eval",), tolerance)
+    gone = "" if certificate else "The parent is gone, so no layer can be named: morph without consume=True to learn which."
+    return Certificate(rows, dtype, ("eval",), tolerance, gone)

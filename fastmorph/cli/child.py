@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastmorph.certify.certificate import Certificate
     from fastmorph.plan.plan import Plan
-    from fastmorph.plan.transaction import Step
+    from fastmorph.plan.step import Step
 
 
 class NetworkCall(NamedTuple):

@@ -9,9 +9,8 @@ none. What is heavy is imported by the command that needs it.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -154,6 +153,8 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
     """The inputs that the options ask for: those of a file, or normal noise in the network's dtype."""
     import torch
 
+    from fastmorph.plan.memory import check_memory
+
     if arguments.inputs is not None:
         tensors = read_tensors(arguments.inputs)
         options: tuple[str, ...] = ("--inputs", str(arguments.inputs))
@@ -168,6 +169,8 @@ def _call(arguments: argparse.Namespace, network: nn.Module, *, needed: bool = T
     dtypes = [p.dtype for p in network.parameters() if p.is_floating_point()]
     generator = torch.Generator().manual_seed(arguments.seed or 0)
     dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    for shape in arguments.input_shape:
+        check_memory(f"--input-shape {','.join(map(str, shape))}", math.prod(shape) * dtype.itemsize, None)
     made = tuple(torch.randn(shape, generator=generator).to(dtype) for shape in arguments.input_shape)
     options = tuple(word for shape in arguments.input_shape for word in ("--input-shape", ",".join(map(str, shape))))
     return NetworkCall(made, {}, (*options, *(("--seed", str(arguments.seed)) if arguments.seed else ())))

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.backends import find_backend
-from fastmorph.equation.backends.torch_backend import batch_norm
-from fastmorph.equation.frame import Frame, make_frame
-from fastmorph.equation.full_precision import full_precision
+from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.frame import Frame, Side, make_frame
 from fastmorph.equation.half_step import HalfStep, per_item
+from fastmorph.equation.solvers.sweeps import alternate_half_steps
 from fastmorph.errors import MorphError
 
 
@@ -74,30 +75,41 @@ def _alternate_fake(
     return torch.empty_like(first, memory_format=torch.contiguous_format), first.new_empty(shape), first.new_empty(len(first))
 
 
-@full_precision()
 def fixed_half_steps(
     weight: Tensor, first: Tensor, second_size: tuple[int, ...], half_steps: int, backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The body of the operator `alternate`, whose arguments these are, in plain PyTorch and the backend's maps."""
     maps = find_backend(backend, weight, None if weight.dtype == torch.float64 else precision)
     frame = Frame(tuple(weight.shape[3:]), tuple(first.shape[3:]), second_size)
-    norm = batch_norm(weight)
+    # Scaled by a power of two, exactly: squares of very small or large weights would leave the range. F2 takes it back.
+    largest = torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim)))
+    whole = torch.where(largest > 0, largest, torch.ones_like(largest)).log2().floor()
+    lift = (whole / 2).floor()  # in two parts, each of which is representable
+    exponent = whole - lift
+    weight = torch.ldexp(torch.ldexp(weight, -_column(exponent, weight)), -_column(lift, weight))
+    norm = frobenius(weight)
     scale = torch.where(norm > 0, norm, torch.ones_like(norm))
     exact = 32 * torch.finfo(weight.dtype).eps  # beyond this a half-step only moves rounding about
-    # As second kernels of the equation and of its transpose: F2, then F1 transposed.
-    kernels = [weight.new_zeros(len(weight), weight.shape[1], first.shape[1], *second_size), first.transpose(1, 2)]
     residual = torch.ones_like(norm)
-    for half_step in range(half_steps):
-        side = half_step % 2
-        target, within = (weight.transpose(1, 2), frame.transposed) if side else (weight, frame)
-        step = HalfStep(kernels[1 - side].transpose(1, 2), within.second, maps, wait=False)
-        second = step.solve(target, within.before)
-        answer = step.refine(second, *step.error(target, within.before, second), target, within.before)
-        moves = ~step.singular & ~(residual <= exact) & torch.isfinite(answer[2])
-        kernels[side] = per_item(moves, answer[0], kernels[side])
-        residual = torch.where(moves, answer[2] / scale, residual)
-    one, two = (kernel.clone(memory_format=torch.contiguous_format) for kernel in (kernels[1].transpose(1, 2), kernels[0]))
-    return one, two, residual
+
+    def half_step(side: Side, fixed: Tensor, last: Tensor, target: Tensor, within: Frame) -> Tensor:
+        nonlocal residual
+        step = HalfStep(fixed, within.second, maps, wait=False)
+        found = step.solve(target, within.before)
+        kernel, _, left = step.refine(found, *step.error(target, within.before, found), target, within.before)
+        moves = ~step.singular & ~(residual <= exact) & torch.isfinite(left)
+        residual = torch.where(moves, left / scale, residual)
+        return per_item(moves, kernel, last)
+
+    with exact_arithmetic():
+        one, two = alternate_half_steps(weight, frame, first, half_steps, half_step)
+    two = torch.ldexp(torch.ldexp(two, _column(exponent, two)), _column(lift, two))
+    contiguous = torch.contiguous_format
+    return one.clone(memory_format=contiguous), two.clone(memory_format=contiguous), residual
+
+
+def _column(exponents: Tensor, kernel: Tensor) -> Tensor:
+    return exponents.view(-1, *(1,) * (kernel.ndim - 1))
 
 
 def _frame(weight: Tensor, first: Tensor, second_size: Sequence[int], half_steps: int) -> Frame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,13 +15,30 @@ from fastmorph.errors import MorphError
 Restore = Callable[[Tensor], Any]
 
 
+def refuse_transforms(tensor: Tensor, function: str) -> None:
+    """Raise MorphError for a tensor inside torch.func's grad, vmap and the like, where values cannot be looked at."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise MorphError(
+            f"{function} cannot run inside torch.func transforms (grad, vmap, ...): it decides by values, and no gradient "
+            "flows through its answer. Call it outside; fastmorph.compose is differentiable."
+        )
+
+
+def times_power_of_two(tensor: Tensor, exponents: Sequence[int]) -> Tensor:
+    """Each item of (B, ...) times 2 to its exponent, exact where the result is a normal number."""
+    for some in ([e // 2 for e in exponents], [e - e // 2 for e in exponents]):  # either power alone is representable
+        powers = torch.tensor([2.0**e for e in some], dtype=torch.float64).to(tensor)
+        tensor = tensor * powers.view(-1, *(1,) * (tensor.ndim - 1))
+    return tensor
+
+
 def to_tensor(array: Any, name: str) -> tuple[Tensor, Restore]:
-    """View `array` as a detached tensor; the second result turns tensors back into the array's own kind.
+    """View `array` as a tensor; the second result turns tensors back into the array's own kind.
 
     Raises MorphError if it is neither a tensor, a numpy array nor a DLPack exporter, or not of a real floating dtype.
     """
     if isinstance(array, Tensor):
-        tensor, restore = array.detach(), cast(Restore, _unchanged)
+        tensor, restore = array, cast(Restore, _unchanged)
     elif isinstance(array, np.ndarray):
         # torch takes neither read-only memory, nor negative strides, nor foreign byte order: those are copied.
         plain = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.arrays import to_tensor
 from fastmorph.equation.backends import find_backend
-from fastmorph.equation.decomposition import Decomposition
+from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Problem, check, check_dims, check_rank
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solve import solve_alike
@@ -23,22 +24,23 @@ from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 
 
-@torch.no_grad()
+@exact_arithmetic()
 def compose(first: Any, second: Any, *, spatial_dims: int = 2, backend: str | None = None) -> Any:
-    """Full convolution of two kernels: the one kernel that acts as `first` followed by `second`.
+    """Full convolution of two kernels: the one kernel that acts as `first` followed by `second`. Differentiable.
 
     Args:
         first: F1, (*B, Ch, Ci, *K1), floating point; tensor, numpy array or DLPack exporter.
         second: F2, (*B, Co, Ch, *K2), of the same kind, dtype and device.
         spatial_dims: number of spatial dimensions, 0 (linear layers) to 3.
-        backend: "numpy", "torch" or "triton"; None chooses.
+        backend: "numpy", "torch" or "triton"; None chooses, and takes "torch" where a gradient is asked for.
 
     Returns:
         (*B, Co, Ci, *(K1 + K2 - 1)), of the same kind, dtype and device; low-precision products are summed in float32 or
         better.
 
     Raises:
-        MorphError: shapes that do not fit each other, a dtype that is not floating point, an unusable backend.
+        MorphError: shapes that do not fit each other, a dtype that is not floating point, an unusable backend, or one
+            through which no gradient flows where it is asked for.
     """
     dims = check_dims(spatial_dims)
     one, restore = to_tensor(first, "first")
@@ -56,18 +58,19 @@ def compose(first: Any, second: Any, *, spatial_dims: int = 2, backend: str | No
             f"dimensions must be equal, and first's C_hid (dimension {cut1}) must be second's (dimension {cut2 + 1})."
         )
     batch = one.shape[:cut1]
-    chosen = find_backend(backend, one)
+    tracked = torch.is_grad_enabled() and (one.requires_grad or two.requires_grad)
+    if tracked and backend not in (None, "torch"):
+        raise MorphError(f"no gradient flows through backend={backend!r}; leave it out, or call detach() on the kernels.")
+    chosen = find_backend("torch" if tracked else backend, one)
     one, two = one.reshape(-1, *one.shape[cut1:]), two.reshape(-1, *two.shape[cut2:])
-    if torch.finfo(one.dtype).bits < 32 and chosen.name == "torch":
-        out = chosen.compose(one.float(), two.float()).to(one.dtype)  # taps would be added up in the low precision
-    else:
-        out = chosen.compose(one, two)
+    out = chosen.compose(one, two)
     return restore(out.reshape(*batch, *out.shape[1:]))
 
 
 @torch.no_grad()
+@exact_arithmetic()
 def decompose(
-    weight: Any,
+    weight: Array,
     hidden_channels: int,
     kernel_sizes: Sequence[int | Sequence[int]] = (3, 3),
     *,
@@ -77,8 +80,8 @@ def decompose(
     precision: str | None = None,
     generator: Generator = None,
     allow_inexact: bool = False,
-) -> Decomposition:
-    """Split a layer's weight into two kernels whose full convolution it is, exactly.
+) -> Decomposition[Array]:
+    """Split a layer's weight into two kernels whose full convolution it is, exactly. No gradient flows through: it is detached.
 
     Args:
         weight: G, (*B, Co, Ci, *K), floating point; tensor, numpy array or DLPack exporter.
@@ -86,20 +89,21 @@ def decompose(
         kernel_sizes: (K1, K2), each an int or one int per spatial dimension, K1 + K2 - 1 >= K; without meaning where
             `spatial_dims` is 0.
         spatial_dims: number of spatial dimensions, 0 (linear layers) to 3.
-        solver: `Auto()`, `Direct()`, `General()` or `Practical()`.
+        solver: `Auto()`, `Direct()`, `General()`, `Practical()` or a `Solver` of your own.
         backend: "numpy" (the float64 reference), "torch" or "triton"; None chooses: "triton" on CUDA devices, if installed.
         precision: how products are taken: "float64", or for weights of 32 bits or fewer, in float32: "ieee" in full, with
             backend "triton" also "tf32x3" (as three of tf32) or "tf32" (exact for the short dtypes only). None: float64, but
             "tf32x3" for the closed form by kernel.
-        generator: source of the noise that the free entries start from (torch or numpy); None: torch's global one. The same
-            seed gives the same answer.
+        generator: a seed, or a torch or numpy generator, for the noise that the free entries start from; None: torch's global
+            one. The same seed gives the same answer.
         allow_inexact: return an answer that is not exact instead of raising.
 
     Returns:
         A Decomposition with kernels of the weight's kind, dtype and device, solved as `precision` says.
 
     Raises:
-        MorphError: unusable input, or no exact answer exists for this many hidden channels.
+        MorphError: unusable input, kernels larger than the device's memory, a call inside torch.func's transforms, or no exact
+            answer exists for this many hidden channels.
         InexactMorphError: the solver's answer is not exact (see `fastmorph.tolerance`); it carries the answer.
     """
     problem = check(

@@ -10,11 +10,13 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastmorph.errors import MorphError
 
 Size = tuple[int, ...]
+Side = Literal["second", "first"]  # one of the two kernels
+SIDES: tuple[Side, ...] = ("second", "first")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def make_frame(kernel: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]
     dims = len(kernel)
     if dims == 0:
         return Frame((), (), ())
-    if isinstance(kernel_sizes, int) or len(kernel_sizes) != 2:
+    if not isinstance(kernel_sizes, Sequence) or len(kernel_sizes) != 2:
         raise MorphError(f"kernel_sizes must hold two entries, one per layer, such as (3, 3); got {kernel_sizes!r}.")
     first, second = (size_per_dimension(size, dims) for size in kernel_sizes)
     frame = Frame(kernel, first, second)
@@ -94,7 +96,7 @@ def make_frame(kernel: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]
 
 def size_per_dimension(size: int | Sequence[int], dims: int) -> Size:
     """An int, or one int per spatial dimension, as the latter. Raises MorphError unless all are positive."""
-    sizes = (size,) * dims if isinstance(size, int) else tuple(size)
+    sizes = (size,) * dims if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(sizes) != dims or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sizes):
         raise MorphError(
             f"kernel size {size!r} is not a positive int, nor {dims} of them, for a weight with {dims} spatial dimension(s)."
@@ -112,11 +114,11 @@ def window(start: Size, size: Size) -> tuple[Any, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
-def at(tap: Size) -> tuple[Any, ...]:
+def one_tap(tap: Size) -> tuple[Any, ...]:
     """The index of one tap of a kernel (C_out, C_in, *K)."""
     return (slice(None), slice(None), *tap)
 
 
-def volume(size: Size) -> int:
+def tap_count(size: Size) -> int:
     """Number of taps of a kernel of `size`."""
     return math.prod(size)

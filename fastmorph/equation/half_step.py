@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import TorchBackend, batch_norm, pad, taps_first, taps_last
-from fastmorph.equation.frame import Size, volume
+from fastmorph.equation.backends import Backend
+from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad, taps_first, taps_last
+from fastmorph.equation.frame import Size, tap_count
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
@@ -29,13 +30,13 @@ class HalfStep:
         singular: (B,) items whose Gram matrix is numerically singular.
     """
 
-    def __init__(self, first: Tensor, k2: Size, backend: TorchBackend, *, wait: bool = True) -> None:
-        """`wait=False` never waits for the device, as a CUDA graph asks; singular items are then not solved, only told."""
+    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
+        """Factor the system. `wait=False`, for CUDA graphs, never waits for the device, and only marks singular items."""
         self.first, self.k2, self.backend = first, k2, backend
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
-        self.by_rows = first.shape[1] * volume(k2) <= first.shape[2] * volume(self.size)
+        self.by_rows = first.shape[1] * tap_count(k2) <= first.shape[2] * tap_count(self.size)
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
-        # Frame rows further apart than K1 - 1 share no kernel: there the columns' Gram matrix is zero, and its factor stays so.
+        # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
         if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
@@ -46,7 +47,7 @@ class HalfStep:
             self.factor.drop_failed()
         elif bool(self.singular.any()):
             self.factor.drop_failed()
-            self.inverse = torch.linalg.pinv(backend.dense_system(first[self.singular], k2))
+            self.inverse = torch.linalg.pinv(dense_system(first[self.singular], k2))
 
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
@@ -54,7 +55,7 @@ class HalfStep:
         ch = self.first.shape[1]
         if self.by_rows:
             right = taps_first(self.backend.correlate(target, before, self.first, self.k2))  # (*K2, B, Co, Ch)
-            right = right.reshape(volume(self.k2), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
+            right = right.reshape(tap_count(self.k2), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
             second = self._unflatten(self.factor.solve(right))
         else:
             dims = range(3, target.ndim)
@@ -71,7 +72,7 @@ class HalfStep:
         self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Iterative refinement of a solution, its error and the norm of that, item by item, while it halves the error."""
-        rounding = _ROUNDING * torch.finfo(norm.dtype).eps * batch_norm(target)
+        rounding = _ROUNDING * torch.finfo(norm.dtype).eps * frobenius(target)
         for _ in range(_REFINEMENTS):
             if bool((norm <= rounding).all()):
                 break
@@ -98,7 +99,7 @@ class HalfStep:
     def _unflatten(self, rows: Tensor) -> Tensor:
         """(B, |K2|*Ch, Co) -> (B, Co, Ch, *K2)."""
         b, _, co = rows.shape
-        by_tap = rows.view(b, volume(self.k2), -1, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
+        by_tap = rows.view(b, tap_count(self.k2), -1, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
         return taps_last(by_tap.reshape(*self.k2, b, co, -1))
 
 

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
 
-from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.arithmetic import exact_arithmetic
+from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Checked, Problem, check
-from fastmorph.equation.randomness import Generator, draw_seed
+from fastmorph.equation.randomness import Generator, draw_seeds
 from fastmorph.equation.solve import solve_alike
-from fastmorph.equation.solvers import Auto, Direct, Solver
+from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 
 _BYTES = 8  # of a working-precision number
 
 
 @torch.no_grad()
+@exact_arithmetic()
 def decompose_many(
-    problems: Sequence[Problem],
+    problems: Sequence[Problem[Array]],
     *,
     solver: Solver = Auto(),  # noqa: B008 - frozen
     backend: str | None = None,
     precision: str | None = None,
-    generator: Generator = None,
+    generator: Generator | Sequence[int] = None,
     allow_inexact: bool = False,
     memory_budget: int = 2**31,
     progress: bool | None = None,
-) -> list[Decomposition]:
+) -> list[Decomposition[Array]]:
     """Solve many equations; each gets the answer that `decompose` would give it, to rounding.
 
     Problems that agree in sizes, dtype, device and the solver chosen for them share a batched solve. Every problem has noise
@@ -39,7 +42,7 @@ def decompose_many(
         solver: see `decompose`; `Auto` chooses for each problem.
         backend: see `decompose`.
         precision: see `decompose`.
-        generator: see `decompose`; one seed is drawn for each problem, in order.
+        generator: see `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
         allow_inexact: see `decompose`.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
@@ -49,30 +52,38 @@ def decompose_many(
         Decompositions in the order of the problems.
 
     Raises:
-        MorphError: a problem is unusable; the message says which. Nothing is solved then.
-        InexactMorphError: an answer is not exact; the message says which, and the error carries the answer.
+        MorphError: a problem is unusable; the message says which, and so does the error's `problem`. Nothing is solved then.
+        InexactMorphError: an answer is not exact; the message and `problem` say which, and the error carries the answer.
     """
-    checked = [_check(index, problem, solver, backend, precision, allow_inexact) for index, problem in enumerate(problems)]
-    seeds = [draw_seed(generator) for _ in checked]
-    answers: dict[int, Decomposition] = {}
+    if not isinstance(problems, Sequence):
+        raise MorphError(f"problems is a {type(problems).__name__}; pass a list of fm.Problem, [problem] for one.")
+    options: _Options = {"solver": solver, "backend": backend, "precision": precision, "allow_inexact": allow_inexact}
+    checked = [_check(index, problem, options) for index, problem in enumerate(problems)]
+    seeds = draw_seeds(generator, len(checked))
+    answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
         for chunk in _chunks(checked, memory_budget):
             solved = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk])
             for index, (found, error) in zip(chunk, solved, strict=True):
                 if error is not None and not allow_inexact:
-                    raise InexactMorphError(f"problem {index}: {error}", found)
+                    raise error.of_problem(index)
                 answers[index] = found
             bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]
 
 
-def _check(
-    index: int, problem: Problem, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool
-) -> Checked:
+class _Options(TypedDict):
+    solver: Solver
+    backend: str | None
+    precision: str | None
+    allow_inexact: bool
+
+
+def _check(index: int, problem: Problem[Any], options: _Options) -> Checked:
     try:
-        return check(problem, solver=solver, backend=backend, precision=precision, allow_inexact=allow_inexact)
+        return check(problem, **options)
     except MorphError as error:
-        raise MorphError(f"problem {index}: {error}") from None
+        raise error.of_problem(index) from None
 
 
 def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:
@@ -80,15 +91,14 @@ def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:
     buckets: dict[object, list[int]] = {}
     for index, p in enumerate(problems):
         co, ci = p.weight.shape[1:3]
-        # A closed form by low rank takes the rank of what it is solved with: alone, it is what `decompose` would give.
-        lone = index if isinstance(p.solver, Direct) and Direct.needs_rank(p.frame, co, ci, p.hidden) else None
-        key = (co, ci, p.hidden, p.frame, p.weight.dtype, p.weight.device, p.backend.name, p.solver, lone)
+        lone = None if p.choice.factors is None else index  # factors are one problem's own
+        key = (co, ci, p.hidden, p.frame, p.weight.dtype, p.weight.device, p.backend, p.choice.solver, p.choice.role, lone)
         buckets.setdefault(key, []).append(index)
     chunks: list[list[int]] = []
     for bucket in buckets.values():
         p = problems[bucket[0]]
         co, ci = p.weight.shape[1:3]
-        item = _BYTES * p.solver.memory(co, ci, p.hidden, p.frame)
+        item = _BYTES * p.choice.solver.memory(co, ci, p.hidden, p.frame)
         room = 0.0
         for index in bucket:
             need = item * len(problems[index].weight)

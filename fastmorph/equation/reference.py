@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmorph.equation.frame import Frame, at, taps, volume, window
+from fastmorph.equation.frame import Frame, one_tap, tap_count, taps, window
 
 Array = NDArray[Any]  # float64
 Draw = Callable[..., Array]  # draw(*shape): standard normal noise
@@ -36,13 +36,13 @@ def compose(first: Array, second: Array) -> Array:
     k1, k2 = first.shape[2:], second.shape[2:]
     out = np.zeros((second.shape[0], first.shape[1], *(a + b - 1 for a, b in zip(k1, k2, strict=True))))
     for v in taps(k2):
-        out[(..., *window(v, k1))] += np.einsum("oh,hi...->oi...", second[at(v)], first)
+        out[(..., *window(v, k1))] += np.einsum("oh,hi...->oi...", second[one_tap(v)], first)
     return out
 
 
 def start(draw: Draw, hidden: int, ci: int, k1: tuple[int, ...]) -> Array:
     """Algorithm 1, line 1: noise for F1, (Ch, Ci, *K1), of the spread that keeps a signal's variance."""
-    return draw(hidden, ci, *k1) / np.sqrt(ci * volume(k1))
+    return draw(hidden, ci, *k1) / np.sqrt(ci * tap_count(k1))
 
 
 def pad_to_frame(weight: Array, frame: Frame) -> Array:
@@ -57,7 +57,7 @@ def dense_system(first: Array, k2: tuple[int, ...]) -> Array:
     system = np.zeros((first.shape[0], *k2, first.shape[1], *n))
     for v in taps(k2):
         system[(slice(None), *v, slice(None), *window(v, k1))] = first
-    return system.reshape(first.shape[0] * volume(k2), first.shape[1] * volume(n))
+    return system.reshape(first.shape[0] * tap_count(k2), first.shape[1] * tap_count(n))
 
 
 def solve_second(padded: Array, first: Array, k2: tuple[int, ...]) -> Array:
@@ -154,7 +154,7 @@ def general_gauss_newton(weight: Array, first: Array, frame: Frame, *, max_iter:
     for _ in range(max_iter - 1):
         if trace[-1] <= tol:
             break
-        (ch, ci), (co, n) = first.shape[:2], (len(padded), volume(frame.size))
+        (ch, ci), (co, n) = first.shape[:2], (len(padded), tap_count(frame.size))
         row_space = np.linalg.svd(dense_system(first, frame.second), full_matrices=False)
         rows = row_space[2][row_space[1] > 1e-12 * row_space[1][0]]
         complement = (np.eye(ci * n) - rows.T @ rows).reshape(ci, n, ci * n)
@@ -214,10 +214,10 @@ def direct(weight: Array, hidden: int, frame: Frame, draw: Draw, density: float)
 
     held = np.zeros((rank, ci, *frame.first))
     held[(..., *window(offset, frame.kernel))] = right
-    spread = np.sqrt(np.mean(right**2)) or (ci * volume(frame.first)) ** -0.5
+    spread = np.sqrt(np.mean(right**2)) or (ci * tap_count(frame.first)) ** -0.5
     s, odd = spread * draw(pairs, ci, *frame.first), spread * draw(single, ci, *frame.first)
     delta = np.zeros((co, rank, *frame.second))
-    delta[at(centre)] = left
+    delta[one_tap(centre)] = left
     r = density * np.sqrt(rank / (2 * max(1, pairs) * co)) * draw(co, pairs, *frame.second)
     p = np.linalg.qr(draw(hidden, hidden))[0]
     first = np.tensordot(p, np.concatenate([held, s, s, odd]), axes=1)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends import NumpyBackend, TorchBackend
-from fastmorph.equation.backends.torch_backend import batch_norm, pad
+from fastmorph.equation.arrays import times_power_of_two
+from fastmorph.equation.backends import TorchBackend
+from fastmorph.equation.backends.torch_backend import frobenius, pad
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
 from fastmorph.equation.frame import Size
-from fastmorph.equation.full_precision import full_precision
 from fastmorph.equation.gauge import balance, equalise
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.problem import Checked
@@ -25,36 +25,36 @@ from fastmorph.equation.randomness import Noise
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 
 _SUMS = 8  # random sums of channels that estimate a residual
+_MEASURED = 4 * _SUMS  # channels up to which a closed form's residual is measured
 
 
-@full_precision()
-def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition, InexactMorphError | None]]:
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition[Any], InexactMorphError | None]]:
     """Solve problems that share sizes, dtype, device, backend and solver as one batch.
 
     Returns, in order, each answer with the error to raise if it is not exact and has to be.
     """
-    first = problems[0]
+    first, choice = problems[0], problems[0].choice
     weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
     batches = [len(p.weight) for p in problems]
     work = first.backend.working_dtype(weight.device)
     noise = Noise(seeds, batches, weight.device, work)
-    given = weight if first.solver.closed_form else weight.to(work)
-    equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend)
-    answer = _attempt(equation, first.solver)
+    given = weight if choice.solver.closed_form else weight.to(work)
+    equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend, choice.role, choice.factors)
+    answer = _attempt(equation, choice.solver)
     _, co, ci = equation.sizes
-    for _ in range(first.solver.draws(co, ci, first.hidden, first.frame) - 1):
+    for _ in range(choice.solver.draws(co, ci, first.hidden, first.frame) - 1):
         bad = torch.nonzero(~(answer.residual <= _comfort(equation.dtype))).flatten()
         if len(bad) == 0:
             break
-        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.solver), bad)
-    answers: list[tuple[Decomposition, InexactMorphError | None]] = []
-    at, limit = 0, tolerance(equation.dtype)
+        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), choice.solver), bad)
+    answers: list[tuple[Decomposition[Any], InexactMorphError | None]] = []
+    start, limit = 0, tolerance(equation.dtype)
     for problem, batch in zip(problems, batches, strict=True):
-        part = slice(at, at + batch)
+        part = slice(start, start + batch)
         found, residual = _decomposition(problem, answer, part), answer.residual[part]
         exact = bool((residual <= limit).all())
         answers.append((found, None if exact else InexactMorphError(_inexact(problem, float(residual.max()), limit), found)))
-        at += batch
+        start += batch
     return answers
 
 
@@ -87,14 +87,14 @@ class _Answer(NamedTuple):
 
 
 def _attempt(equation: Equation, solver: Solver) -> _Answer:
-    numpy = isinstance(equation.backend, NumpyBackend)
-    solution = _by_reference(equation, solver) if numpy else solver.solve(equation)
+    by_reference: Callable[[Equation], Solution] = partial(_by_reference, solver)
+    solution = equation.backend.implementation(solver.solve, by_reference)(equation)
     first, second = _rounded(equation, solution, solver)
     residual = _residual(equation, first, second, estimate=solver.closed_form)
     return _Answer(first, second, residual, solution.trace, solution.iterations)
 
 
-def _by_reference(equation: Equation, solver: Solver) -> Solution:
+def _by_reference(solver: Solver, equation: Equation) -> Solution:
     draws: list[np.ndarray] = []  # every item takes its rows of the same draws, as a batch would
 
     def noise_for(item: int) -> reference.Draw:
@@ -148,14 +148,14 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     """
     weight = equation.weight
     _, co, ci = equation.sizes
-    if estimate and ci > 4 * _SUMS:
+    if estimate and ci > _MEASURED:
         weight, first = _added_up(weight, 2, equation.work), _added_up(first, 2, equation.work)
-    if estimate and co > 4 * _SUMS:
+    if estimate and co > _MEASURED:
         weight, second = _added_up(weight, 1, equation.work), _added_up(second, 1, equation.work)
     weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
     composed = TorchBackend().compose(first, second)
     padded = pad(weight, equation.frame.before, equation.frame.size)
-    return (batch_norm(padded - composed) / equation.norm()).double()
+    return (frobenius(padded - composed) / equation.norm()).double()
 
 
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -174,14 +174,17 @@ def _signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torc
 
     Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
     """
-    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels)) - 1
+    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels), device="cpu") - 1
     signs = signs.repeat_interleave(math.prod(taps)).to(device, dtype)
     return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
 
 
-def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition:
-    shape, restore = problem.batch_shape, problem.restore
+def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition[Any]:
+    shape, restore, solver = problem.batch_shape, problem.restore, problem.choice.solver
     first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
+    if problem.exponents is not None:  # each kernel takes half of what the weight was divided by
+        first = times_power_of_two(first, [e // 2 for e in problem.exponents])
+        second = times_power_of_two(second, [e - e // 2 for e in problem.exponents])
     co, ci = problem.weight.shape[1:3]
     trace, iterations = answer.trace[:, part], answer.iterations[part]
     return Decomposition(
@@ -190,17 +193,18 @@ def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposit
         residual=restore(residual.reshape(shape)),
         iterations=restore(iterations.reshape(shape)),
         converged=restore((residual <= tolerance(problem.weight.dtype)).reshape(shape)),
-        solver=problem.solver,
-        reason=problem.reason,
-        cost=sum(problem.solver.cost(co, ci, problem.hidden, problem.frame, int(steps)) for steps in iterations),
+        solver=solver,
+        reason=problem.choice.reason,
+        cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, int(steps)) for steps in iterations),
         trace=restore(trace.reshape(len(trace), *shape)),
+        estimated=solver.closed_form and max(co, ci) > _MEASURED,
     )
 
 
 def _inexact(problem: Checked, residual: float, limit: float) -> str:
     co, ci = problem.weight.shape[1:3]
     return (
-        f"{problem.solver} left a relative residual of {residual:.1e} for a weight of {co} x {ci} channels, size "
+        f"{problem.choice.solver} left a relative residual of {residual:.1e} for a weight of {co} x {ci} channels, size "
         f"{problem.frame.kernel}, split at {problem.hidden} hidden channels into {problem.frame.first} and "
         f"{problem.frame.second}; exact for {problem.weight.dtype} means at most {limit:.1e}. Give it more hidden channels "
         f"or iterations, or pass allow_inexact=True to take the answer as it is."

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from fastmorph.equation.frame import size_per_dimension, window
+from fastmorph.equation.frame import Size, size_per_dimension
+from fastmorph.equation.peel import find_whole, share_out
 from fastmorph.errors import MorphError
-from fastmorph.morphs.rows import CONVS, Row, build_row, make_norm, make_row, solve_row
+from fastmorph.morphs.rows import CONVS, LayerRow, build_row, make_norm, make_row, solve_row
 from fastmorph.morphs.subnet import Residual, Sequential, Skip, Stacked, Subnet
 from fastmorph.nn import PActivation, Replacement
 from fastmorph.nn.branches import Branches
@@ -59,11 +60,10 @@ class InsertSubnet:
 def _replace(transaction: Transaction, layer: Layer, branches: Sequence[Sequential | Skip]) -> None:
     weight, bias = layer.module.weight, layer.module.bias
     rows = {index: make_row(layer, branch) for index, branch in enumerate(branches) if isinstance(branch, Sequential)}
-    whole = next((i for i, row in rows.items() if row.share == layer.kernel), None)
-    if whole is None:
-        raise MorphError(
-            f"layer {layer.name!r}: no branch reaches over its whole kernel of size {layer.kernel}; enlarge the kernels of one."
-        )
+    try:
+        whole = find_whole({index: row.peeling for index, row in rows.items()}, layer.kernel)
+    except MorphError as error:
+        raise error.within(f"layer {layer.name!r}") from None
     skip = _identity(layer) if len(rows) < len(branches) else None
     built = {i: build_row(transaction, layer, row, bias if i == whole else None) for i, row in rows.items()}
     new = Branches(built.get(i, nn.Identity()) for i in range(len(branches))) if len(branches) > 1 else built[whole]
@@ -90,7 +90,7 @@ def _identity(layer: Layer) -> tuple[int, ...]:
 
 
 def _shares(
-    transaction: Transaction, layer: Layer, rows: dict[int, Row], whole: int, skip: tuple[int, ...] | None
+    transaction: Transaction, layer: Layer, rows: dict[int, LayerRow], whole: int, skip: tuple[int, ...] | None
 ) -> dict[int, Tensor]:
     """Each branch's share of the weight, (groups, Co, Ci, *share), in its dtype; `whole` has what the others leave."""
     given = layer.grouped_weight()
@@ -100,15 +100,11 @@ def _shares(
     if skip is not None:
         at: Any = (slice(None), slice(None), slice(None), *skip)
         rest[at] -= torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
-    spread = rest.flatten(1).square().mean(1).sqrt().view(-1, *(1,) * (rest.ndim - 1)) / len(rows)
-    shares = {}
-    for index, row in rows.items():
-        if index != whole:
-            cut: Any = (..., *window(row.offset, row.share))
-            noise = torch.randn(rest[cut].shape, generator=transaction.random, dtype=torch.float32).to(rest)
-            shares[index] = (rest[cut] / len(rows) + noise * spread).to(given)
-            rest[cut] -= shares[index]
-    return {**shares, whole: rest.to(given)}
+
+    def noise(shape: Size) -> Tensor:
+        return transaction.noise("share", layer.name).tensor(shape, rest)
+
+    return share_out(rest, {index: row.peeling for index, row in rows.items()}, whole, noise, given.dtype)
 
 
 def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> None:
@@ -141,11 +137,11 @@ def _add_residual(transaction: Transaction, layer: Layer, subnet: Residual) -> N
         part.weight.requires_grad_(weight.requires_grad)
     if transaction.with_weights:
         one, two = (
-            torch.randn(*shape, *size, generator=transaction.random, dtype=torch.float32) / (fan * prod(size)) ** 0.5
+            transaction.noise("residual", layer.name).tensor((*shape, *size), weight, (fan * prod(size)) ** -0.5)
             for shape, fan in (((hidden // 2, channels), channels), ((channels, hidden // 2), hidden))
         )
-        transaction.fill(first, torch.cat([one, one]).to(weight))
-        transaction.fill(second, torch.cat([two, -two], dim=1).to(weight))
+        transaction.fill(first, torch.cat([one, one]))
+        transaction.fill(second, torch.cat([two, -two], dim=1))
     block = Branches([nn.Identity(), nn.Sequential(parts)])
     whole = Replacement(OrderedDict(layer=layer.module, residual=block))
     transaction.replace_module(layer.module, whole, near=layer.origin)

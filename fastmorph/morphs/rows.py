@@ -1,8 +1,4 @@
-"""New layers in a row, in place of a layer or of a share of it: their sizes, their modules, the equations of their weights.
-
-A row is peeled off one kernel at a time, an equation each, of which the next is known when the last is solved. The sizes alone
-decide the architecture, so that it is known before anything is.
-"""
+"""New layers in a row, in place of a layer or of a share of it: their sizes, their modules, the equations of their weights."""
 
 from __future__ import annotations
 
@@ -13,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.utils import skip_init
 
 from fastmorph.equation.decomposition import Decomposition
-from fastmorph.equation.frame import Frame, Size, make_frame, size_per_dimension
-from fastmorph.equation.problem import Problem
+from fastmorph.equation.peel import Peeling, plan_peeling
 from fastmorph.errors import MorphError
 from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import LayerSpec, Sequential
@@ -31,50 +25,22 @@ CONVS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Sizes of new layers in a row.
-
-    Attributes:
-        specs: the layers.
-        sizes: their kernels' sizes.
-        offset: where its share of the weight starts in the weight, whose middle it is.
-        share: size of that share: the weight's, or where the row reaches less far, as far as it reaches.
-        frames: of its equations, one fewer than layers.
-        at: where the weight's first tap stands in the row's composed kernel; negative where that reaches less far.
-        reach: size of the composed kernel.
-    """
+class LayerRow:
+    """New layers in a row, and the sizes of the equations of their weights, group by group."""
 
     specs: tuple[LayerSpec, ...]
-    sizes: tuple[Size, ...]
-    offset: Size
-    share: Size
-    frames: tuple[Frame, ...]
-    at: Size
-    reach: Size
+    peeling: Peeling
 
 
-def make_row(layer: Layer, spec: Sequential) -> Row:
+def make_row(layer: Layer, spec: Sequential) -> LayerRow:
     """Size the layers of a row. Raises MorphError, with the layer, for kernel sizes and channels that are none."""
-    dims, groups = layer.dims, layer.groups
+    hidden = [check_hidden(layer, each.channels) // layer.groups for each in spec.layers[:-1]]
+    co, ci = (channels // layer.groups for channels in layer.channels)
     try:
-        sizes = tuple(size_per_dimension(each.kernel_size, dims) if dims else () for each in spec.layers)
+        peeling = plan_peeling(layer.kernel, co, ci, hidden, [each.kernel_size for each in spec.layers])
     except MorphError as error:
-        raise MorphError(f"layer {layer.name!r}: {error}") from None
-    co, ci = (channels // groups for channels in layer.channels)
-    reach = _reach(sizes, dims)
-    share = rest = tuple(map(min, reach, layer.kernel))
-    offset = tuple((k - n) // 2 for k, n in zip(layer.kernel, share, strict=True))
-    before = [-start for start in offset]
-    frames: list[Frame] = []
-    for index, each in enumerate(spec.layers[:-1]):
-        hidden = check_hidden(layer, each.channels) // groups
-        last = index == len(sizes) - 2
-        second = sizes[-1] if last else _left_over(rest, co, ci, hidden, sizes[index], _reach(sizes[index + 1 :], dims))
-        frames.append(make_frame(rest, (sizes[index], second)))
-        rest, ci = second, hidden
-    placed = [frame.before for frame in frames] or [Frame(share, reach, (1,) * dims).before]
-    at = tuple(sum(widths) for widths in zip(before, *placed, strict=True))
-    return Row(spec.layers, sizes, offset, share, tuple(frames), at, reach)
+        raise error.within(f"layer {layer.name!r}") from None
+    return LayerRow(spec.layers, peeling)
 
 
 def check_hidden(layer: Layer, hidden: Any) -> int:
@@ -88,7 +54,7 @@ def check_hidden(layer: Layer, hidden: Any) -> int:
 
 
 def build_row(
-    transaction: Transaction, layer: Layer, row: Row, bias: nn.Parameter | None, names: Mapping[str, str] | None = None
+    transaction: Transaction, layer: Layer, row: LayerRow, bias: nn.Parameter | None, names: Mapping[str, str] | None = None
 ) -> Replacement:
     """The modules layer0, norm0, activation0, layer1, ..., or as `names` calls them; the layers' weights are not set.
 
@@ -101,12 +67,14 @@ def build_row(
     options: dict[str, Any] = {}
     strided: list[int] = []
     if layer.dims:
-        after = tuple(n - b - k for n, b, k in zip(row.reach, row.at, layer.kernel, strict=True))
-        pads, options = frame_padding(layer, row.at, after)
+        after = tuple(n - b - k for n, b, k in zip(row.peeling.reach, row.peeling.before, layer.kernel, strict=True))
+        pads, options = frame_padding(layer, row.peeling.before, after)
         parts.update(pads)
-        strided = [max((i for i, size in enumerate(row.sizes) if size[dim] > 1), default=0) for dim in range(layer.dims)]
+        strided = [
+            max((i for i, size in enumerate(row.peeling.sizes) if size[dim] > 1), default=0) for dim in range(layer.dims)
+        ]
     co, channels = layer.channels
-    for index, (spec, size) in enumerate(zip(row.specs, row.sizes, strict=True)):
+    for index, (spec, size) in enumerate(zip(row.specs, row.peeling.sizes, strict=True)):
         last = index == len(row.specs) - 1
         new = co if last else int(spec.channels or 0)
         if layer.dims:
@@ -138,7 +106,7 @@ def make_norm(transaction: Transaction, layer: Layer, channels: int) -> nn.Modul
 
 
 def solve_row(
-    transaction: Transaction, layer: Layer, row: Row, modules: Sequence[nn.Module], share: Tensor, part: str = ""
+    transaction: Transaction, layer: Layer, row: LayerRow, modules: Sequence[nn.Module], share: Tensor, part: str = ""
 ) -> None:
     """Fill the row's layers, so that their composition is its share of the weight, (groups, Co, Ci, *share).
 
@@ -146,40 +114,20 @@ def solve_row(
     """
     if not transaction.with_weights:
         return
-    if not row.frames:  # a single kernel: the share, with zeros around it
-        widths = zip(row.reach, row.share, Frame(row.share, row.reach, (1,) * layer.dims).before, strict=True)
-        around = [width for n, k, b in reversed(list(widths)) for width in (b, n - k - b)]
-        transaction.fill(modules[0], pad(share, around) if around else share)
+    peeling = row.peeling
+    if not peeling.frames:
+        transaction.fill(modules[0], peeling.single(share))
         return
 
-    def queue(index: int, weight: Tensor) -> None:
-        frame, channels = row.frames[index], row.specs[index].channels
-
-        def assign(found: Decomposition) -> None:
+    def queue(index: int, rest: Tensor) -> None:
+        def assign(found: Decomposition[Tensor]) -> None:
             transaction.fill(modules[index], found.first)  # groups join the output channels
-            if index + 1 == len(row.frames):
+            if index + 1 == len(peeling.frames):
                 transaction.fill(modules[index + 1], found.second)
             else:
                 queue(index + 1, found.second)
 
-        where = ", ".join(filter(None, (part, f"kernel {index} of {len(modules)}" if len(row.frames) > 1 else "")))
-        problem = Problem(weight, int(channels or 0) // layer.groups, (frame.first, frame.second), layer.dims)
-        transaction.solve(problem, assign, layer=layer.name, modules=modules, part=where)
+        where = ", ".join(filter(None, (part, f"kernel {index} of {len(modules)}" if len(peeling.frames) > 1 else "")))
+        transaction.solve(peeling.problem(index, rest), assign, layer=layer.name, modules=modules, part=where)
 
     queue(0, share)
-
-
-def _reach(sizes: Sequence[Size], dims: int) -> Size:
-    """Size of the composed kernel."""
-    return tuple(sum(size[dim] - 1 for size in sizes) + 1 for dim in range(dims))
-
-
-def _left_over(rest: Size, co: int, ci: int, hidden: int, first: Size, reach: Size) -> Size:
-    """Size of what is left for the next kernels after one of size `first`: the smallest, which makes their equations easy.
-
-    But where the closed form needs the whole weight in what is left (few hidden channels), that is what is left.
-    """
-    smallest = tuple(max(1, k - n + 1) for k, n in zip(rest, first, strict=True))
-    fits = all(n >= k for n, k in zip(reach, rest, strict=True))
-    in_first = all(n == 1 for n in smallest) and hidden >= co
-    return rest if fits and not in_first and hidden >= ci else smallest

@@ -79,7 +79,7 @@ class Widen:
         """Put grown tensors in the place of old ones."""
         if transaction.with_weights:
             transaction.settle()
-        filling = Filling(growth, self.fill, transaction.random) if transaction.with_weights else None
+        filling = Filling(growth, self.fill, transaction.noise("widen", self.layer)) if transaction.with_weights else None
         for name, shape in growth.shapes().items():
             old = tensor_of(transaction.model, name)
             if filling is None:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from fastmorph.errors import MorphError
 
 _CHANNELS, _KERNELS = ("channels", "hidden_channels"), ("kernel_size", "kernel_sizes")
+_CHANNEL_BYTES = 64  # a new channel takes more than this with its indices, its noise and the weights that read it
 
 
 def check_memory(what: str, size: int, device: torch.device | None) -> None:
@@ -32,7 +33,7 @@ def check_sizes(operator: object, name: str, module: nn.Module | None) -> None:
     """Refuse an operator whose channels and kernel sizes alone tell that what it makes fits into no memory.
 
     The operator and its parts each make at least one tensor of so many channels and taps, times the smaller number of channels
-    of the operator's own layer, where that is known.
+    of the operator's own layer, where that is known, and keep some numbers about each new channel.
 
     Raises MorphError with the layer and the bytes.
     """
@@ -44,8 +45,9 @@ def check_sizes(operator: object, name: str, module: nn.Module | None) -> None:
         values = {field.name: getattr(part, field.name) for field in fields(part)}
         channels = [values[key] for key in _CHANNELS if isinstance(values.get(key), int)]
         taps = [_taps(values[key], len(shape) - 2) for key in _KERNELS if key in values]
-        size = max([1, *channels]) * max([1, *taps]) * (smaller if part is operator else 1)
-        check_memory(f"layer {name!r}: {part!r}", size * weight.itemsize, weight.device)
+        count = max([1, *channels])
+        weights = count * max([1, *taps]) * (smaller if part is operator else 1) * weight.itemsize
+        check_memory(f"layer {name!r}: {part!r}", max(weights, count * _CHANNEL_BYTES), weight.device)
 
 
 def _parts(value: Any) -> Iterator[Any]:

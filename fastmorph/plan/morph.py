@@ -19,13 +19,15 @@ from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import as_inputs
 from fastmorph.graph.structure import Structure
+from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
-from fastmorph.plan.transaction import Operator, Step, Transaction
+from fastmorph.plan.step import Step
+from fastmorph.plan.transaction import Operator, Transaction
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,7 +38,7 @@ class Options(TypedDict, total=False):
     example_inputs: Any
     structure: Structure | None
     calibrate: Iterable[Any] | None
-    verify: bool
+    verify: bool | str
     consume: bool
     memory_budget: int
     solver: Solver
@@ -85,7 +87,7 @@ def morph(
     structure: Structure | None = None,
     optimizer: Optimizer | None = None,
     calibrate: Iterable[Any] | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     consume: bool = False,
     memory_budget: int = 2**31,
     solver: Solver = Auto(),  # noqa: B008 - frozen
@@ -109,7 +111,8 @@ def morph(
             none, a new last group without it is made for the `a` of P-activations.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
             nearly exact in train mode, where a BatchNorm uses the batch's own.
-        verify: whether to compare parent and child on `example_inputs`.
+        verify: whether to compare parent and child on `example_inputs`: True in their own dtype and in float64, "outputs" in
+            their own dtype alone, for half of the cost or less.
         consume: make the child out of the parent itself, layer by layer, each old tensor freed as soon as its successor is
             there, so that no more than the child and one layer's old weights and solver are held at a time. Whatever fails
             then leaves the parent half done, and of `optimizer` only what does not change. The child is compared with the
@@ -132,8 +135,10 @@ def morph(
     if optimizer is not None:
         check_optimizer(optimizer, model)
     given = as_inputs(example_inputs)
+    if verify not in (True, False, "outputs"):
+        raise MorphError(f'verify takes True, False or "outputs", not {verify!r}.')
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
-    before = record(model, given) if consume and verify and given is not None else None
+    before = record(model, example_inputs) if consume and verify and given is not None else None
     transaction = Transaction(
         *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
         seed=seed,
@@ -157,7 +162,11 @@ def morph(
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
     if verify and given is not None:
-        certificate = verify_models(model, child, *given) if before is None else certify(before, child, given)
+        if before is not None:
+            certificate = certify(before, child, example_inputs)
+        else:
+            call = as_call(example_inputs, model)
+            certificate = verify_models(model, child, *call.args, kwargs=call.kwargs, exact=verify is True)
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
     carried: Optimizer | None = None

@@ -25,9 +25,10 @@ Its fields are what a plan file holds: integers, finite floats, texts, booleans,
 dataclasses of such fields) that `register_part` knows. The class checks them, and raises MorphError with the layer, the cause
 and the remedy.
 
-`apply` changes `transaction.model`, in place, into one that computes the same, and it offers
+`apply` changes `transaction.model`, in place, into one that computes the same, and the transaction offers
 
-- model: the child in the making; example_inputs: what to trace it on, or None; random: the CPU generator for all noise.
+- model: the child in the making; noise(*names): a `Stream` of noise for a purpose, the same for the same seed and plan.
+- example_inputs: what to trace the model on, or None; structure: what `fm.follow` found there, or None.
 - find_layer(name): a layer that can be morphed, its weights there to be read, or a refusal.
 - settle(module): let the weights that a module waits for be solved, before they are read; without a module, all of them.
 - replace(old, new, linear=, square=): a parameter or buffer by other values, with the maps of its optimizer's moments.
@@ -38,7 +39,8 @@ and the remedy.
 
 In `restructure`, `transaction.with_weights` is False and the model may be on the meta device: the same calls are made, nothing
 is solved, and shapes, dtypes and devices alone count. A field called channels, hidden_channels, kernel_size or kernel_sizes
-is refused where it asks for more memory than there is.
+is refused where it asks for more memory than there is. A class whose neighbours in a plan are better run at once may have a
+static `apply_together(operators, transaction)`, which runs each inside `transaction.step(operator)`.
 """
 
 from __future__ import annotations

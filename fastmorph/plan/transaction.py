@@ -7,6 +7,7 @@ where nothing can read them by mistake; an operator that needs a model's or a la
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,18 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmorph.equation.decomposition import Decomposition, InexactMorphError
+from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
-from fastmorph.equation.randomness import draw_seed
+from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
 from fastmorph.plan.plain_layer import make_plain
+from fastmorph.plan.step import Step
 
-Assign = Callable[[Decomposition], None]
+Assign = Callable[[Decomposition[Tensor]], None]
 
 
 class Operator(Protocol):
@@ -43,36 +45,14 @@ class Operator(Protocol):
         """Change `transaction.model` in place. Raises MorphError where that cannot be exact."""
 
 
-@dataclass
-class Step:
-    """What one operator did.
-
-    Attributes:
-        layer: name of its target.
-        before: shape of its weight before.
-        after: shapes of the weights (of two or more dimensions) that stand under that name after.
-        residual: largest relative residual of the equations that it solved; 0 without one.
-        estimated: whether that residual is an estimate from random sums of channels, see `Decomposition.residual`.
-        milliseconds: time it took, with its share, by cost, of the equations solved together.
-        how: how the equations were solved.
-    """
-
-    layer: str
-    before: tuple[int, ...]
-    after: tuple[tuple[int, ...], ...] = ()
-    residual: float = 0.0
-    estimated: bool = False
-    milliseconds: float = 0.0
-    how: str = "no equation to solve"
-
-
 @dataclass(eq=False)
 class _Equation:
-    problem: Problem
+    problem: Problem[Tensor]
     assign: Assign
     layer: str
     part: str
     modules: tuple[nn.Module, ...]
+    seed: int
     step: Step | None
 
     @property
@@ -98,8 +78,6 @@ class Transaction:
         consume: whether the parent's tensors may go: see `release`.
         structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
-        random: CPU generator for the operators' own noise. The equations have another, so that settling early or late does not
-            change what it draws.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
     """
@@ -112,17 +90,17 @@ class Transaction:
     consume: bool = False
     structure: Structure | None = None
     solving: dict[str, Any] = field(default_factory=dict)
-    random: torch.Generator = field(init=False)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
-    _equation_noise: torch.Generator = field(init=False)
+    _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.seed)
-        self._equation_noise = torch.Generator().manual_seed(draw_seed(self.random))
+    def noise(self, *names: str) -> Stream:
+        """Noise for a purpose of these names (an operator, a layer, ...); every call with the same names gives other noise."""
+        self._drawn[names] += 1
+        return Stream(self.seed).of(*names, self._drawn[names])
 
     def run(self, operators: Iterable[Operator]) -> None:
         """Run operators in order; neighbours of one class that can be applied together are.
@@ -189,7 +167,9 @@ class Transaction:
         self.replace_module(layer.module, whole, near=layer.origin)
         return plain
 
-    def solve(self, problem: Problem, assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = "") -> None:
+    def solve(
+        self, problem: Problem[Tensor], assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = ""
+    ) -> None:
         """Queue an equation.
 
         Args:
@@ -200,7 +180,8 @@ class Transaction:
             part: of what the equation is, for errors, where a layer needs several.
         """
         if self.with_weights:
-            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), self._step))
+            seed = self.noise("equation", layer, part).seed
+            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), seed, self._step))
 
     def settle(self, *modules: nn.Module) -> None:
         """Solve everything queued, in one `decompose_many`, and assign the answers.
@@ -222,7 +203,7 @@ class Transaction:
             queue.clear()  # and with it the weights that are no longer needed
             for answer, (step, assign) in zip(answers, waiting, strict=True):
                 if step is not None:
-                    _add(step, answer, elapsed * answer.cost / total)
+                    step.add(answer, elapsed * answer.cost / total)
                 with self._resumed(step):
                     assign(answer)
 
@@ -230,17 +211,13 @@ class Transaction:
         pending = {module for equation in self._queue for module in equation.modules}
         return any(part in pending for module in modules for part in module.modules())
 
-    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition]:
+    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition[Tensor]]:
         try:
-            return decompose_many([e.problem for e in queue], generator=self._equation_noise, **self.solving)
+            return decompose_many([e.problem for e in queue], generator=[e.seed for e in queue], **self.solving)
         except MorphError as error:
-            number, _, message = str(error).removeprefix("problem ").partition(": ")
-            if not number.isdecimal():
+            if error.problem is None or error.inner is None:
                 raise
-            message = f"{queue[int(number)].name}: {message}"
-            if isinstance(error, InexactMorphError):
-                raise InexactMorphError(message, error.decomposition) from None
-            raise MorphError(message) from None
+            raise error.inner.within(queue[error.problem].name) from None
 
     @contextmanager
     def _resumed(self, step: Step | None) -> Iterator[None]:
@@ -329,13 +306,3 @@ class Transaction:
         if self.consume:
             old.grad = None
             old.data = old.data.new_empty(0)
-
-
-def _add(step: Step, answer: Decomposition, milliseconds: float) -> None:
-    residual = float(answer.residual.max())
-    if residual >= step.residual:
-        batch = answer.residual.ndim
-        step.how = answer.reason
-        step.estimated = answer.solver.closed_form and max(answer.second.shape[batch], answer.first.shape[batch + 1]) > 32
-    step.residual = max(step.residual, residual)
-    step.milliseconds += milliseconds

@@ -8,7 +8,7 @@ the validated function in front of it, `configs.json` its tile sizes. Beside the
     configs.py    tables of tile sizes                  tiling.py   tiles of a product, on the host     tile.py   on the device
 
 To add an operator touches four places: its folder, its line here, its tests in `tests/kernels/` (their table of arguments for
-all operators included), and its cases for the compiler in `bench/cases/`.
+all operators, `kernel_arguments.py`, included), and its cases for the compiler in `bench/cases/`.
 """
 
 from .anderson import anderson_gram, anderson_update

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,14 @@ def lookup(operator: str, dtype: torch.dtype, variant: str, device: torch.device
     """The settings of `operator` at `dtype` in one of its variants, for `device`. Raises KeyError where there are none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT
     return dict(_entry(operator, name, str(dtype).removeprefix("torch."), variant))
+
+
+def launch_options(config: Any) -> dict[str, Any]:
+    """What Triton takes beside a kernel's arguments, for a configuration with `num_warps` and `num_stages`.
+
+    A product and its sum are rounded once: the more accurate choice, and what `ieee` compiles to anyway.
+    """
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def shipped(operator: str) -> Iterator[Shipped]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import Call, Cell, X, family, only, returning
+from pairs import Apply, Cell, X, family, only, returning
 from torch import Tensor, nn
 
+from fastmorph.certify.run import isolated
 from fastmorph.certify.verify import verify
 from fastmorph.errors import MorphError
 
@@ -74,7 +75,7 @@ def test_an_algebra_error_fails_in_low_precision_too(dtype: torch.dtype) -> None
 def test_rounding_that_is_too_large_fails_but_not_in_algebra() -> None:
     # Adding and taking away 1e4 costs float32 its last three digits, and float64 nothing that matters.
     parent, _, x = family(dtype=torch.float32)
-    certificate = verify(parent, nn.Sequential(parent, Call(lambda y: (y + 1e4) - 1e4)), x)
+    certificate = verify(parent, nn.Sequential(parent, Apply(lambda y: (y + 1e4) - 1e4)), x)
     own, exact = certificate.rows
     assert not own.holds
     assert exact.holds
@@ -96,7 +97,7 @@ def test_a_given_tolerance_holds_for_every_row() -> None:
 
 def test_mixed_dtypes_report_the_coarsest() -> None:
     parent, child, x = family(dtype=torch.bfloat16)
-    heads = [Call(lambda y: y.to(torch.get_default_dtype()), model) for model in (parent, child)]
+    heads = [Apply(lambda y: y.to(torch.get_default_dtype()), model) for model in (parent, child)]
     models = [nn.Sequential(head, nn.Linear(4, 2)) for head in heads]
     models[1][1] = models[0][1]
     certificate = verify(*models, x)
@@ -143,7 +144,7 @@ def test_models_inputs_and_generators_are_untouched_in_train_mode() -> None:
         kept = [None if t is None else t.detach().clone().tolist() for t in tensors]
         return [kept, flags, torch.get_rng_state().tolist(), torch.initial_seed(), random.getstate(), numpy_state, settings]
 
-    child = Call(lambda y: y + 0 * (random.random() + np.random.rand()), model)  # noqa: NPY002
+    child = Apply(lambda y: y + 0 * (random.random() + np.random.rand()), model)  # noqa: NPY002
     before = snapshot()
     assert verify(model, child, x, modes=("train", "eval"))
     assert snapshot() == before
@@ -153,7 +154,7 @@ def test_models_inputs_and_generators_are_untouched_in_train_mode() -> None:
         raise RuntimeError("a wall")
 
     with pytest.raises(MorphError, match=r"The child could not be run in train mode: RuntimeError: a wall"):
-        verify(model, Call(broken, model), x, modes=("train",))
+        verify(model, Apply(broken, model), x, modes=("train",))
     assert snapshot() == before
 
 
@@ -179,34 +180,38 @@ def test_dropout_coincides_when_drawn_in_the_same_order() -> None:
 
 
 def test_python_and_numpy_draws_coincide() -> None:
-    model = Call(lambda y: y * random.random() * np.random.rand(), nn.Linear(6, 2))  # noqa: NPY002
+    model = Apply(lambda y: y * random.random() * np.random.rand(), nn.Linear(6, 2))  # noqa: NPY002
     assert verify(model, deepcopy(model), torch.randn(3, 6))
 
 
 @pytest.mark.usefixtures("tf32")
-def test_runs_are_without_gradients_and_without_tf32() -> None:
+def test_runs_are_without_gradients_and_tf32_is_off_where_a_run_is_on_cuda_and_only_there() -> None:
     seen = []
 
     def look(y: Tensor) -> Tensor:
         seen.append((torch.is_grad_enabled(), torch.backends.cudnn.conv.fp32_precision))
         return y
 
-    assert verify(Call(look), Call(look), torch.ones(2))
-    assert seen == [(False, "ieee")] * 4
+    assert verify(Apply(look), Apply(look), torch.ones(2))
+    assert seen == [(False, "tf32")] * 4
+    with isolated({"cuda"}):
+        look(torch.ones(2))
+    assert seen[-1] == (False, "ieee")
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def test_a_model_that_works_in_place_changes_no_input_of_another_run() -> None:
-    model = Call(lambda y: y.mul_(2).add_(1))
+    model = Apply(lambda y: y.mul_(2).add_(1))
     x = torch.randn(3, 4)
     kept = x.clone()
-    certificate = verify(model, Call(lambda y: y * 2 + 1), x, tolerance=0)
+    certificate = verify(model, Apply(lambda y: y * 2 + 1), x, tolerance=0)
     assert certificate
     assert torch.equal(x, kept)
     listed = [x]
-    assert verify(Call(lambda _, xs: xs.pop() + 1), Call(lambda _, xs: xs[0] + 1), x, listed)
+    assert verify(Apply(lambda _, xs: xs.pop() + 1), Apply(lambda _, xs: xs[0] + 1), x, listed)
     assert len(listed) == 1
     cell = Cell(x)  # no tensor and no container to PyTorch
-    assert verify(Call(Cell.double), Call(Cell.double), cell)
+    assert verify(Apply(Cell.double), Apply(Cell.double), cell)
     assert cell.value is x
 
 
@@ -228,7 +233,7 @@ def test_keyword_and_nested_inputs_reach_both_models_in_both_precisions() -> Non
 
 
 def test_tensors_that_forward_makes_follow_the_float64_copies() -> None:
-    model = Call(lambda y: y @ torch.ones(3, 2), nn.Linear(3, 3))
+    model = Apply(lambda y: y @ torch.ones(3, 2), nn.Linear(3, 3))
     assert verify(model, deepcopy(model), X)
 
 
@@ -245,15 +250,28 @@ class Float32Only(nn.Linear):
         return super().forward(x.float())
 
 
-class RefusesDouble(nn.Linear):
-    def double(self) -> RefusesDouble:
+class CannotBeCast(nn.Linear):
+    def double(self) -> CannotBeCast:
         raise TypeError("quantised")
 
 
-@pytest.mark.parametrize("kind", [Float32Only, RefusesDouble])
-def test_a_model_that_cannot_be_float64_is_refused_in_a_sentence(kind: type[nn.Linear]) -> None:
-    with pytest.raises(MorphError, match=r"The float64 copy of the parent could not be run in eval mode: .*dtype\."):
-        verify(kind(3, 2), nn.Linear(3, 2), X)
+@pytest.mark.parametrize("kind", [Float32Only, CannotBeCast])
+def test_a_model_that_fixes_float32_is_compared_all_the_same(kind: type[nn.Linear]) -> None:
+    model = kind(3, 2)
+    certificate = verify(model, deepcopy(model), X, tolerance=0)
+    assert certificate
+    assert [row.precision for row in certificate.rows] == ["float32", "float64"]
+    assert not verify(model, kind(3, 2), X)
+
+
+def test_a_model_that_cannot_be_float64_is_refused_in_a_sentence() -> None:
+    def narrow(y: Tensor) -> Tensor:
+        if y.dtype == torch.float64:
+            raise TypeError("no kernel")
+        return y
+
+    with pytest.raises(MorphError, match=r"The float64 copy of the parent could not be run in eval mode: .*kernel.*dtype\."):
+        verify(Apply(narrow), nn.Linear(3, 2), X)
 
 
 def test_unusable_calls_are_refused() -> None:

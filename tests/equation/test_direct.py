@@ -200,7 +200,7 @@ def test_auto_tells_what_it_chose_why_and_at_what_cost(shape, hidden, sizes, sol
 def test_the_smallest_exact_number_of_channels_is_where_refusal_ends(case):
     co, ci = case.channels
     least = smallest_exact(case.frame, co, ci)
-    fm.Auto().chosen_for(case.weight.reshape(-1, co, ci, *case.frame.kernel), least, case.frame, allow_inexact=False)
+    fm.Auto().choose(case.weight.reshape(-1, co, ci, *case.frame.kernel), least, case.frame, allow_inexact=False)
     if least > 1:
         with pytest.raises(fm.MorphError, match=rf"smallest number that can be exact.* {least}\b"):
             fm.decompose(case.weight, least - 1, case.sizes, spatial_dims=case.dims)

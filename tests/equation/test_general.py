@@ -8,7 +8,7 @@ from strategies import Case, oracle_residual
 
 import fastmorph as fm
 from fastmorph.equation.bounds import freedom, half_step_is_exact, smallest_by_counting
-from fastmorph.equation.frame import Frame, make_frame
+from fastmorph.equation.frame import SIDES, Frame, make_frame
 from fastmorph.equation.solvers.whiten import mix_in, mix_out, whiten
 
 ACCELERATIONS = ["gauss-newton", "anderson"]
@@ -33,7 +33,7 @@ def frame_of(weight, kernel_sizes, dims):
 def assert_below_claim_1(weight, hidden, kernel_sizes, dims):
     co, ci = weight.shape[1:3]
     frame = frame_of(weight, kernel_sizes, dims)
-    assert not any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
+    assert not any(half_step_is_exact(frame, co, ci, hidden, side=side) for side in SIDES)
     assert freedom(frame, co, ci, hidden) >= 0
 
 

@@ -20,7 +20,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from fastmorph_kernels.move.kernel import COLUMNS, config_for, launch_move
 from fastmorph_kernels.register import OPERATORS
-from operators import ARGUMENTS, outputs
+from kernel_arguments import ARGUMENTS, outputs
 
 _FAR = 2**31
 _MAP_NORESERVE = 0x4000  # Linux: no promise of memory that is never touched

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastmorph_kernels.register import OPERATORS
-from operators import ARGUMENTS
+from kernel_arguments import ARGUMENTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")

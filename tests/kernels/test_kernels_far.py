@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fastmorph_kernels import support
 from fastmorph_kernels.register import OPERATORS
-from operators import ARGUMENTS
+from kernel_arguments import ARGUMENTS
 
 pytest.importorskip("triton")
 

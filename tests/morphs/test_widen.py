@@ -177,13 +177,13 @@ def test_the_child_is_trainable_and_twins_part():
     model = trained(residual())
     child, x = widened(model, {"stem": 10}, randn(2, 3, 8, 8)), randn(2, 3, 8, 8)
     rows = child.stem.weight[6:]
-    assert torch.equal(rows[0], rows[1])
-    assert torch.equal(rows[2], rows[3])
+    assert torch.equal(rows[0], rows[2])
+    assert torch.equal(rows[1], rows[3])
     optimizer = torch.optim.SGD(child.parameters(), lr=0.1)
     child.train()(x).square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in child.parameters())
     optimizer.step()
-    assert not torch.equal(child.stem.weight[6], child.stem.weight[7])
+    assert not torch.equal(child.stem.weight[6], child.stem.weight[8])
 
 
 def test_a_weight_by_its_own_name():

@@ -23,7 +23,8 @@ class Reorder:
 
     def apply(self, transaction: fm.Transaction) -> None:
         maker, reader = (transaction.find_layer(name).module for name in (self.maker, self.reader))
-        order = torch.randperm(maker.out_features, generator=transaction.random)
+        generator = torch.Generator().manual_seed(transaction.noise("reorder", self.maker).seed)
+        order = torch.randperm(maker.out_features, generator=generator)
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor[order.to(tensor.device)]

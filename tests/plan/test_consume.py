@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmorph as fm
+from fastmorph.equation import randomness
+from fastmorph.morphs import widen_write
 from fastmorph.plan import transaction
 
 ROW = fm.Sequential([(20, 3, "relu"), (20, 1, "relu"), (None, 1)])
@@ -43,7 +46,8 @@ class Memory(TorchDispatchMode):
 
     def see(self, tensors):
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            real = isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor)  # these hold no memory
+            if real and tensor.device.type == "cpu":
                 storage = tensor.untyped_storage()
                 self.alive[StorageWeakRef(storage)] = storage.nbytes()
         self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
@@ -91,6 +95,31 @@ def test_no_more_is_held_than_the_child_and_its_largest_layer(parent, measured, 
     scalars = 1024
     assert least <= size(child) + largest + scalars
     assert beside > size(child) + 5 * largest, "without consume the parent stays"
+
+
+@pytest.mark.parametrize("fill", ["pair", "zero", "duplicate"])
+def test_widths_hold_the_bound_too(fill, monkeypatch):
+    monkeypatch.setattr(widen_write, "_BLOCK", 2**10)
+    monkeypatch.setattr(randomness, "_BLOCK", 2**10)
+    convs = [nn.Conv2d(3 if index == 0 else 48, 48, 3, padding=1) for index in range(5)]
+    parent = nn.Sequential(*(part for conv in convs for part in (conv, nn.BatchNorm2d(48), nn.ReLU())), nn.Flatten())
+    parent, x = parent.double().eval(), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    plan, outputs = fm.Plan([fm.Widen(f"{3 * index}", 72, fill) for index in range(4)], seed=5), parent(x).detach()
+    others, before, peaks, grown = copy.deepcopy(parent), size(parent), [], []
+    for model, consume in ((others, False), (parent, True)):
+        held = model[3].weight
+        with Memory(list(model.parameters())) as memory:
+            grown.append(fm.morph(model, plan, example_inputs=x, verify=False, consume=consume).model)
+        peaks.append(memory.peak)
+        assert (held.numel() == 0) == consume
+    beside, child = grown
+    assert child is parent
+    assert all(torch.equal(one, two) for one, two in zip(child.parameters(), beside.parameters(), strict=True))
+    torch.testing.assert_close(child(x), outputs, rtol=0, atol=1e-12)
+    old = max(parameter.nbytes for parameter in child.parameters())  # one that has grown on one side, and will on the other
+    block = 8 * 2**12  # a block of noise, its levels, and what little is left of one run of the model
+    assert peaks[1] <= size(child) + old + block
+    assert peaks[0] > size(child) + before, "without consume the parent stays"
 
 
 def test_the_child_is_the_same_and_its_certificate_is_of_the_parent_that_was(parent):

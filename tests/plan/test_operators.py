@@ -225,6 +225,7 @@ def test_a_module_in_place_of_its_name_is_told_its_name(model):
     [
         fm.Widen("0", 10**11),
         fm.Widen("0", 10**400),
+        fm.Widen("2", 10**11),
         fm.Deepen("0", 10**13),
         fm.Deepen("0", kernel_sizes=(10**20, 3)),
         fm.GrowKernel("0", 10**6),
@@ -236,14 +237,14 @@ def test_a_module_in_place_of_its_name_is_told_its_name(model):
     ],
 )
 def test_sizes_beyond_all_memory_are_refused_before_anything_is_made(operator):
-    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 16), nn.Linear(1, 1))
     for run in (fm.morph, fm.restructure):
-        with pytest.raises(fm.MorphError, match=r"^layer '[01]': .* would take .* GB, and there are .* GB in all"):
+        with pytest.raises(fm.MorphError, match=r"^layer '[012]': .* would take .* GB, and there are .* GB in all"):
             run(model, operator)
 
 
 def test_new_modules_are_weighed_before_their_weights_are_made(model, monkeypatch):
-    monkeypatch.setattr(memory, "_bytes_on", lambda device: 8 * (500 * 5 + 8 * 500 + 9))
+    monkeypatch.setattr(memory, "_bytes_on", lambda device: 8 * (500 * 5 + 8 * 500 + 9))  # the bias, of 8, was there
     fm.deepen(model, "0", hidden_channels=500)
     with pytest.raises(fm.MorphError, match="layer '0': the Replacement for it would take"):
         fm.deepen(model, "0", hidden_channels=501)

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.numpy_backend import NumpyBackend
+from fastmorph.equation.backends.protocol import Backend
 from fastmorph.equation.backends.torch_backend import PRECISIONS, TorchBackend
 from fastmorph.equation.backends.triton_backend import TritonBackend, why_unavailable
 from fastmorph.errors import MorphError
 
-__all__ = ["NumpyBackend", "TorchBackend", "TritonBackend", "find_backend", "why_unavailable"]
+__all__ = ["Backend", "NumpyBackend", "TorchBackend", "TritonBackend", "find_backend", "why_unavailable"]
 
 
-def find_backend(name: str | None, tensor: Tensor, precision: str | None = None) -> TorchBackend:
+def find_backend(name: str | None, tensor: Tensor, precision: str | None = None) -> Backend:
     """The backend called `name`, or the one for `tensor` if None: "triton" on CUDA devices where it can run, else "torch".
 
     Args:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import TorchBackend
+from fastmorph.equation.backends.torch_backend import T, TorchBackend
 
 
 class NumpyBackend(TorchBackend):
-    """Composes by the reference; `fastmorph.equation.solve` calls the reference's algorithms for it, one item at a time."""
+    """Composes and solves by the reference, one item at a time."""
 
-    name = "numpy"
+    name: ClassVar[str] = "numpy"
+
+    def implementation(self, solver: T, reference: T) -> T:
+        """The solver's numpy reference."""
+        return reference
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1 in float64, (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""

@@ -7,30 +7,31 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmorph.equation.banded import BandedCholesky
-from fastmorph.equation.frame import Frame, Size, taps, volume, window
+from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
 
 _LITTLE = 2**15  # numbers
 _SOME = 2**17  # numbers that may be copied
+T = TypeVar("T")
 PRECISIONS = ("float64", "ieee", "tf32x3", "tf32")
 
 
+@dataclass(frozen=True)
 class TorchBackend:
-    """Plain PyTorch. Other backends replace the maps they have kernels for.
+    """Plain PyTorch, a `Backend`. Others replace the maps that they have kernels for."""
 
-    Attributes:
-        name: what `backend=` calls it.
-        precision: of products, one of `PRECISIONS`, or None to choose.
-    """
+    precision: str | None = None
+    name: ClassVar[str] = "torch"
 
-    name = "torch"
-
-    def __init__(self, precision: str | None = None) -> None:
-        self.precision = precision
+    def implementation(self, solver: T, reference: T) -> T:
+        """The solver on this backend's maps."""
+        return solver
 
     def working_dtype(self, device: torch.device) -> torch.dtype:
         """What the solvers work in: float64 unless told otherwise, or float32 on Apple's GPUs, which have no float64."""
@@ -38,20 +39,22 @@ class TorchBackend:
 
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
+        if torch.finfo(first.dtype).bits < 32:  # taps would be added up in the low precision
+            return self.compose(first.float(), second.float()).to(first.dtype)
         k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
-        if volume(k1) < volume(k2):  # loop over the smaller kernel: the transposed equation swaps the two
+        if tap_count(k1) < tap_count(k2):  # loop over the smaller kernel: the transposed equation swaps the two
             return self.compose(second.transpose(1, 2), first.transpose(1, 2)).transpose(1, 2)
         b, ch, ci = first.shape[:3]
         co = second.shape[1]
         rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
-        by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, volume(k2), co, ch)  # (B, |K2|, Co, Ch)
+        by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, tap_count(k2), co, ch)  # (B, |K2|, Co, Ch)
         out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
         # As many taps at once as fit into little memory: for small kernels a product costs no more than its launch.
         some = max(1, _LITTLE // max(1, b * co * rows.shape[2]))
         for at, v in enumerate(taps(k2)):
             if at % some == 0:
                 products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(
-                    b, min(some, volume(k2) - at), co, ci, *k1
+                    b, min(some, tap_count(k2) - at), co, ci, *k1
                 )
             out[(..., *window(v, k1))].add_(products[:, at % some])  # += would write it twice
         return out
@@ -60,7 +63,7 @@ class TorchBackend:
         """T - F2 * F1, (B, Co, Ci, *N), where the target (B, Co, Ci, *K) stands behind `before` zeros, and its norm (B,)."""
         composed = self.compose(first, second)
         error = pad(target, before, tuple(composed.shape[3:])) - composed
-        return error, batch_norm(error)
+        return error, frobenius(error)
 
     def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
         """Adjoint of `compose` in F2: sum over i, w of T[o, i, v + w] * F1[h, i, w], -> (B, Co, Ch, *K2).
@@ -90,7 +93,7 @@ class TorchBackend:
         """
         b, ch = first.shape[:2]
         k1 = tuple(first.shape[3:])
-        out = first.new_zeros(b, volume(k2), ch, volume(k2), ch)
+        out = first.new_zeros(b, tap_count(k2), ch, tap_count(k2), ch)
         positions = list(taps(k2))
         pairs: dict[Size, list[tuple[int, int]]] = {}
         for r, v in enumerate(positions):
@@ -106,7 +109,7 @@ class TorchBackend:
             block = torch.bmm(here, there.mT)
             for r, c in places:
                 out[:, r, :, c, :] = block
-        return out.view(b, volume(k2) * ch, volume(k2) * ch)
+        return out.view(b, tap_count(k2) * ch, tap_count(k2) * ch)
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
         """A^T A, (B, |N|*Ci, |N|*Ci), columns ordered tap by tap: |K2| shifted copies of one product over the hidden channels.
@@ -121,7 +124,7 @@ class TorchBackend:
         out = first.new_zeros(b, *n, ci, *n, ci)
         for v in taps(k2):
             out[(slice(None), *window(v, k1), slice(None), *window(v, k1))].add_(product)
-        return out.view(b, ci * volume(n), ci * volume(n))
+        return out.view(b, ci * tap_count(n), ci * tap_count(n))
 
     def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
         """Cholesky factor of the lower triangle of (B, n, n), of so many block rows, zero further than `width` blocks away."""
@@ -144,15 +147,16 @@ class TorchBackend:
         """
         return None
 
-    def dense_system(self, first: Tensor, k2: Size) -> Tensor:
-        """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
-        b, ch, ci = first.shape[:3]
-        k1 = tuple(first.shape[3:])
-        n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
-        out = first.new_zeros(b, *k2, ch, ci, *n)
-        for v in taps(k2):
-            out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
-        return out.view(b, volume(k2) * ch, ci * volume(n))
+
+def dense_system(first: Tensor, k2: Size) -> Tensor:
+    """A itself, (B, |K2|*Ch, Ci*|N|): only for the items whose Gram matrix is numerically singular."""
+    b, ch, ci = first.shape[:3]
+    k1 = tuple(first.shape[3:])
+    n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
+    out = first.new_zeros(b, *k2, ch, ci, *n)
+    for v in taps(k2):
+        out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+    return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
 
 
 def taps_first(kernel: Tensor) -> Tensor:
@@ -175,7 +179,7 @@ def pad(target: Tensor, before: Size, size: Size) -> Tensor:
     return torch.nn.functional.pad(target, widths) if any(widths) else target
 
 
-def batch_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def frobenius(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
     if dtype is None or dtype == tensor.dtype or not tensor.numel():
         return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class TritonBackend(TorchBackend):
     Half-steps are solved in float64 unless `precision` says otherwise; the closed form takes float32 products as three of tf32.
     """
 
-    name = "triton"
+    name: ClassVar[str] = "triton"
 
     @property
     def products(self) -> str:

@@ -53,7 +53,8 @@ def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) ->
         second, _, norm = project(HalfStep(state.first, frame.second, equation.backend), weight[state.items], frame.before)
         residual = norm / scale[state.items]
         history.add(state.items, residual)
-        used[state.items] = state.used.add_(1)
+        state = state._replace(used=state.used + 1)
+        used[state.items] = state.used
         better = residual < best[state.items]
         rows = state.items[better]
         best_first[rows], best_second[rows], best[rows] = state.first[better], second[better], residual[better]
@@ -64,9 +65,8 @@ def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) ->
         state = _forget(state, worse)
         rows = (~worse).nonzero().flatten()
         if len(rows):
-            moved = _sweep(equation, state.at(rows), second[rows], residual[rows])
-            for whole, part in zip(state, moved, strict=True):
-                whole[rows] = part
+            swept = _sweep(equation, state.at(rows), second[rows], residual[rows])
+            state = _State(*(whole.index_copy(0, rows, part) for whole, part in zip(state, swept, strict=True)))
     return Solution(best_first, best_second, history.stacked(), used)
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import TorchBackend, batch_norm
-from fastmorph.equation.bounds import half_step_is_exact, tolerance
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.backends import Backend
+from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.bounds import half_step_is_exact, refuse_below_rank, tolerance
+from fastmorph.equation.frame import Frame, Side, tap_count
 from fastmorph.equation.randomness import Noise
+from fastmorph.errors import MorphError
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
@@ -30,6 +32,8 @@ class Equation:
         dtype: what the answer is rounded to.
         noise: draws noise of variance 1: `noise(*shape)` -> (B, *shape), in the working dtype.
         backend: the linear maps.
+        role: of a closed form, which kernel holds the weight.
+        factors: U and V of a closed form by low rank, see `Choice`.
     """
 
     weight: Tensor
@@ -37,11 +41,13 @@ class Equation:
     frame: Frame
     dtype: torch.dtype
     noise: Noise
-    backend: TorchBackend
+    backend: Backend
+    role: Side | None = None
+    factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def tolerance(self) -> float:
-        """Relative residual that counts as exact before rounding, which may then add its share."""
+        """Relative residual at which a solver may stop: less than what counts as exact where the answer is still rounded."""
         return tolerance(self.dtype) * (1.0 if self.dtype == self.work else 0.1)
 
     @property
@@ -51,12 +57,12 @@ class Equation:
 
     @property
     def corrected(self) -> bool:
-        """Whether F2 is solved again against F1 as rounded: for the short dtypes, where Claim 1 lets it make up for that."""
+        """Whether F2 is solved again after F1 was rounded: for short dtypes, where Claim 1 lets F2 make up for the rounding."""
         _, co, ci = self.sizes
         return (
             torch.finfo(self.dtype).bits < 32
             and half_step_is_exact(self.frame, co, ci, self.hidden)
-            and ci * volume(self.frame.size) <= _LARGEST_CORRECTION
+            and ci * tap_count(self.frame.size) <= _LARGEST_CORRECTION
         )
 
     @property
@@ -77,13 +83,29 @@ class Equation:
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
         ci = self.weight.shape[2]
-        fan_in = ci * volume(self.frame.first)
+        fan_in = ci * tap_count(self.frame.first)
         return self.noise(self.hidden, ci, *self.frame.first).to(self.weight.dtype) / fan_in**0.5
 
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
-        norm = batch_norm(self.weight, self.work)
+        norm = frobenius(self.weight, self.work)
         return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+class Choice(NamedTuple):
+    """What was decided about a problem before it is solved, with what was found out on the way.
+
+    Attributes:
+        solver: the solver that will run.
+        reason: why, in a sentence.
+        role: of a closed form, which kernel holds the weight; "first" is the one next to the input.
+        factors: where that closed form is by low rank: U (B, Co, r) and V (B, r, Ci, *K) with G = U V; of G^T for "second".
+    """
+
+    solver: Solver
+    reason: str
+    role: Side | None = None
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 class Solution(NamedTuple):
@@ -93,6 +115,12 @@ class Solution(NamedTuple):
     second: Tensor
     trace: Tensor
     iterations: Tensor
+
+    @classmethod
+    def without_steps(cls, first: Tensor, second: Tensor) -> Solution:
+        """Kernels, (B, Ch, Ci, *K1) and (B, Co, Ch, *K2), that took no half-steps."""
+        batch, device = len(first), first.device
+        return cls(first, second, first.new_empty(0, batch), torch.zeros(batch, dtype=torch.int64, device=device))
 
     def final_residual(self) -> Tensor:
         """Each item's last residual, (B,)."""
@@ -105,33 +133,55 @@ class Solution(NamedTuple):
 
 
 class Solver(ABC):
-    """A frozen set of settings that can solve equations."""
+    """A frozen, hashable set of settings that can solve equations: the base class of every solver, yours too.
 
-    # A closed form: no system is solved, its kernels may be rounded as they come, and composing them costs more than it does.
+    A solver must give `solve`. The answer is then equalised, rounded to the weight's dtype and measured; whether it is exact
+    is decided from that measurement, so that a solver cannot be inexact in silence. All else may be left out.
+
+    Example:
+        class Halves(fm.Solver):
+            def solve(self, equation):  # F1 = [G; G], F2 = [I/2 | I/2]: C_hid = 2 C_out, K1 = K, K2 = 1
+                g, eye = equation.weight, torch.eye(equation.weight.shape[1]).to(equation.weight)
+                second = torch.cat([eye, eye], 1)[None, :, :, None, None] / 2
+                return Solution.without_steps(torch.cat([g, g], 1), second.repeat(len(g), 1, 1, 1, 1))
+
+    Attributes:
+        closed_form: no system is solved, the kernels may be rounded as they come, and to compose them costs more than to find
+            them: the weight is given in its own dtype, and the residual of wide layers is estimated.
+    """
+
     closed_form: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, equation: Equation) -> Solution:
-        """Solve a batch on its backend."""
+        """Solve a batch on `equation.backend`, each item as it would be solved alone."""
 
-    @abstractmethod
+    def choose(self, weight: Tensor, hidden: int, frame: Frame, *, allow_inexact: bool) -> Choice:
+        """What will run on `weight` (B, Co, Ci, *K); itself, unless the solver chooses another.
+
+        Raises MorphError if the answer cannot be exact and has to be.
+        """
+        if not allow_inexact:
+            refuse_below_rank(weight, hidden, frame)
+        return Choice(self, "asked for")
+
+    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """How often an item that is not exact may be solved, each time from noise of its own; once by default."""
+        return 1
+
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """Floating-point operations of one item that took so many half-steps, multiply and add counted as 2; 0: not known."""
+        return 0.0
+
+    def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
+        """Peak number of working-precision numbers for one item; by default both kernels and two compositions."""
+        return hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) + 2 * co * ci * tap_count(frame.size)
+
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
     ) -> reference.Solved:
-        """Solve one problem, (Co, Ci, *K), by the numpy oracle."""
+        """Solve one problem, (Co, Ci, *K), by plain numpy: what runs for backend="numpy"; by default there is none.
 
-    def chosen_for(self, weight: Tensor, hidden: int, frame: Frame, *, allow_inexact: bool) -> tuple[Solver, str]:
-        """The solver that will run on `weight` (B, Co, Ci, *K), and why. Raises MorphError if it cannot be exact."""
-        return self, "asked for"
-
-    def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """How often an item that is not exact may be solved, each time from noise of its own."""
-        return 1
-
-    @abstractmethod
-    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
-        """Floating-point operations of one item that took so many half-steps, multiply and add counted as 2."""
-
-    @abstractmethod
-    def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """Peak number of working-precision numbers for one item."""
+        Raises MorphError by default.
+        """
+        raise MorphError(f"{self} has no numpy reference; leave backend='numpy' out, or give the solver a method reference.")

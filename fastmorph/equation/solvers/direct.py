@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import batch_norm
-from fastmorph.equation.bounds import numerical_rank
-from fastmorph.equation.frame import Frame, volume, window
-from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.bounds import may_have_rank, numerical_rank, refuse_below_rank, tail_norms, tolerance
+from fastmorph.equation.frame import Frame, Side, tap_count, window
+from fastmorph.equation.solvers.base import Choice, Equation, Solution, Solver
 from fastmorph.errors import MorphError
 
 # Numbers in the working memory of one range of channels: what stays in a CPU's cache, and what fills another device.
@@ -57,75 +58,92 @@ class Direct(Solver):
             raise MorphError(f"Direct(density={self.density}): density must lie in (0, 1].")
 
     @staticmethod
-    def role(frame: Frame, co: int, ci: int, hidden: int) -> bool | None:
-        """True: the weight goes into F1; False: into F2; None: exact in neither, except for weights of low rank."""
-        taps = volume(frame.kernel)
+    def role(frame: Frame, co: int, ci: int, hidden: int) -> Side | None:
+        """Which kernel any weight of these sizes can go into; None: exact in neither, except for weights of low rank."""
+        taps = tap_count(frame.kernel)
         if frame.fits(within_first=True) and hidden >= min(co, ci * taps):
-            return True
+            return "first"
         if frame.fits(within_first=False) and hidden >= min(ci, co * taps):
-            return False
+            return "second"
         return None
 
-    @staticmethod
-    def needs_rank(frame: Frame, co: int, ci: int, hidden: int) -> bool:
-        """Whether the weight must be factored by its rank, because neither a unit matrix of C_out nor of C_in fits."""
-        role = Direct.role(frame, co, ci, hidden)
-        return role is None or hidden < (co if role else ci)
-
-    def solve(self, equation: Equation) -> Solution:
-        """Build a batch of answers."""
-        role = self.role(equation.frame, *equation.sizes[1:], equation.hidden)
-        if role is None:
-            role = self._low_rank_role(equation.weight, equation.hidden, equation.frame, equation.tolerance)
-        elif not self.needs_rank(equation.frame, *equation.sizes[1:], equation.hidden):
-            weight = equation.weight.to(equation.work) if equation.corrected else equation.weight
-            found = equation.backend.direct(
-                weight, equation.hidden, equation.frame, equation.noise.seeds, density=self.density, into_first=role
-            )
-            if found is not None:
-                return Solution(*found, *_no_steps(equation))
-        return self._into_first(equation) if role else self._into_first(equation.transposed).transposed
-
-    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
-        """Mixing of both kernels."""
-        block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
-        return 2.0 * block * hidden * (ci * volume(frame.first) + co * volume(frame.second))
-
-    def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """Both kernels; besides them, some ranges of channels of a fixed size, and the factors of a weight of low rank."""
-        return hidden * (ci * volume(frame.first) + co * volume(frame.second)) + 2 * co * ci * volume(frame.size)
-
-    def reference(
-        self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
-    ) -> reference.Solved:
-        """The same closed form with a dense P, by the numpy oracle."""
-        co, ci = weight.shape[:2]
-        role = self.role(frame, co, ci, hidden)
-        if role is None:
-            role = self._low_rank_role(torch.from_numpy(weight)[None], hidden, frame, tol)
-        if role:
-            return reference.direct(weight, hidden, frame, draw, self.density)
-        solved = reference.direct(weight.swapaxes(0, 1), hidden, frame.transposed, draw, self.density)
-        return reference.Solved(solved.second.swapaxes(0, 1), solved.first.swapaxes(0, 1), solved.trace)
-
-    @staticmethod
-    def _low_rank_role(weight: Tensor, hidden: int, frame: Frame, tol: float) -> bool:
-        """The role in which the weight has the lower rank."""
-        ranks: dict[bool, int] = {}
-        for role, matrix in ((True, weight.flatten(2)), (False, weight.transpose(1, 2).flatten(2))):
-            if frame.fits(within_first=role):
-                ranks[role] = int(numerical_rank(matrix, 0.5 * tol).max()) if len(weight) else 0
-        if not ranks:
+    def choose(self, weight: Tensor, hidden: int, frame: Frame, *, allow_inexact: bool) -> Choice:
+        """The role by the sizes or, where they do not decide, by the weight's rank, whose factors the choice then carries."""
+        choice = self.choose_if_exact(weight, hidden, frame)
+        if choice is not None:
+            return choice
+        sides = self._sides(frame)
+        if not sides:
             raise MorphError(
                 f"Direct puts the whole weight into one kernel, and a weight of size {frame.kernel} fits into neither "
                 f"{frame.first} nor {frame.second}; enlarge one of the kernel sizes or use General."
             )
-        return min(ranks, key=lambda role: ranks[role])
+        if not allow_inexact:
+            refuse_below_rank(weight, hidden, frame)
+        factored = {side: _factorise(weight, side, hidden) for side in sides}
+        role = min(sides, key=lambda side: float(factored[side][1].sum()))
+        return Choice(self, f"asked for; the nearest weight of rank {hidden}", role, factored[role][0])
+
+    def choose_if_exact(self, weight: Tensor, hidden: int, frame: Frame) -> Choice | None:
+        """The choice where the closed form is exact, by the sizes or by low rank; each item's rank must then be low enough."""
+        co, ci = weight.shape[1:3]
+        role = self.role(frame, co, ci, hidden)
+        if role is not None:
+            name, bound, channels = ("K1", "C_out", co) if role == "first" else ("K2", "C_in", ci)
+            fits = f"closed form: {name} >= K and " if frame.kernel else "closed form: "
+            if hidden >= channels:
+                return Choice(self, f"{fits}C_hid >= {bound}", role)
+            return Choice(self, f"{fits}C_hid >= the weight's rank", role, _factorise(weight, role, hidden)[0])
+        exact = 0.5 * tolerance(weight.dtype)
+        for side in self._sides(frame) if len(weight) else ():
+            if may_have_rank(_matrix(weight, side), hidden, exact):
+                factors, missed = _factorise(weight, side, hidden)
+                if bool((missed <= exact).all()):
+                    return Choice(self, "closed form by the weight's low rank", side, factors)
+        return None
+
+    @staticmethod
+    def _sides(frame: Frame) -> list[Side]:
+        sides: tuple[Side, ...] = ("first", "second")
+        return [side for side in sides if frame.fits(within_first=side == "first")]
+
+    def solve(self, equation: Equation) -> Solution:
+        """Build a batch of answers."""
+        if equation.factors is None:
+            weight = equation.weight.to(equation.work) if equation.corrected else equation.weight
+            sizes = (equation.hidden, equation.frame, equation.noise.seeds)
+            kernels = equation.backend.direct(weight, *sizes, density=self.density, into_first=equation.role == "first")
+            if kernels is not None:
+                return Solution.without_steps(*kernels)
+        return self._into_first(equation) if equation.role == "first" else self._into_first(equation.transposed).transposed
+
+    def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
+        """Mixing of both kernels."""
+        block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
+        return 2.0 * block * hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second))
+
+    def reference(
+        self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
+    ) -> reference.Solved:
+        """The same closed form with a dense P, by the numpy oracle, which finds the role for itself."""
+        turned, (co, ci) = weight.swapaxes(0, 1), weight.shape[:2]
+        matrices: dict[Side, reference.Array] = {
+            "first": weight.reshape(len(weight), -1),
+            "second": turned.reshape(len(turned), -1),
+        }
+        role = self.role(frame, co, ci, hidden) or min(
+            self._sides(frame), key=lambda side: np.linalg.matrix_rank(matrices[side], 0.5 * tol * np.linalg.norm(weight))
+        )
+        if role == "first":
+            return reference.direct(weight, hidden, frame, draw, self.density)
+        solved = reference.direct(turned, hidden, frame.transposed, draw, self.density)
+        return reference.Solved(solved.second.swapaxes(0, 1), solved.first.swapaxes(0, 1), solved.trace)
 
     def _into_first(self, equation: Equation) -> Solution:
         """F1 = P [S; S; V], F2 = [R | -R | U] P^T for G = U V, a range of channels at a time."""
         (batch, co, ci), hidden, frame = equation.sizes, equation.hidden, equation.frame
-        left, right = _factors(equation)  # (B, Co, r) or None for a unit matrix, (B, r, Ci, *K)
+        # G = U V: (B, Co, r), None for a unit matrix, and (B, r, Ci, *K).
+        left, right = (None, equation.weight) if equation.factors is None else (f.to(equation.work) for f in equation.factors)
         rank = right.shape[1]
         pairs, extras = (hidden - rank) // 2, hidden - rank  # an odd extra channel meets zeros in F2
         centre = tuple((k - 1) // 2 for k in frame.second)
@@ -133,19 +151,20 @@ class Direct(Solver):
         everything: Any = slice(None)
         one, two, odd = slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
 
-        power = batch_norm(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
-        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * volume(frame.first))))
+        power = frobenius(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
+        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * tap_count(frame.first))))
         spread = _column(power.sqrt(), right.ndim)
         density = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
         # P keeps norms: scaled by this, the kernels come out with one root mean square, as far as noise has its expectation.
-        power1 = power * (extras * volume(frame.first) + rank * volume(frame.kernel)) / volume(frame.first)
-        power2 = (rank + 2 * pairs * co * volume(frame.second) * density**2) / (co * volume(frame.second))
+        power1 = power * (extras * tap_count(frame.first) + rank * tap_count(frame.kernel)) / tap_count(frame.first)
+        power2 = (rank + 2 * pairs * co * tap_count(frame.second) * density**2) / (co * tap_count(frame.second))
         balance = (power2 / power1) ** 0.25
+
+        s, r = equation.noise.parts(extras - pairs, ci, *frame.first), equation.noise.parts(pairs, co, *frame.second)
 
         def rows(part: slice) -> Tensor:
             """[S; S; s; V] for some input channels."""
-            channels = part.stop - part.start
-            noise = equation.noise(extras - pairs, channels, *frame.first) * spread
+            noise, channels = s(part) * spread, part.stop - part.start
             out = noise.new_empty(batch, hidden, channels, *frame.first)
             out[:, one] = out[:, two] = noise[:, :pairs]
             out[:, odd] = noise[:, pairs:]
@@ -156,8 +175,7 @@ class Direct(Solver):
 
         def columns(part: slice) -> Tensor:
             """[R | -R | 0 | U]^T for some output channels."""
-            channels = part.stop - part.start
-            noise = equation.noise(pairs, channels, *frame.second) * density
+            noise, channels = r(part) * density, part.stop - part.start
             out = noise.new_empty(batch, hidden, channels, *frame.second)
             out[:, one], out[:, two] = noise, -noise
             out[:, 2 * pairs :] = 0
@@ -172,27 +190,24 @@ class Direct(Solver):
         dtype = equation.work if equation.corrected else equation.dtype
         first = _mixed(rows, mix, balance, (batch, hidden, ci, *frame.first), dtype)
         second = _mixed(columns, mix, 1 / balance, (batch, hidden, co, *frame.second), dtype)
-        return Solution(first, second.transpose(1, 2), *_no_steps(equation))
+        return Solution.without_steps(first, second.transpose(1, 2))
 
 
-def _no_steps(equation: Equation) -> tuple[Tensor, Tensor]:
-    """Trace and iterations of a closed form."""
-    batch, device = len(equation.weight), equation.weight.device
-    trace = torch.empty(0, batch, dtype=equation.work, device=device)
-    return trace, torch.zeros(batch, dtype=torch.int64, device=device)
+def _matrix(weight: Tensor, side: Side) -> Tensor:
+    """The weight as the matrix whose rank counts where `side` holds it: (B, Co, Ci*|K|) or (B, Ci, Co*|K|), float64."""
+    rows = weight if side == "first" else weight.transpose(1, 2)
+    return rows.flatten(2).to(torch.float32 if weight.device.type == "mps" else torch.float64)
 
 
-def _factors(equation: Equation) -> tuple[Tensor | None, Tensor]:
-    """G = U V: (B, Co, r) and (B, r, Ci, *K), with U = I (told as None) and V = G where C_hid allows."""
-    weight, hidden = equation.weight, equation.hidden
-    co = equation.sizes[1]
-    if hidden >= co:
-        return None, weight
-    u, s, vh = torch.linalg.svd(weight.to(equation.work).flatten(2), full_matrices=False)
-    ranks = numerical_rank(weight.to(equation.work).flatten(2), 0.5 * equation.tolerance)
-    rank = max(1, min(hidden, int(ranks.max()) if len(ranks) else 0))
-    right = (s[:, :rank, None] * vh[:, :rank]).view(-1, rank, *weight.shape[2:])
-    return u[:, :, :rank], right
+def _factorise(weight: Tensor, side: Side, hidden: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """U and V of `Choice`, of rank C_hid at most, and the relative Frobenius norm (B,) that rank C_hid leaves."""
+    u, s, vh = torch.linalg.svd(_matrix(weight, side), full_matrices=False)
+    fine = 0.5 * tolerance(weight.dtype) * (1.0 if weight.dtype == torch.float64 else 0.1)
+    rank = max(1, min(hidden, int(numerical_rank(s, fine).max()) if len(s) else 0))
+    shape = weight.shape[2:] if side == "first" else (weight.shape[1], *weight.shape[3:])
+    norms = tail_norms(s)  # (B, n + 1)
+    missed = norms[:, min(hidden, s.shape[1])] / norms[:, 0].clamp_min(torch.finfo(norms.dtype).tiny)
+    return (u[:, :, :rank], (s[:, :rank, None] * vh[:, :rank]).view(-1, rank, *shape)), missed
 
 
 def _mixed(
@@ -249,7 +264,7 @@ class _Mixing:
 @lru_cache(maxsize=64)
 def _orthogonal(size: int) -> Tensor:
     """One orthogonal matrix without zeros for each size: P may be any, for S and R are random already."""
-    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64, device="cpu")
     return torch.linalg.qr(noise)[0]
 
 

@@ -7,8 +7,8 @@ is sought, by Gauss-Newton steps whose linear systems are solved roughly at firs
 Where this departs from the textbook:
 1. G is whitened first where an exact answer can be expected; whether it is exact is still tested on G itself (`whiten`).
 2. The start is not noise but one power step from it on the windows of G, with a tenth of the noise to keep full rank.
-3. The gauge (F2 takes back any invertible mix of F1's hidden channels) needs no care but for scale: hidden channels of F1
-   are kept at norm 1. The rest of it are directions along which H is zero, which CG never enters.
+3. F2 takes back any invertible mix of F1's hidden channels, the gauge. Of that only the scale is fixed: hidden channels of F1
+   are kept at norm 1. Along all other directions of the gauge H is zero, and CG never enters them.
 4. An item whose step fails has its next direction computed in full precision, within half of the radius, before it is
    given up as stalled.
 5. Every flag, radius and precision is an item's own: an item takes the path in a batch that it takes alone.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import freedom
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
@@ -55,6 +55,14 @@ class _State(NamedTuple):
     def at(self, rows: Tensor) -> _State:
         return _State(*(x[rows] for x in self))
 
+    @property
+    def kernels(self) -> tuple[Tensor, ...]:
+        """F1' and what is computed from it."""
+        return self.first, self.second, self.error, self.residual, self.factor
+
+    def with_kernels(self, first: Tensor, second: Tensor, error: Tensor, residual: Tensor, factor: Tensor) -> _State:
+        return self._replace(first=first, second=second, error=error, residual=residual, factor=factor)
+
 
 def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
     """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
@@ -64,7 +72,7 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
     residual, used = torch.empty_like(scale), torch.empty_like(state.used)
     limit = 2 * max_iter - 1  # the last half-step is kept for an item that is not exact by then
     while True:
-        remaining = batch_norm(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
+        remaining = frobenius(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
         history.add(state.items, remaining)
         done = (remaining <= tol) | state.stalled | (state.used + 3 > limit)
         if bool(done.any()):
@@ -132,34 +140,32 @@ def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tenso
 def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _State:
     """One Gauss-Newton step of every item; `enough` is the forcing term, (B,), beyond which tol would be overshot."""
     found = _directions(equation, state, enough, limit)
-    state.used.add_(2 * found.steps)
-    taken = torch.ones_like(state.residual)
-    residual = state.residual.clone()
-    first, second, error, factor = state.first, state.second, state.error, state.factor
+    reached = state._replace(used=state.used + 2 * found.steps)
+    taken, failed = torch.ones_like(state.residual), torch.ones_like(state.stalled)
     open_rows = (found.gain > 0).nonzero().flatten()
-    failed = torch.ones_like(state.stalled)
     for _ in range(_TRIES):
-        open_rows = open_rows[state.used[open_rows] < limit]
+        open_rows = open_rows[reached.used[open_rows] < limit]
         if len(open_rows) == 0:
             break
-        shape = (-1, *(1,) * (first.ndim - 1))
-        trial = unit(first[open_rows] + taken[open_rows].view(shape) * found.change[open_rows])
-        trial_second, trial_error, trial_residual, trial_factor = _projected(equation, state.weight[open_rows], trial)
-        state.used[open_rows] += 1
-        better = trial_residual < residual[open_rows]
+        shape = (-1, *(1,) * (state.first.ndim - 1))
+        trial = unit(reached.first[open_rows] + taken[open_rows].view(shape) * found.change[open_rows])
+        trials = (trial, *_projected(equation, state.weight[open_rows], trial))
+        reached = reached._replace(used=reached.used.index_add(0, open_rows, torch.ones_like(open_rows)))
+        better = trials[3] < reached.residual[open_rows]
         rows = open_rows[better]
-        first[rows], second[rows], error[rows] = trial[better], trial_second[better], trial_error[better]
-        factor[rows], residual[rows], failed[rows] = trial_factor[better], trial_residual[better], False
+        new = (old.index_copy(0, rows, value[better]) for old, value in zip(reached.kernels, trials, strict=True))
+        reached = reached.with_kernels(*new)
+        failed = failed.index_fill(0, rows, False)
         open_rows = open_rows[~better]
-        taken[open_rows] *= _SHORTER
+        taken = torch.where(torch.zeros_like(failed).index_fill(0, open_rows, True), _SHORTER * taken, taken)
+    residual = reached.residual
 
     # Along the step the model's gain is gain * (1 - (1 - t)^2), where |R - P A2 d| is least at t = 1.
     ratio = (1 - (residual / state.residual) ** 2) / (found.gain * (1 - (1 - taken) ** 2)).clamp_min(1e-30)
     radius = torch.where((ratio > 0.75) & found.on_sphere, 2 * state.radius, state.radius)
     radius = torch.where(ratio < 0.25, 0.5 * found.length, radius)
     radius = torch.where(taken < 1, taken * found.length, radius)
-    return state._replace(
-        residual=residual,
+    return reached._replace(
         before=state.residual,
         radius=torch.where(failed, 0.5 * state.radius, radius),
         careful=state.careful | failed,

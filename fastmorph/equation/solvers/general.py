@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.bounds import half_step_is_exact
-from fastmorph.equation.frame import Frame, volume
+from fastmorph.equation.bounds import exact_side, half_step_is_exact
+from fastmorph.equation.frame import SIDES, Frame, Side, tap_count
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.solvers.anderson import MEMORY, anderson
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.gauss_newton import gauss_newton
-from fastmorph.equation.solvers.sweeps import History, project
+from fastmorph.equation.solvers.sweeps import History, alternate_half_steps, project
 from fastmorph.errors import MorphError
 
 _CACHE = 16 * 2**20  # bytes
@@ -62,9 +63,10 @@ class General(Solver):
             second = equation.weight.new_empty(0, co, equation.hidden, *frame.second)
             trace = History(equation.weight).stacked()
             return Solution(equation.start(), second, trace, (~trace.isnan()).sum(0))
-        if half_step_is_exact(frame, co, ci, equation.hidden):
+        side = exact_side(frame, co, ci, equation.hidden)
+        if side == "second":
             return self._in_parts(equation)
-        if half_step_is_exact(frame, co, ci, equation.hidden, for_second=False):
+        if side == "first":
             return self._in_parts(equation.transposed).transposed
         if self.acceleration is None:
             return self.run(equation, equation.start())
@@ -73,10 +75,10 @@ class General(Solver):
 
     def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """Three under Claim 1, which holds for almost all noise: an item with nearly singular noise is soon solved again."""
-        return 3 if any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False)) else 1
+        return 3 if exact_side(frame, co, ci, hidden) else 1
 
     def _in_parts(self, equation: Equation) -> Solution:
-        """`run`, on a CPU in parts whose systems stay in cache; the noise is drawn for all at once."""
+        """`run`; on a CPU, on parts of the batch whose systems stay in cache. The noise is drawn for all at once."""
         first, (batch, co, ci) = equation.start(), equation.sizes
         part = max(1, _CACHE // (8 * self.memory(co, ci, equation.hidden, equation.frame)))
         if equation.weight.device.type != "cpu" or part >= batch:
@@ -89,54 +91,45 @@ class General(Solver):
         )
         return Solution(one, two, torch.cat(trace, 1), iterations)
 
-    def run(self, equation: Equation, first: torch.Tensor) -> Solution:
+    def run(self, equation: Equation, first: Tensor) -> Solution:
         """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""
-        tol, backend, scale = self._tol(equation.tolerance), equation.backend, equation.norm()
+        tol, scale, history = self._tol(equation.tolerance), equation.norm(), History(equation.weight)
         batch, co, ci = equation.sizes
-        history = History(equation.weight)
-        # Of each side: its frame, its target and whether Claim 1 makes its half-step exact. The kernels stand as that side's
-        # second kernel: F2, then F1 transposed.
-        sides = [
-            (equation.frame, equation.weight, half_step_is_exact(equation.frame, co, ci, equation.hidden)),
-            (
-                equation.frame.transposed,
-                equation.weight.transpose(1, 2),
-                half_step_is_exact(equation.frame, co, ci, equation.hidden, for_second=False),
-            ),
-        ]
-        kernels = [equation.weight.new_zeros(batch, co, equation.hidden, *equation.frame.second), first.transpose(1, 2).clone()]
         active = torch.arange(batch, device=equation.weight.device)
-        for half_step in range(2 * self.max_iter):
-            solved = half_step % 2
-            frame, target, exact = sides[solved]
-            step = HalfStep(kernels[1 - solved][active].transpose(1, 2), frame.second, backend)
-            found, _, norm = project(step, target[active], frame.before, always_refine=exact)
-            kernels[solved][active] = found
+        exact = {side: half_step_is_exact(equation.frame, co, ci, equation.hidden, side=side) for side in SIDES}
+
+        def half_step(side: Side, fixed: Tensor, last: Tensor, target: Tensor, frame: Frame) -> Tensor | None:
+            nonlocal active
+            if len(active) == 0:
+                return None
+            step = HalfStep(fixed[active], frame.second, equation.backend)
+            found, _, norm = project(step, target[active], frame.before, always_refine=exact[side])
             residual = norm / scale[active]
             history.add(active, residual)
+            kernel = last.index_copy(0, active, found)
             # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
             active = active[~(residual <= tol)]
-            if len(active) == 0:
-                break
+            return kernel
+
+        one, two = alternate_half_steps(equation.weight, equation.frame, first, 2 * self.max_iter, half_step)
         trace = history.stacked()
-        return Solution(kernels[1].transpose(1, 2), kernels[0], trace, (~trace.isnan()).sum(0))
+        return Solution(one, two, trace, (~trace.isnan()).sum(0))
 
     def _tol(self, exact: float) -> float:
         return exact if self.tol is None else self.tol
 
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
         """Gram matrix, Cholesky factor, solution and composition of each half-step; a bound for CG, which does not factor."""
-        for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
         second, first = _half_step_cost(co, ci, hidden, frame), _half_step_cost(ci, co, hidden, frame.transposed)
-        return half_steps * (second if for_second else first if for_first else (first + second) / 2)
+        side = exact_side(frame, co, ci, hidden)
+        return half_steps * {"second": second, "first": first, None: (first + second) / 2}[side]
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """The Gram matrices and their factors, both kernels and the composition, a few times."""
-        n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+        n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
         second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
         kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
-        exact = any(half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
-        if exact or self.acceleration is None:
+        if exact_side(frame, co, ci, hidden) or self.acceleration is None:
             return 2 * max(second, first) ** 2 + kernels
         if self.acceleration == "anderson":
             return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
@@ -148,8 +141,8 @@ class General(Solver):
         """Algorithm 1 by the numpy oracle, accelerated by dense versions of the same methods."""
         limit = self._tol(tol)
         co, ci = weight.shape[:2]
-        for_second, for_first = (half_step_is_exact(frame, co, ci, hidden, for_second=side) for side in (True, False))
-        if for_first and not for_second:
+        side = exact_side(frame, co, ci, hidden)
+        if side == "first":
             start = reference.start(draw, hidden, co, frame.second)
             found = reference.general(weight.swapaxes(0, 1), start, frame.transposed, max_iter=self.max_iter, tol=limit)
             return reference.Solved(found.second.swapaxes(0, 1), found.first.swapaxes(0, 1), found.trace)
@@ -157,12 +150,12 @@ class General(Solver):
             None: reference.general,
             "anderson": reference.general_anderson,
             "gauss-newton": reference.general_gauss_newton,
-        }[None if for_second else self.acceleration]
+        }[None if side else self.acceleration]
         return algorithm(weight, reference.start(draw, hidden, ci, frame.first), frame, max_iter=self.max_iter, tol=limit)
 
 
 def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:
-    n, m1, m2 = volume(frame.size), volume(frame.first), volume(frame.second)
+    n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
     system = min(hidden * m2, ci * n)
     gram = 2.0 * hidden**2 * ci * m1 * m2
     return gram + system**3 / 3 + 2.0 * co * system**2 + 4.0 * co * hidden * ci * m1 * m2

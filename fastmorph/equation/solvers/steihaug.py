@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import TorchBackend, taps_first, taps_last
-from fastmorph.equation.frame import Size, volume
+from fastmorph.equation.backends import Backend
+from fastmorph.equation.backends.torch_backend import taps_first, taps_last
+from fastmorph.equation.frame import Size, tap_count
 
 MOST_STEPS = 120  # a direction that is not found by then is better sought again from where this one leads
 _SETTLED = 0.1  # of the first gradient
@@ -50,7 +51,7 @@ class Linearised(NamedTuple):
     factor2: Tensor  # (B, |K1|*Ch, |K1|*Ch)
 
 
-def direction(backend: TorchBackend, about: Linearised, forcing: Tensor, radius: Tensor, most: Tensor) -> Direction:
+def direction(backend: Backend, about: Linearised, forcing: Tensor, radius: Tensor, most: Tensor) -> Direction:
     """Solve until the residual model falls to `forcing`, d reaches `radius`, or `most` steps are taken; (B,) each.
 
     Items that stop leave the batch.
@@ -119,12 +120,12 @@ def ridged_factor(gram: Tensor) -> Tensor:
 def _half_step(factor: Tensor, kernel: Tensor) -> Tensor:
     """M^-1 on a kernel (B, Co, Ch, *K2), given the factor of M, whose rows are ordered tap by tap."""
     b, co, ch, *k2 = kernel.shape
-    rows = taps_first(kernel).view(volume(tuple(k2)), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
+    rows = taps_first(kernel).view(tap_count(tuple(k2)), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
     by_tap = torch.cholesky_solve(rows, factor).view(b, -1, ch, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
     return taps_last(by_tap.reshape(*k2, b, co, ch))
 
 
-def _onto_first(backend: TorchBackend, target: Tensor, second: Tensor, k1: Size) -> Tensor:
+def _onto_first(backend: Backend, target: Tensor, second: Tensor, k1: Size) -> Tensor:
     """A2^T on a target that fills the frame, (B, Co, Ci, *N) -> (B, Ch, Ci, *K1)."""
     origin = (0,) * len(k1)
     return backend.correlate(target.transpose(1, 2), origin, second.transpose(1, 2), k1).transpose(1, 2)

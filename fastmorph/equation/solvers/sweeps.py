@@ -1,13 +1,36 @@
-"""What the iterations on the two kernels share: a projection, the gauge and the record of residuals."""
+"""What the iterations on the two kernels share: the alternation, a projection, the gauge and the record of residuals."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import batch_norm
-from fastmorph.equation.frame import Size
+from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.frame import Frame, Side, Size
 from fastmorph.equation.half_step import HalfStep, per_item
+
+# Of one side, as if it were the second kernel of its equation: the side, the other kernel (fixed), its own kernel so far, the
+# target and the frame, -> its own kernel, or None to end.
+Half = Callable[[Side, Tensor, Tensor, Tensor, Frame], Tensor | None]
+
+
+def alternate_half_steps(weight: Tensor, frame: Frame, first: Tensor, count: int, solve: Half) -> tuple[Tensor, Tensor]:
+    """Alternate from F1, (B, Ch, Ci, *K1): F2 for F1, F1 for F2, ..., `count` half-steps at most, -> F1 and F2."""
+    turns: list[tuple[Side, Side, Tensor, Frame]] = [
+        ("second", "first", weight, frame),
+        ("first", "second", weight.transpose(1, 2), frame.transposed),
+    ]
+    second = weight.new_zeros(*weight.shape[:2], first.shape[1], *frame.second)
+    kernels = {"second": second, "first": first.transpose(1, 2)}
+    for side, other, target, within in islice(cycle(turns), count):
+        kernel = solve(side, kernels[other].transpose(1, 2), kernels[side], target, within)
+        if kernel is None:
+            break
+        kernels[side] = kernel
+    return kernels["first"].transpose(1, 2), kernels["second"]
 
 
 def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,7 +41,7 @@ def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool
     """
     second = step.solve(target, before)
     error, norm = step.error(target, before, second)
-    near = norm <= torch.finfo(error.dtype).eps ** 0.25 * batch_norm(target)
+    near = norm <= torch.finfo(error.dtype).eps ** 0.25 * frobenius(target)
     if always_refine or bool(near.any()):
         wanted = near | always_refine
         finer, finer_error, finer_norm = step.refined(second, error, norm, target, before)

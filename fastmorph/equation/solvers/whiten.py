@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import batch_norm
+from fastmorph.equation.backends.torch_backend import frobenius
 
 _PASSES = 2  # whitening one side colours the other a little; a third pass gained nothing
 
@@ -41,7 +41,7 @@ def whiten(weight: Tensor, roundoff: float, *, passes: int = _PASSES) -> Whitene
         weight, left = mix_out(inverse, weight), left @ half
         half, inverse = _roots(weight.transpose(1, 2).flatten(2), floor)
         weight, right = mix_in(weight, inverse), half @ right
-    norm = batch_norm(weight)
+    norm = frobenius(weight)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     return Whitened(weight / norm.view(-1, *(1,) * (weight.ndim - 1)), left * norm[:, None, None], right)
 

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import lookup
+from ..configs import launch_options, lookup
 
 _TOTAL_S, _TOTAL_N = 64, 32  # partial sums and entries in a tile of their addition, which is small
 
@@ -166,9 +166,7 @@ def launch_gram(moves: torch.Tensor, move: torch.Tensor, partial: torch.Tensor, 
         TILES=config.tiles,
         BLOCK_M=rows_of(memory),
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,  # a product and its sum rounded once
+        **launch_options(config),
     )
 
 
@@ -202,9 +200,7 @@ def launch_update(
         *out.stride(),
         BLOCK_M=rows_of(memory),
         BLOCK_N=block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import lookup
+from ..configs import launch_options, lookup
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,7 @@ def launch_single(matrix: torch.Tensor, lower: torch.Tensor, info: torch.Tensor,
         *lower.stride(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,  # a product and its sum rounded once
+        **launch_options(config),
     )
 
 
@@ -241,7 +239,7 @@ def launch_spread(
     """As `launch_single`, with `info` zero and `rest`, another (B, n, n), to work in."""
     batch, size, _ = matrix.shape
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = launch_options(config)
     source = matrix
     for start in range(0, size, config.block_n):
         tiles = triton.cdiv(size - start - config.block_n, config.block_m)  # below the diagonal block

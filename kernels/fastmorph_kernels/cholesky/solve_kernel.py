@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import launch_options
 from .kernel import CholeskyConfig, _load_diagonal, _substitute
 
 
@@ -100,7 +101,5 @@ def launch_solve(lower: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *,
         *out.stride(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import launch_options
 from ..tile import product_tile
 from ..tiling import TileConfig, closer, is_wide
 
@@ -183,10 +184,7 @@ def launch_product(first: torch.Tensor, product: torch.Tensor, *, precision: str
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        # A product and its sum rounded once: the more accurate choice, and what `ieee` compiles to anyway.
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 

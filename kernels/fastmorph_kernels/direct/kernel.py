@@ -204,6 +204,21 @@ def _stack(index, a, b, c, d, e):
     return tl.where(index == 3, d, tl.where(index == 4, e, lower))
 
 
+@triton.jit(do_not_specialize=["batch"])
+def scales_kernel(spread_ptr, scales_ptr, batch, share, least, ratio, noise, BLOCK: tl.constexpr):
+    """`Balance.scales` of spreads that are yet to be multiplied by a share, (B,) -> (2, B, 2)."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < batch
+    spread = tl.load(spread_ptr + offs, mask=mask, other=1.0)
+    spread = tl.where(spread > 0, spread * share, least).to(scales_ptr.dtype.element_ty)
+    gain = tl.sqrt(ratio / spread)
+    tl.store(scales_ptr + 2 * offs, spread, mask=mask)
+    tl.store(scales_ptr + 2 * offs + 1, gain, mask=mask)
+    scales_ptr += 2 * batch
+    tl.store(scales_ptr + 2 * offs, noise, mask=mask)
+    tl.store(scales_ptr + 2 * offs + 1, 1.0 / gain, mask=mask)
+
+
 @triton.jit(do_not_specialize=["groups"])
 def sums_kernel(
     weight_ptr,

@@ -11,14 +11,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ..configs import lookup
-from .kernel import direct_kernel, sums_kernel
+from ..configs import launch_options, lookup
+from .balance import Balance
+from .kernel import direct_kernel, scales_kernel, sums_kernel
 from .mixing import SIDE, deal, groups_of, shares_pairs
 
 # A row of so many taps or more fills sectors of memory well as it is.
 _LONG_ROW = 32
 # Columns of the largest tile that a table may ask for.
 _WIDEST = 256
+SCALES_BLOCK = 128  # items
 # A GPU is well filled by so many programs; where there are more tiles, each keeps its block of P for several of them.
 _PROGRAMS = 2048
 
@@ -50,8 +52,13 @@ class ColumnLayout(NamedTuple):
 
 def layout_of(tensor: Tensor, size: Sequence[int]) -> ColumnLayout:
     """Of a tensor (B, rows, channels, x, y, z), where columns are counted through taps of `size`."""
-    row, *strides = tensor.stride()[1:]
-    channels, *extent = tensor.shape[2:]
+    return _layout(tuple(tensor.shape[2:]), tensor.stride()[1:], tuple(size))
+
+
+@functools.lru_cache(maxsize=1024)  # a network has so many shapes; to find one costs as much as a launch
+def _layout(shape: tuple[int, ...], all_strides: tuple[int, ...], size: tuple[int, ...]) -> ColumnLayout:
+    row, *strides = all_strides
+    channels, *extent = shape
     reach = SIDE * row + _WIDEST * strides[0] + sum((n - 1) * stride for n, stride in zip(size, strides[1:], strict=True))
     # Neighbouring taps lie `step` apart, as far as they are evenly spaced; so do channels, where they follow on.
     step, taps = 1, 1
@@ -144,9 +151,7 @@ def launch_direct(
         WIDE=source.wide or into.wide,
         BLOCK_M=block_m,
         **sides,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 
@@ -180,10 +185,14 @@ def launch_sums(
         WIDE=source.wide,
         BLOCK_M=block_m,
         BLOCK_R=config.span,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
+
+
+def launch_scales(spread: Tensor, share: float, balance: Balance, scales: Tensor) -> None:
+    """Fill `scales` (2, B, 2) from `share` times spreads (B,); both contiguous, of one dtype, not empty."""
+    grid = (triton.cdiv(len(spread), SCALES_BLOCK),)
+    scales_kernel[grid](spread, scales, len(spread), share, *balance, BLOCK=SCALES_BLOCK, num_warps=4, enable_fp_fusion=True)
 
 
 def config_for(variant: str, like: Tensor) -> DirectConfig:

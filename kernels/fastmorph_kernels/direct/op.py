@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import Precision, check_precision, check_tensors
 from ..register import register
 from ..support import accumulator, six_dimensional, three
+from .balance import Balance, balance_of
 from .mixing import dealing_table, groups_of, mixing_table
 from .plain import fill_factor
 
@@ -139,18 +140,12 @@ class _Factor(NamedTuple):
     given: Tensor | None  # the weight, (B, rows, columns, *K), or None for the factor that has the delta
     out: Tensor
     start: list[int]  # where the weight, or the delta's one tap, stands among the factor's taps
-    scales: Tensor  # (B, 2), as `launch_direct` has it
 
 
 def _factors(
-    out: tuple[Tensor, Tensor],
-    weight: Tensor,
-    before: Sequence[int],
-    spread: Tensor | None,
-    density: float,
-    into_first: bool,
-) -> tuple[_Factor, _Factor]:
-    """The factor that has the weight, and the delta's."""
+    out: tuple[Tensor, Tensor], weight: Tensor, before: Sequence[int], density: float, into_first: bool
+) -> tuple[tuple[_Factor, _Factor], Balance]:
+    """The factor that has the weight, and the delta's; and how their noise and sizes are balanced."""
     weight, one, two = six_dimensional(weight), six_dimensional(out[0]), six_dimensional(out[1]).transpose(1, 2)
     if not into_first:
         weight, one, two = weight.transpose(1, 2), two, one
@@ -160,8 +155,17 @@ def _factors(
         for zeros, k1, k2, k in zip(three(before), one.shape[3:], two.shape[3:], weight.shape[3:], strict=True)
     ]
     start = [zeros - tap for zeros, tap in zip(three(before), centre, strict=True)]
-    scales_one, scales_two = _scales(weight, one, two, spread, density)
-    return _Factor(weight, one, start, scales_one), _Factor(None, two, centre, scales_two)
+    return (_Factor(weight, one, start), _Factor(None, two, centre)), balance_of(weight, one, two, density)
+
+
+def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The root mean square of each item's noise in the factor of the weight, (B,) of `dtype`, as a tensor times a number."""
+    if spread is not None:
+        return spread.to(dtype), 1.0
+    rows, columns = weight.shape[1:3]
+    sample = weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
+    norms = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
+    return norms, max(1, math.prod(sample.shape[1:])) ** -0.5
 
 
 def _plain(
@@ -178,8 +182,10 @@ def _plain(
     into_first: bool,
 ) -> None:
     held = weight.shape[1 if into_first else 2]
-    for given, factor, start, scales in _factors(out, weight, before, spread, density, into_first):
-        fill_factor(given, factor, held, start, seeds, scales.double())
+    factors, balance = _factors(out, weight, before, density, into_first)
+    measured, share = _spread(weight, spread, torch.float64)
+    for (given, factor, start), scales in zip(factors, balance.scales(measured * share), strict=True):
+        fill_factor(given, factor, held, start, seeds, scales)
 
 
 def _launch(
@@ -195,41 +201,26 @@ def _launch(
     precision: str,
     into_first: bool,
 ) -> None:
-    from .launch import launch_direct, launch_sums
+    from .launch import launch_direct, launch_scales, launch_sums
 
     dtype, device, held = accumulator(weight.dtype), weight.device, weight.shape[1 if into_first else 2]
+    if len(weight) == 0:  # an empty grid is an error
+        return
     if dtype == torch.float64 or torch.version.hip is not None:
         precision = "ieee"
     tables, seeds = (mixing_table(dtype, device), dealing_table(hidden, held, device)), seeds.contiguous()
     sums, groups = None, groups_of(hidden, held)
-    for given, factor, start, scales in _factors(out, weight, before, spread, density, into_first):
-        if factor.numel() == 0:  # an empty grid is an error
+    factors, balance = _factors(out, weight, before, density, into_first)
+    measured, share = _spread(weight, spread, dtype)
+    scales = measured.new_empty((2, len(weight), 2))
+    launch_scales(measured.contiguous(), share, balance, scales)
+    for (given, factor, start), own in zip(factors, scales, strict=True):
+        if factor.numel() == 0:
             continue
         if given is not None and groups:
             sums = factor.new_empty((len(factor), groups, 2, math.prod(factor.shape[2:])), dtype=dtype)
             launch_sums(given, sums, factor.shape[3:], start, tables[1])
-        launch_direct(given, None if given is None else sums, factor, held, start, tables, seeds, scales, precision=precision)
-
-
-def _scales(weight: Tensor, one: Tensor, two: Tensor, spread: Tensor | None, density: float) -> tuple[Tensor, Tensor]:
-    """For each factor (B, 2): the spread of its noise, and the factor that gives both the same expected mean square.
-
-    P keeps a norm, so that the mean squares are known without a look at the factors.
-    """
-    held, channels = weight.shape[1:3]
-    hidden, taps, dtype = one.shape[1], math.prod(two.shape[3:]), accumulator(weight.dtype)
-    if spread is None:
-        sample = weight[:, :: max(1, held // _SAMPLE), :: max(1, channels // _SAMPLE)]
-        norms = torch.linalg.vector_norm(sample, dim=(1, 2, 3, 4, 5), dtype=dtype)
-        spread = norms / max(1, math.prod(sample.shape[1:])) ** 0.5
-    size = channels * math.prod(one.shape[3:])
-    spread = torch.where(spread > 0, spread, max(1, size) ** -0.5).to(dtype)
-    extra = hidden - held
-    noise = density / (extra - extra % 2) ** 0.5 if extra > 1 else 0.0
-    mean_one = spread**2 * ((math.prod(weight.shape[1:]) + extra * size) / max(1, hidden * size))
-    mean_two = (1.0 + (density**2 * taps if extra > 1 else 0.0)) / max(1, hidden * taps)
-    gain = (mean_two / mean_one) ** 0.25
-    return torch.stack([spread, gain], 1), torch.stack([torch.full_like(gain, noise), 1.0 / gain], 1)
+        launch_direct(given, None if given is None else sums, factor, held, start, tables, seeds, own, precision=precision)
 
 
 _direct_op = register("direct", allocate=_allocate, launch=_launch, plain=_plain)

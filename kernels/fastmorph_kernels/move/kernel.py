@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import lookup
+from ..configs import launch_options, lookup
 
 # A row of the table: addresses of source and output; first tile; O', I', T'; the source's strides; where the three indices and
 # the two scales begin, -1 where there is none.
@@ -115,7 +115,5 @@ def launch_move(
         SCALED=scales is not None,
         COLUMNS=COLUMNS,
         BLOCK=config.block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
+        **launch_options(config),
     )

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import launch_options
 from ..tile import product_tile, program_tile, tile_columns
 from ..tiling import TileConfig, closer, is_wide
 
@@ -194,10 +195,7 @@ def launch_residual(
         BLOCK_I=block_i,
         BLOCK_U=block_u,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        # A product and its sum rounded once: the more accurate choice, and what `ieee` compiles to anyway.
-        enable_fp_fusion=True,
+        **launch_options(config),
     )
 
 

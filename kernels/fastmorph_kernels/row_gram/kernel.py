@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import launch_options
 from ..tile import product_tile
 from ..tiling import TileConfig, closer, is_wide
 
@@ -149,8 +150,5 @@ def launch_row_gram(first: torch.Tensor, k2: Sequence[int], out: torch.Tensor, *
         WIDE=is_wide(out, first=first, offsets=[one + two - 2 for one, two in zip(first.shape[3:], k2, strict=True)]),
         BLOCK=config.block_m,
         BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        # A product and its sum rounded once: the more accurate choice, and what `ieee` compiles to anyway.
-        enable_fp_fusion=True,
+        **launch_options(config),
     )

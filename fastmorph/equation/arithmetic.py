@@ -1,6 +1,6 @@
-"""Float32 products in full, whatever the user has allowed the rest of the process (TF32 on a GPU, bfloat16 on a CPU).
+"""Products in full, whatever the user has allowed the rest of the process: autocast, TF32 on a GPU, bfloat16 on a CPU.
 
-PyTorch keeps the setting in one place for all threads, so that it is held while at least one solve runs, and put back after
+PyTorch keeps the setting of float32 products in one place for all threads, so that it is held while at least one solve runs, and put back after
 the last. Products of other threads are then taken in full too: never less exact than they asked for. Whoever changes the
 setting meanwhile has the last word: it is left as they set it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,17 @@ _cuda, _cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: 
 _lock = threading.Lock()
 _holders = 0
 _before: _Setting | None = None  # what is to be put back; None: nothing had to be changed
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Suspend autocast, which would round products to a short dtype, and take float32 ones in full; also a decorator."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(full_precision())
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmorph as fm
-from fastmorph.equation.full_precision import full_precision
+from fastmorph.equation.arithmetic import full_precision
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm"}
 

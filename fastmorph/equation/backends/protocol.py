@@ -1,0 +1,61 @@
+"""What a backend must give: the equation's linear maps, in batches.
+
+Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co, Ch, *K2); N = K1 + K2 - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmorph.equation.banded import BandedCholesky
+from fastmorph.equation.frame import Frame, Size
+
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """Where the linear maps run. Backends are compared and hashed by value; `TorchBackend` documents each map."""
+
+    @property
+    def name(self) -> str:
+        """What `backend=` calls it."""
+
+    @property
+    def precision(self) -> str | None:
+        """Of products, one of `PRECISIONS`, or None to choose."""
+
+    def implementation(self, solver: T, reference: T) -> T:
+        """Which of a solver's two implementations runs here: by these maps, or by the numpy reference."""
+
+    def working_dtype(self, device: torch.device) -> torch.dtype:
+        """What the solvers work in."""
+
+    def compose(self, first: Tensor, second: Tensor) -> Tensor:
+        """F2 * F1, -> (B, Co, Ci, *N)."""
+
+    def error(self, target: Tensor, before: Size, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """T - F2 * F1, (B, Co, Ci, *N), where T stands behind `before` zeros, and its norm (B,)."""
+
+    def correlate(self, target: Tensor, before: Size, first: Tensor, k2: Size) -> Tensor:
+        """The adjoint of `compose` in F2, -> (B, Co, Ch, *K2)."""
+
+    def row_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A A^T, (B, |K2|*Ch, |K2|*Ch), lower triangle at least, rows ordered tap by tap."""
+
+    def column_gram(self, first: Tensor, k2: Size) -> Tensor:
+        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least, columns ordered tap by tap."""
+
+    def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
+        """Cholesky factor of a Gram matrix of so many block rows, zero further than `width` blocks from the diagonal."""
+
+    def anderson_step(self, image: Tensor, move: Tensor, images: Tensor, moves: Tensor) -> Tensor:
+        """The image less the combination of `images` whose combination of `moves` is nearest to `move`."""
+
+    def direct(
+        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The closed form by one kernel; None where there is no such kernel."""
