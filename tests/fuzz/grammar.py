@@ -142,6 +142,9 @@ def output(net: Source) -> None:
     net.body[-1] = net.body[-1].replace("out = ", "return ")
 
 
+HEAD = 8  # its slot: behind those of all pieces
+
+
 # --- the network --------------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +197,7 @@ def network(seed: int, pieces: Collection[int] | None = None) -> Network:
     """The network of a seed; `pieces` are the numbers of those that stay, all if None."""
     draw = random.Random(f"{seed}.network")
     net = Source(seed)
-    net.form = draw.choice(["positional"] * 12 + ["keywords", "dict"])
+    net.form = draw.choice(["positional"] * 38 + ["keywords", "dict"])
     mode = draw.choice(["eval"] * 6 + ["train"] * 2 + ["mixed"])
     dtype = draw.choice([torch.float64] * 15 + [torch.float32] * 4 + [torch.bfloat16])
     start = race(f"{seed}.start", {name: weight for name, (_, weight) in STARTS.items()})
@@ -205,6 +208,6 @@ def network(seed: int, pieces: Collection[int] | None = None) -> Network:
         chosen = race(f"{seed}.{slot}", fitting)
         if pieces is None or slot in pieces:
             net.attempt(slot, chosen, PIECES[chosen][0])
-    net.attempt(8, "head", head)
-    net.attempt(9, "output", output) or net.let("return h")
+    net.attempt(HEAD, "head", head)
+    net.attempt(HEAD + 1, "output", output) or net.let("return h")
     return Network(seed, net.text(), tuple(net.pieces), dict(net.inputs), net.form, mode, dtype, net.grain)

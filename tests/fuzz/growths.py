@@ -200,8 +200,9 @@ def _unchanged(before: dict[str, Any], parent: nn.Module) -> None:
 
 
 def family(message: str) -> str:
-    """A message without its names and numbers, for counting: up to the remedy, a table, or a hundred characters."""
-    text = message.split("\n")[0].split("; ")[0]
+    """A message without its names and numbers, for counting: up to the remedy or a hundred characters."""
+    told = message.strip().split("\n")  # a certificate ends with its verdict
+    text = (f"certificate: {told[-1]}" if len(told) > 1 else told[0]).split("; ")[0]
     text = re.sub(r"(?<!\w)('[^']*'|\"[^\"]*\")", "_", text)
     text = re.sub(r"[\[(][-\d, ().]*[\])]|-?\d+(\.\d+)?(e-?\d+)?", "N", text)
     return text.replace("|", "/")[:110]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz.pieces import ANY, piece
-from tests.fuzz.source import Source
+from tests.fuzz.pieces import ANY, PIECES, piece
+from tests.fuzz.source import Source, race
 
 
 def _channels_last(net: Source, module: str) -> str:
@@ -23,7 +23,7 @@ def _norm(net: Source, channels: int) -> str:
     return net.make("norm", net.pick(*made))
 
 
-@piece("map", "vector", weight=3)
+@piece("map", "vector", weight=2.5)
 def batch_norm(net: Source) -> None:
     affine = ", affine=False" * net.chance(0.2) + ", track_running_stats=False" * net.chance(0.1)
     net.step(f"{net.make('norm', f'nn.BatchNorm{max(1, net.dims)}d({net.channels}{affine})')}(h)")
@@ -61,7 +61,7 @@ def handwritten_norm(net: Source) -> None:
     net.step(net.pick(*options))
 
 
-@piece(*ANY, weight=1.5)
+@piece(*ANY, weight=2.5)
 def norm_of_chunk(net: Source) -> None:
     k, axis = net.int(1, net.channels - 1), net.axis
     k = net.channels // 2 if net.chance(0.5) else k
@@ -71,7 +71,7 @@ def norm_of_chunk(net: Source) -> None:
     net.step(f"torch.cat([{net.pick(f'{normed}, b', f'b, {normed}')}], {axis})")
 
 
-@piece(*ANY, weight=2)
+@piece(*ANY, weight=5)
 def norm_of_mixture(net: Source) -> None:
     few, c = net.int(2, 5), net.channels
     layer = net.layer(few)
@@ -135,3 +135,15 @@ def encoder_layer(net: Source) -> None:
     heads, wide = net.divisor(net.channels), net.int(3, 8)
     options = f"{wide}, 0.0, batch_first=True, norm_first={net.chance(0.5)}"
     net.step(f"{net.make('encoder', f'nn.TransformerEncoderLayer({net.channels}, {heads}, {options})')}(h)")
+
+
+# --- between two layers -------------------------------------------------------------------------------------------------------
+
+
+@piece(*ANY, weight=12)
+def between_layers(net: Source) -> None:
+    """Any other piece between a layer of few weights and one of many: new channels are made, meet the piece, and are read."""
+    fitting = {name: weight for name, (_, kinds, weight) in PIECES.items() if net.kind in kinds and name != "between_layers"}
+    net.step(f"{net.layer(net.int(2, 5), 1)}(h)")
+    PIECES[race(f"{net.seed}.{net.slot}.between", fitting)][0](net)
+    net.step(f"{net.layer(net.int(4, 8))}(h)")

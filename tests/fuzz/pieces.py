@@ -27,7 +27,7 @@ def piece(*kinds: str, weight: float = 1.0) -> Callable[[Piece], Piece]:
 # --- layers -------------------------------------------------------------------------------------------------------------------
 
 
-@piece("map", weight=5)
+@piece("map", weight=4)
 def convolution(net: Source) -> None:
     groups = net.divisor(net.channels) if net.chance(0.25) else 1
     co = groups * net.int(1, 3) if groups > 1 else net.int(2, 8)
@@ -55,7 +55,7 @@ def transposed(net: Source) -> None:
     )
 
 
-@piece("tokens", "vector", weight=4)
+@piece("tokens", "vector", weight=3)
 def linear(net: Source) -> None:
     net.step(f"{net.layer(net.int(2, 8))}(h)")
 
@@ -65,7 +65,7 @@ def weight_normed(net: Source) -> None:
     net.step(f"{net.make('normed', f'weight_norm({net.layer_code(net.int(2, 8))})')}(h)")
 
 
-@piece("vector", weight=0.5)
+@piece("vector")
 def bilinear(net: Source) -> None:
     net.step(f"{net.make('bilinear', f'nn.Bilinear({net.channels}, {net.channels}, {net.int(2, 6)})')}(h, F.relu(h))")
 
@@ -94,7 +94,7 @@ def hooked(net: Source) -> None:
 # --- elementwise, and what is only nearly so ----------------------------------------------------------------------------------
 
 
-@piece(*ANY, weight=4)
+@piece(*ANY, weight=3)
 def activation(net: Source) -> None:
     net.step(net.pick("F.relu(h)", "F.gelu(h)", "torch.tanh(h)", "F.silu(h)", "torch.sigmoid(h)", "h * h", "F.softplus(h)"))
 
@@ -104,12 +104,12 @@ def prelu(net: Source) -> None:
     net.step(f"{net.make('prelu', f'nn.PReLU({net.channels})')}(h)")
 
 
-@piece(*ANY, weight=0.7)
+@piece(*ANY, weight=1.5)
 def constant(net: Source) -> None:
     net.step(net.pick("h + torch.ones_like(h)", "h + 1", "2 - h", "h * torch.full_like(h, 0.5) + 0.25"))
 
 
-@piece("map", weight=1.5)
+@piece("map", weight=2)
 def constant_padding(net: Source) -> None:
     widths = tuple(net.int(0, 2) for _ in range(2 * net.dims))
     net.step(f"F.pad(h, {widths}, value=0.5)" if net.chance(0.7) else f"nn.ConstantPad{net.dims}d(1, 1.0)(h)")
@@ -121,13 +121,13 @@ def channel_parameter(net: Source) -> None:
     net.step(f"h {net.pick('+', '*')} {net.parameter('scale', *shape)}")
 
 
-@piece("map", "tokens", weight=1.5)
+@piece("map", "tokens", weight=2)
 def spatial_parameter(net: Source) -> None:
     shape = (1, *net.shape[2:]) if net.kind == "map" else (net.shape[1], 1)
     net.step(f"h {net.pick('+', '*')} {net.parameter('position', *shape)}")
 
 
-@piece("map", "tokens")
+@piece("map", "tokens", weight=2)
 def single_channel(net: Source) -> None:
     mask = f"{net.layer(1, 1)}(h)"
     net.step(net.pick(f"h + {mask}", f"h * torch.sigmoid({mask})", f"{mask} + F.relu(h)"))
@@ -139,7 +139,7 @@ def channel_statistic(net: Source) -> None:
     net.step(f"h {net.pick('+', '-', '*')} h.{one.format(net.axis)}")
 
 
-@piece("map", "tokens")
+@piece("map", "tokens", weight=2)
 def mixed_positions(net: Source) -> None:
     if net.kind == "map":
         flat = math.prod(net.shape[2:])
@@ -215,7 +215,7 @@ def shared_module(net: Source) -> None:
     net.step(f"{layer}(F.relu({layer}(h)))")
 
 
-@piece(*ANY)
+@piece(*ANY, weight=0.5)
 def tied_weights(net: Source) -> None:
     first, second = net.layer(net.channels), net.layer(net.channels)
     net.write(f"{first}.weight = {second}.weight")
@@ -225,7 +225,7 @@ def tied_weights(net: Source) -> None:
 # --- a forward that reads its layers, or sizes --------------------------------------------------------------------------------
 
 
-@piece(*ANY, weight=1.5)
+@piece(*ANY, weight=1)
 def read_weight(net: Source) -> None:
     layer = net.layer(net.int(2, 6))
     read = net.pick(
@@ -241,7 +241,7 @@ def read_padding(net: Source) -> None:
     net.step(f"{layer}(h)[..., :-{layer}.padding[0]]")
 
 
-@piece("map", "vector", "tokens")
+@piece("map", "vector", "tokens", weight=0.7)
 def functional_call(net: Source) -> None:
     layer = net.layer(net.channels if net.chance(0.5) else net.int(2, 6))
     call = f"F.conv{net.dims}d(h, {layer}.weight)" if net.dims else f"F.linear(h, {layer}.weight)"

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 import fastmorph as fm
+from tests.fuzz.grammar import HEAD
+from tests.fuzz.source import race
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -18,7 +20,7 @@ WIDENED = (*CONVS, *TRANSPOSED, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bil
 
 @dataclass(frozen=True)
 class Circumstances:
-    """How `fm.morph` is called: with example inputs (and optional ones), a certificate, an optimizer of that name; and replayed."""
+    """How `fm.morph` is called: with example inputs (and optional ones), a certificate, an optimizer of that name."""
 
     inputs: bool
     options: bool
@@ -54,28 +56,21 @@ def plan(seed: int, model: nn.Module, mode: str, steps: Collection[int] | None =
     for step in range(random.Random(f"{seed}.steps").choice([1, 1, 1, 1, 2, 2, 3, 4])):
         if not targets:
             break
-        # The choice of a layer stays the same when others are taken away.
-        target = targets[min(targets, key=lambda name: random.Random(f"{seed}.{step}.{name}").random())]
+        # The head's channels are outputs, which nothing widens.
+        target = targets[race(f"{seed}.{step}", {name: 0.2 if name.startswith(f"layer{HEAD}") else 1 for name in targets})]
         if steps is None or step in steps:
             operators.append(_operator(random.Random(f"{seed}.{step}.operator"), target, mode, targets))
     return operators
 
 
 def _target(name: str, module: Any) -> _Target:
-    co = next(getattr(module, key) for key in ("out_channels", "out_features", "embedding_dim") if hasattr(module, key))
-    ci = next(
-        getattr(module, key) for key in ("in_channels", "in_features", "in1_features", "num_embeddings") if hasattr(module, key)
-    )
-    deepens = isinstance(module, (*CONVS, nn.Linear))
-    return _Target(
-        name,
-        co,
-        ci,
-        tuple(getattr(module, "kernel_size", ())),
-        getattr(module, "groups", 1),
-        isinstance(module, TRANSPOSED),
-        deepens,
-    )
+    def size(*keys: str) -> int:
+        return next(getattr(module, key) for key in keys if hasattr(module, key))
+
+    co = size("out_channels", "out_features", "embedding_dim")
+    ci = size("in_channels", "in_features", "in1_features", "num_embeddings")
+    kernel, groups = getattr(module, "kernel_size", ()), getattr(module, "groups", 1)
+    return _Target(name, co, ci, kernel, groups, isinstance(module, TRANSPOSED), isinstance(module, (*CONVS, nn.Linear)))
 
 
 def _operator(draw: random.Random, target: _Target, mode: str, targets: dict[str, _Target]) -> Any:
@@ -84,17 +79,11 @@ def _operator(draw: random.Random, target: _Target, mode: str, targets: dict[str
         kinds += ["deepen"] * 3 + ["sequential", "stacked", "residual"]
     if target.kernel:
         kinds += ["grow"] * 3
-    return {"widen": _widen, "deepen": _deepen, "sequential": _sequential}.get(kind := draw.choice(kinds), _others(kind))(
-        draw, target, mode, targets
-    )
-
-
-def _others(kind: str) -> Any:
-    return {"stacked": _stacked, "residual": _residual}.get(kind, _grow)
+    return _OPERATORS[draw.choice(kinds)](draw, target, mode, targets)
 
 
 def _widen(draw: random.Random, target: _Target, mode: str, targets: dict[str, _Target]) -> fm.Widen:
-    channels = draw.choice([target.channels * 2, target.channels + 1, target.channels + target.groups, target.channels + 4])
+    channels = draw.choice([target.channels * n for n in (2, 2, 3)] + [target.channels + n for n in (1, target.groups, 4)])
     targets[target.name] = _replaced(target, channels=channels)
     return fm.Widen(target.name, channels, draw.choice(["pair", "zero", "duplicate"]))
 
@@ -136,7 +125,7 @@ def _row(draw: random.Random, target: _Target, mode: str, length: int) -> Any:
 
 def _stacked(draw: random.Random, target: _Target, mode: str, targets: dict[str, _Target]) -> fm.InsertSubnet:
     branches = [_row(draw, target, mode, draw.randint(1, 2)) for _ in range(draw.randint(1, 3))]
-    skips = [fm.Skip()] if draw.random() < 0.3 else []
+    skips = [fm.Skip()] if target.channels == target.inputs and draw.random() < 0.5 else []
     del targets[target.name]
     return fm.InsertSubnet(target.name, fm.Stacked([*branches, *skips]))
 
@@ -164,3 +153,9 @@ def _put(targets: dict[str, _Target], target: _Target, part: str, **changes: Any
 
 def _replaced(target: _Target, **changes: Any) -> _Target:
     return _Target(**{**vars(target), **changes})
+
+
+_OPERATORS = {
+    **{"widen": _widen, "deepen": _deepen, "grow": _grow},
+    **{"sequential": _sequential, "stacked": _stacked, "residual": _residual},
+}

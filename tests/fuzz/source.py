@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -154,8 +155,9 @@ class Source:
     def parameter(self, name: str, *shape: int) -> str:
         return self.make(name, f"nn.Parameter(torch.ones{shape if len(shape) != 1 else f'({shape[0]})'})")
 
-    def layer_code(self, channels: int, size: int = 3, bias: bool | None = None, inputs: int | None = None) -> str:
+    def layer_code(self, channels: int, size: Any = None, bias: bool | None = None, inputs: int | None = None) -> str:
         """What makes a layer for `h` that keeps its map's size."""
+        size = size or self.pick(1, 3, 3)
         rest = "" if (self.chance(0.7) if bias is None else bias) else ", bias=False"
         inputs = inputs or self.channels
         if not self.dims:
@@ -186,7 +188,7 @@ class Source:
         kept = (list(self.init), list(self.body), dict(self.values), dict(self.inputs), self.kind, self.form, self.grain)
         members = [dict(table) for table in self._members()]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 piece(self)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
             self.init, self.body, self.values, self.inputs, self.kind, self.form, self.grain = kept
