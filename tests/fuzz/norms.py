@@ -144,6 +144,6 @@ def encoder_layer(net: Source) -> None:
 def between_layers(net: Source) -> None:
     """Any other piece between a layer of few weights and one of many: new channels are made, meet the piece, and are read."""
     fitting = {name: weight for name, (_, kinds, weight) in PIECES.items() if net.kind in kinds and name != "between_layers"}
-    net.step(f"{net.layer(net.int(2, 5), 1)}(h)")
+    net.step(f"{net.make('narrow', net.layer_code(net.int(2, 5), 1))}(h)")
     PIECES[race(f"{net.seed}.{net.slot}.between", fitting)][0](net)
     net.step(f"{net.layer(net.int(4, 8))}(h)")

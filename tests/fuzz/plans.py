@@ -44,7 +44,7 @@ class _Target:
 
 def circumstances(seed: int) -> Circumstances:
     draw = random.Random(f"{seed}.circumstances")
-    inputs, options, verify = draw.random() < 0.65, draw.random() < 0.5, draw.random() < 0.6
+    inputs, options, verify = draw.random() < 0.65, draw.random() < 0.5, draw.random() < 0.4
     optimizer = draw.choice([None] * 12 + ["SGD", "Adam", "AdamW"])
     return Circumstances(inputs, options, verify, optimizer, draw.random() < 0.25)
 
@@ -56,11 +56,15 @@ def plan(seed: int, model: nn.Module, mode: str, steps: Collection[int] | None =
     for step in range(random.Random(f"{seed}.steps").choice([1, 1, 1, 1, 2, 2, 3, 4])):
         if not targets:
             break
-        # The head's channels are outputs, which nothing widens.
-        target = targets[race(f"{seed}.{step}", {name: 0.2 if name.startswith(f"layer{HEAD}") else 1 for name in targets})]
+        target = targets[race(f"{seed}.{step}", {name: _weight(name) for name in targets})]
         if steps is None or step in steps:
             operators.append(_operator(random.Random(f"{seed}.{step}.operator"), target, mode, targets))
     return operators
+
+
+def _weight(name: str) -> float:
+    """How often a layer is chosen: the head, whose channels are outputs, seldom; what a piece was put behind, often."""
+    return 0.2 if name.startswith(f"layer{HEAD}") else 3.0 if name.startswith("narrow") else 1.0
 
 
 def _target(name: str, module: Any) -> _Target:

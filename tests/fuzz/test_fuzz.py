@@ -76,14 +76,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("broken")
 def test_a_wrong_child_is_found_and_told_in_twelve_lines(tmp_path, capsys) -> None:
-    seeds = ["--seed", "0", "--growths", "8", "--quiet", "--resume", str(tmp_path / "fuzz.jsonl")]
+    seeds = ["--seed", "0", "--growths", "6", "--quiet", "--resume", str(tmp_path / "fuzz.jsonl")]
     assert main(seeds) == 1
     told = capsys.readouterr().out
     assert "wrong" in told
     scripts = told.split("\n--- seed ")[1:]
     assert scripts
     assert all(len(script.strip().splitlines()) - 1 <= 12 and "run(" in script for script in scripts)
-    assert len((tmp_path / "fuzz.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "fuzz.jsonl").read_text().splitlines()) == 6
 
 
 def test_parts_resume(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
