@@ -96,6 +96,9 @@ STARTS: dict[str, tuple[Piece, float]] = {
 # --- heads and outputs --------------------------------------------------------------------------------------------------------
 
 
+HEAD = 8  # its slot: behind those of all pieces
+
+
 def head(net: Source) -> None:
     if net.kind == "map" and net.chance(0.6):
         to_vector = net.pick(
@@ -118,31 +121,22 @@ def head(net: Source) -> None:
         net.step(f"{net.layer(net.int(2, 4), 1)}(h)")
 
 
+OUTPUTS = (
+    *["h"] * 14,
+    *("h, KEPT", "[h, KEPT]", "{'logits': h, 'hidden': KEPT}", "Named(h, KEPT)", "Record(h, KEPT)", "Record(KEPT, [h])"),
+    *("Plain(logits=h)", "(KEPT, Plain(logits=h))", "UserDict(logits=h)", "iter([h])", "(t for t in (h, KEPT))", "Slots(h)"),
+    *("{'a': (h, {'b': Plain(deep=[h])})}", "map(torch.tanh, [h])", "h, PENALTY"),
+    *("h, sum(p.square().sum() for p in self.parameters())", "h, 'done', 3, None"),
+)
+
+
 def output(net: Source) -> None:
     kept = "kept" if "kept" in net.values else "h.mean()"
     layers = [line.split(" = ")[0] for line in net.init if " = nn.Conv" in line or " = nn.Linear(" in line]
     penalty = f"{net.pick(*layers)}.weight.square().sum()" if layers else "0.0"
-    forms = ["h"] * 14 + [f"h, {kept}", f"[h, {kept}]", f"{{'logits': h, 'hidden': {kept}}}", f"Named(h, {kept})"]
-    forms += [
-        f"Record(h, {kept})",
-        f"Record({kept}, [h])",
-        "Plain(logits=h)",
-        f"({kept}, Plain(logits=h))",
-        "UserDict(logits=h)",
-    ]
-    forms += [
-        "iter([h])",
-        f"(t for t in (h, {kept}))",
-        "Slots(h)",
-        "{'a': (h, {'b': Plain(deep=[h])})}",
-        "map(torch.tanh, [h])",
-    ]
-    forms += [f"h, {penalty}", "h, sum(p.square().sum() for p in self.parameters())", "h, 'done', 3, None"]
-    net.let(f"out = {net.pick(*forms)}")
+    form = net.pick(*OUTPUTS).replace("KEPT", kept).replace("PENALTY", penalty)
+    net.let(f"out = {form}")
     net.body[-1] = net.body[-1].replace("out = ", "return ")
-
-
-HEAD = 8  # its slot: behind those of all pieces
 
 
 # --- the network --------------------------------------------------------------------------------------------------------------
