@@ -9,11 +9,11 @@ import torch
 
 from tests.fuzz import growths
 from tests.fuzz.__main__ import main, table
-from tests.fuzz.grammar import STARTS, network
+from tests.fuzz.grammar import STARTS, Network, network
 from tests.fuzz.growths import GOOD, Outcome, family, run
-from tests.fuzz.judge import difference, leaves
+from tests.fuzz.judge import difference, fingerprint, leaves, other_modes
 from tests.fuzz.pieces import PIECES
-from tests.fuzz.source import Plain, Source
+from tests.fuzz.source import Plain, Source, doubled
 
 # Seeds that end in something else today. Each is to go from here when it is mended: the suite fails until it does.
 OBJECT = "an output inside an object or an iterator is not seen, so that the layer that makes it is widened"
@@ -25,6 +25,15 @@ KNOWN: dict[int, str] = {
     167: "one group of a norm over channels of which some stay: twins crash",
     194: "zero rows meet what makes something of zero",
 }
+
+NET = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer0 = nn.Conv2d(2, 3, 3, padding=1)
+    def forward(self, x):
+        return self.layer0(x)
+"""
 
 SEEDS = [
     pytest.param(seed, marks=pytest.mark.xfail(reason=KNOWN[seed], strict=True) if seed in KNOWN else ()) for seed in range(300)
@@ -101,6 +110,33 @@ def test_parts_resume(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
         assert main(["--growths", str(growths_), "--quiet", "--resume", str(tmp_path / "part" / "fuzz.jsonl")]) == 0
     assert ran == [0, 1, 2, 3, 4]
     assert "5 growths" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.layer0.train(not model.layer0.training),
+        lambda model: model.layer0.weight.data.view(-1)[:1].mul_(1 + 1e-15),
+        lambda model: model.layer0.register_forward_hook(doubled),
+        lambda model: setattr(model.layer0, "padding", (0, 0)),
+        lambda model: setattr(model.layer0, "weight", torch.nn.Parameter(model.layer0.weight.detach().clone())),
+        lambda model: model.layer0.weight.requires_grad_(False),
+    ],
+)
+def test_a_changed_parent_is_told(change) -> None:
+    model = Network(0, NET, (), {}, "positional", "eval", torch.float64, torch.float64).build()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    change(model)
+    assert fingerprint(model) != before
+
+
+def test_modes_of_new_modules_are_those_of_the_layer_that_they_replace() -> None:
+    model = Network(0, NET, (), {}, "positional", "eval", torch.float64, torch.float64).build()
+    child = growths.fm.deepen(model, "layer0")
+    assert not other_modes(model, child)
+    child.layer0.first.train()
+    assert "layer0.first" in other_modes(model, child)
 
 
 def test_outputs_are_walked_as_far_as_python_goes() -> None:
