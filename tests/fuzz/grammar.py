@@ -58,7 +58,8 @@ def two_images(net: Source) -> None:
     image(net)
     net.input("y", "batch", net.int(1, 3), *["size"] * net.dims)
     first, second = net.layer(c := net.int(2, 6)), net.layer(c, inputs=net.values["y"].shape[1])
-    net.step(f"{first}(h) {net.pick('+', '*')} {second}(y)")
+    alone = net.values["y"].shape[1] == 1 and net.chance(0.7)  # one channel meets them all
+    net.step(f"{first}(h) {net.pick('+', '*')} {'y' if alone else f'{second}(y)'}")
 
 
 def optional_image(net: Source) -> None:
