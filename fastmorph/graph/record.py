@@ -64,18 +64,16 @@ class Role:
 
     Attributes:
         code: the operator and operand.
-        atoms: (n,).
-        numbers: (n,).
+        lines: (m, n) atoms; the number of a line is that of its atoms.
     """
 
     code: int
-    atoms: Tensor
-    numbers: Tensor
+    lines: Tensor
 
     def add_to(self, signatures: Ints) -> None:
         """Add to `Record.signatures`."""
-        atoms, numbers = self.atoms.numpy(), self.numbers.numpy()
-        held = atoms >= 0
+        atoms = self.lines.reshape(-1).numpy()
+        numbers, held = np.repeat(np.arange(len(self.lines)), self.lines.shape[-1]), atoms >= 0
         np.add.at(signatures, atoms[held], scrambled(np.array(self.code)) * (2 * numbers[held] + 1))
 
 
@@ -215,8 +213,7 @@ class Record:
 
     def roles_of(self, place: int, lines: Tensor) -> Role:
         """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
-        numbers = torch.arange(len(lines))[:, None].expand_as(lines)
-        return Role(len(self.journal) * _PLACES + place, lines.reshape(-1), numbers.reshape(-1))
+        return Role(len(self.journal) * _PLACES + place, lines)
 
     def note_roles(self, place: int, lines: Tensor) -> None:
         """Note the roles of labels, see `roles_of`, that growth leaves as they are."""
