@@ -306,8 +306,8 @@ def unique(pairs: Edges) -> Edges:
     """Undirected, each once, without loops, sorted."""
     if not len(pairs):
         return pairs
-    low, high = pairs.min(1), pairs.max(1)
-    base = int(high.max()) + 1
-    keys = np.sort((low * base + high)[low != high])  # as one number, which sorts much faster than pairs
+    low, high = np.minimum(pairs[:, 0], pairs[:, 1]), np.maximum(pairs[:, 0], pairs[:, 1])
+    bits = int(high.max()).bit_length()
+    keys = np.sort(((low << bits) | high)[low != high])  # as one number, which sorts much faster than pairs
     keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
-    return np.stack([keys // base, keys % base], 1)
+    return np.stack([keys >> bits, keys & ((1 << bits) - 1)], 1)
