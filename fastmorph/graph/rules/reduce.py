@@ -61,7 +61,6 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
         left = mix(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
         if left is not None:
             slots.append(slot)
-    tracer.record.mark("makes_of_zero", slots)
     outs = call.out if isinstance(call.out, tuple | list) else [call.out]
     return [Flow(tuple(slots), flow.opaque)] * len(outs)
 
@@ -90,20 +89,29 @@ def mix(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair: b
     outer = [dim for dim in range(slot.ndim) if dim not in inner]
     lines = slot.permute(*outer, *inner).reshape(*(slot.shape[dim] for dim in outer), -1)
     if varying_dims(slot) - set(inner):
+        block_mixed(tracer, lines, does)
         tracer.record.tie_edges(chain(lines))
         tracer.record.note_roles(_ROLES, lines.reshape(-1, lines.shape[-1]).T)
         for dim in inner:
             slot = slot.narrow(dim, 0, 1)
         return compress(slot)
     if fair:
-        note_normalised(tracer, slot.reshape(1, -1), "")
+        note_normalised(tracer, slot.reshape(1, -1), does)
     else:
         tracer.block([slot], does)
     return None
 
 
-def note_normalised(tracer: Tracer, lines: Tensor, attribute: str, more: Edges = NO_EDGES) -> None:
+def block_mixed(tracer: Tracer, lines: Tensor, does: str) -> None:
+    """Block the atoms of (*, n) lines that hold other positions as well: those have no copies, so that no line is copied whole."""
+    others = lines < 0
+    if others.any():
+        tracer.block([lines[others.any(-1)]], f"{does}, together with others that stay as they are (data of no layer, constants)")
+
+
+def note_normalised(tracer: Tracer, lines: Tensor, does: str, attribute: str = "", more: Edges = NO_EDGES) -> None:
     """Each row of `lines`, (groups, n) atoms, is normalised by its own mean or the like."""
+    block_mixed(tracer, lines, does)
     groups = torch.arange(len(lines))[:, None].expand_as(lines)
     held = torch.stack([lines, groups], -1).reshape(-1, 2)
     pairs = np.ascontiguousarray(held[held[:, 0] >= 0].numpy())
