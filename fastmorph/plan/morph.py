@@ -57,7 +57,7 @@ class Morphed(Generic[M]):
         model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
         certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
-        history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
+        history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
             same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
     """
@@ -173,7 +173,8 @@ def morph(
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
+    history = plan.recorded(transaction.resolved(plan), seed, given)
+    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), twins)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:

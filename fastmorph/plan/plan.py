@@ -76,12 +76,12 @@ class Plan:
     def __len__(self) -> int:
         return len(self.operators)
 
-    def recorded(self, seed: int, inputs: tuple[Any, ...] | None) -> Plan:
-        """This plan as it was run: with the seed, and the shapes of the inputs where all of them are tensors."""
+    def recorded(self, operators: Sequence[Operator], seed: int, inputs: tuple[Any, ...] | None) -> Plan:
+        """This plan as it was run: its operators with all sizes, the seed, and shapes of inputs where all are tensors."""
         shapes = self.inputs
         if inputs is not None and all(isinstance(value, Tensor) for value in inputs):
             shapes = tuple((tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in inputs)
-        return Plan(self.operators, seed, shapes)
+        return Plan(operators, seed, shapes)
 
     def example_inputs(self, model: nn.Module) -> tuple[Tensor, ...] | None:
         """Zeros of the recorded shapes and dtypes, where the model is; None if none were recorded."""

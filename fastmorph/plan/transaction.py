@@ -96,9 +96,11 @@ class Transaction:
     solving: dict[str, Any] = field(default_factory=dict)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
+    _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
     _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
+    _operator: Operator | None = field(default=None, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
     def noise(self, *names: str) -> Stream:
@@ -126,6 +128,16 @@ class Transaction:
                     operator.apply(self)
                 self.structure = None
 
+    def resolve(self, operator: Operator) -> None:
+        """Say what the operator that is being applied comes to with its defaults decided: histories hold that."""
+        if self._operator is not None:
+            self._resolved.append((self._operator, operator))
+
+    def resolved(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
+        """Operators that were run, in their order, each as `resolve` has it."""
+        left = list(self._resolved)
+        return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in operators)
+
     def _check(self, operator: Operator) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         target: object = operator.target
@@ -141,9 +153,10 @@ class Transaction:
         began, target = perf_counter(), operator.target
         self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
         self.steps.append(step)
+        self._operator = operator
         yield step
         step.after = self._kernel_shapes(target)
-        self._step = None
+        self._step = self._operator = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
