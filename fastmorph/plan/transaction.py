@@ -25,6 +25,7 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
+from fastmorph.inputs import Inputs
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
@@ -76,7 +77,7 @@ class Transaction:
             the model itself.
         lineage: where its parameters come from.
         seed: of all noise; the same seed, plan, parent and settings give the same bits.
-        example_inputs: positional arguments of the model, for operators that trace it; None where none were given.
+        example_inputs: a call of the model, for operators that trace it; None where none was given.
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
@@ -89,7 +90,7 @@ class Transaction:
     model: nn.Module
     lineage: Lineage
     seed: int = 0
-    example_inputs: tuple[Any, ...] | None = None
+    example_inputs: Inputs | None = None
     with_weights: bool = True
     consume: bool = False
     structure: Structure | None = None
