@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmorph.graph.flow import Flow, compress, varying_dims
 from fastmorph.graph.record import NO_EDGES, Choice, Edges, chain
-from fastmorph.graph.tracer import Call, Tracer
+from fastmorph.graph.tracer import Call, NoSuchDimension, Tracer
 
 _ROLES = 62  # a place of the journal's entry beyond any operand's
 _MEANS = ("mean", "amax", "amin", "max", "min")
@@ -69,7 +69,10 @@ def _dims(call: Call, ndim: int) -> tuple[int, ...]:
     given = call.args.get("dim", call.args.get("dims"))
     if given is None or given == []:
         return tuple(range(ndim))
-    return tuple(sorted(dim % max(ndim, 1) for dim in ([given] if isinstance(given, int) else given)))
+    dims, count = [given] if isinstance(given, int) else given, max(ndim, 1)
+    if any(not -count <= dim < count for dim in dims):  # fake tensors take any
+        raise NoSuchDimension(f"{call.name} over dimension {given} of a tensor of {ndim}")
+    return tuple(sorted(dim % count for dim in dims))
 
 
 def _without(label: Tensor, dims: Iterable[int]) -> Tensor:
@@ -103,10 +106,12 @@ def mix(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair: b
 
 
 def block_mixed(tracer: Tracer, lines: Tensor, does: str) -> None:
-    """Block the atoms of (*, n) lines that hold other positions as well: those have no copies, so that no line is copied whole."""
+    """Block the atoms of (*, n) lines that hold other positions as well: these have no copies, and so the line has none."""
     others = lines < 0
     if others.any():
-        tracer.block([lines[others.any(-1)]], f"{does}, together with others that stay as they are (data of no layer, constants)")
+        tracer.block(
+            [lines[others.any(-1)]], f"{does}, together with others that stay as they are (data of no layer, constants)"
+        )
 
 
 def note_normalised(tracer: Tracer, lines: Tensor, does: str, attribute: str = "", more: Edges = NO_EDGES) -> None:

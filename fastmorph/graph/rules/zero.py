@@ -16,7 +16,21 @@ from fastmorph.graph.tracer import Call, Tracer
 
 # Zero where the first operand is, whatever the others are; beside those that only move data and those that pool.
 KEEP = (
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish", "tanh", "_prelu_kernel", "prelu"),
+    *(
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "celu",
+        "selu",
+        "silu",
+        "gelu",
+        "mish",
+        "hardswish",
+        "tanh",
+        "_prelu_kernel",
+        "prelu",
+    ),
     *("neg", "abs", "sign", "sqrt", "square", "native_dropout", "dropout", "softshrink", "hardshrink", "copy", "erf", "sin"),
     *("asinh", "atan", "sinh", "tan", "expm1", "log1p", "trunc", "round", "ceil", "floor", "glu", "im2col", "col2im", "cumsum"),
     *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "norm", "linalg_vector_norm", "as_strided", "index"),
