@@ -48,6 +48,6 @@ def _arguments(model: nn.Module, call: Inputs) -> tuple[inspect.BoundArguments |
 
 
 def _call(given: inspect.BoundArguments, other: dict[str, Any]) -> Inputs:
-    arguments = inspect.BoundArguments(given.signature, {**given.arguments, **other})  # type: ignore[arg-type]
+    arguments = inspect.BoundArguments(given.signature, {**given.arguments, **other})
     arguments.apply_defaults()
     return Inputs(arguments.args, arguments.kwargs)

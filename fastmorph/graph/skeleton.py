@@ -126,9 +126,9 @@ class Skeleton:
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
         for name, calls in with_options(self.model, first.inputs, shapes):
             for call in calls:
-                found = self._tried(Run(self.inputs(call), option=name), record)
-                if found[0] is not record:  # it runs on that shape
-                    record = found[0]
+                more, _ = self._tried(Run(self.inputs(call), option=name), record)
+                if more is not record:  # it runs on that shape
+                    record = more
                     break
         for run in further:  # it grows: there may be more comparisons in another branch
             record, found = self._tried(run, record)
