@@ -57,7 +57,7 @@ def _items(value: Any) -> Iterable[tuple[object, Any]] | None:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return zip(value._fields, value, strict=True)
     if isinstance(value, Set):
-        return enumerate(sorted(value, key=_order))
+        return enumerate(sorted(value, key=_order) if len(value) > 1 else value)
     if isinstance(value, Sequence):
         return enumerate(value)
     if isinstance(value, Iterator):

@@ -19,6 +19,7 @@ from fastmorph.graph.tracer import Tracer
 Place = tuple[str, int, int]  # a comparison in some code: its file, the first line of its function, the instruction
 
 _OTHERS = ("torch", "fastmorph")  # whose code compares sizes too, and does the same with any
+_SIZES_OF_A_SHAPE = 6
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZES = (_SHAPE, Tensor.size, Tensor.numel, Tensor.nelement)
 
@@ -28,7 +29,7 @@ class Comparisons(TorchFunctionMode):
 
     Args:
         tracer: follows the same run.
-        turned: places at which the first comparison in each module comes out the other way.
+        turned: places at which the first comparison in each module, of a size or of a shape, comes out the other way.
 
     Attributes:
         found: the places of all comparisons, but for those of `_OTHERS`, in the order of the run.
@@ -36,11 +37,13 @@ class Comparisons(TorchFunctionMode):
 
     def __init__(self, tracer: Tracer, turned: frozenset[Place]) -> None:
         super().__init__()
-        self._tracer, self._turned, self._done = tracer, turned, set[tuple[str, Place]]()
+        self._tracer, self._turned, self._done = tracer, turned, dict[tuple[str, Place], int]()
+        self._calls, self._left = 0, dict[tuple[str, Place], int]()
         self.found: dict[Place, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function; sizes of dimensions without channels become a `Size`."""
+        self._calls += 1
         out = func(*args, **(kwargs or {}))
         if func not in _SIZES or type(args[0]) is Tensor:
             return out
@@ -60,10 +63,10 @@ class Comparisons(TorchFunctionMode):
         place = (frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti)
         self.found.setdefault(place)
         visit = (self._tracer.stack[-1], place)
-        if place not in self._turned or visit in self._done:
-            return outcome
-        self._done.add(visit)  # once: a loop goes on as it would
-        return not outcome
+        if place not in self._turned or self._done.setdefault(visit, self._calls) != self._calls:
+            return outcome  # a loop goes on as it would
+        self._left[visit] = self._left.get(visit, _SIZES_OF_A_SHAPE) - 1  # each size of a shape that is compared with another
+        return outcome if self._left[visit] < 0 else not outcome
 
 
 class Size(int):

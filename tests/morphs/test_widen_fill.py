@@ -44,6 +44,73 @@ def test_zero_rows_through_a_batch_norm():
     assert child[1].running_var[4:].min() > 0
 
 
+def tokens(between, **modules):
+    """Channels of a narrow layer, something between, and a wide layer that reads them: fewer rows than columns."""
+
+    def forward(m, x):
+        return m.two(between(m, m.one(x)))
+
+    return trained(Net(forward, one=nn.Linear(3, 4), two=nn.Linear(4, 9), **modules))
+
+
+MAKES_OF_ZERO = {
+    "constant padding": lambda m, h: nn.functional.pad(h, (0, 0, 1, 1), value=0.5),
+    "ones like it": lambda m, h: h + torch.ones_like(h),
+    "a position's parameter": lambda m, h: h + m.position,
+    "a number": lambda m, h: h + 1,
+    "one channel for all": lambda m, h: h + m.single(h),
+    "a bias that mixes positions": lambda m, h: m.mix(h.transpose(1, 2)).transpose(1, 2),
+    "a token of ones": lambda m, h: torch.cat([h, torch.ones_like(h[:, :1])], 1),
+    "a chosen constant": lambda m, h: torch.where(h > 0, h, 0.5),
+    "a softmax over positions": lambda m, h: h.softmax(1),
+    "a power": lambda m, h: (h + 1e-3).abs() ** -0.5,
+    "a layer norm of positions": lambda m, h: m.norm(h.transpose(1, 2)).transpose(1, 2),
+}
+KEEPS_ZERO = {
+    "a gate": lambda m, h: h * torch.sigmoid(m.single(h)),
+    "padding": lambda m, h: nn.functional.pad(h, (0, 0, 1, 1)),
+    "a class token": lambda m, h: torch.cat([m.token.expand(len(h), 1, -1), h], 1),
+    "a channel's parameter": lambda m, h: h + m.channel,
+    "two branches": lambda m, h: torch.relu(h) + torch.tanh(h) * m.position,
+    "a mean": lambda m, h: h - h.mean(1, keepdim=True),
+    "mixed positions": lambda m, h: m.unbiased(h.transpose(1, 2)).transpose(1, 2),
+    "a square": lambda m, h: h**2,
+    "zeros like it": lambda m, h: torch.cat([h, torch.zeros_like(h[:, :1])], 1),
+}
+
+
+def parts():
+    one = {"position": (5, 1), "channel": (4,), "token": (1, 1, 4)}
+    layers = {
+        "single": nn.Linear(4, 1),
+        "mix": nn.Linear(5, 5),
+        "unbiased": nn.Linear(5, 5, bias=False),
+        "norm": nn.LayerNorm(5),
+    }
+    return {**{name: nn.Parameter(torch.ones(shape)) for name, shape in one.items()}, **layers}
+
+
+def used(between):
+    """The parts that the code names; what no run uses would not be widened past."""
+    return {name: part for name, part in parts().items() if name in between.__code__.co_names}
+
+
+@pytest.mark.parametrize("name", MAKES_OF_ZERO)
+def test_zeros_that_become_something_are_read_by_zeros(name):
+    between = MAKES_OF_ZERO[name]
+    child = widened(tokens(between, **used(between)), {"one": 6}, randn(2, 5, 3), fill="zero")
+    assert child.two.weight[:, 4:].abs().max() == 0
+    assert child.one.weight[4:].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", KEEPS_ZERO)
+def test_zeros_that_stay_zeros_are_made_by_zeros(name):
+    between = KEEPS_ZERO[name]
+    child = widened(tokens(between, **used(between)), {"one": 6}, randn(2, 5, 3), fill="zero")
+    assert child.one.weight[4:].abs().max() == child.one.bias[4:].abs().max() == 0
+    assert child.two.weight[:, 4:].abs().min() > 0
+
+
 def test_duplicates():
     parent = perceptron(nn.ReLU())
     child = widened(parent, {"0": 12}, randn(4, 3), fill="duplicate")
