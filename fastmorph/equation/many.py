@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
@@ -57,8 +56,12 @@ def decompose_many(
     """
     if not isinstance(problems, Sequence):
         raise MorphError(f"problems is a {type(problems).__name__}; pass a list of fm.Problem, [problem] for one.")
-    options: _Options = {"solver": solver, "backend": backend, "precision": precision, "allow_inexact": allow_inexact}
-    checked = [_check(index, problem, options) for index, problem in enumerate(problems)]
+    checked: list[Checked] = []
+    for index, problem in enumerate(problems):
+        try:
+            checked.append(check(problem, solver=solver, backend=backend, precision=precision, allow_inexact=allow_inexact))
+        except MorphError as error:
+            raise error.of_problem(index) from None
     seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
@@ -70,20 +73,6 @@ def decompose_many(
                 answers[index] = found
             bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]
-
-
-class _Options(TypedDict):
-    solver: Solver
-    backend: str | None
-    precision: str | None
-    allow_inexact: bool
-
-
-def _check(index: int, problem: Problem[Any], options: _Options) -> Checked:
-    try:
-        return check(problem, **options)
-    except MorphError as error:
-        raise error.of_problem(index) from None
 
 
 def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:

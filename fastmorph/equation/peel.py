@@ -46,10 +46,8 @@ class Peeling:
         return Problem(rest, self.hidden[index], (frame.first, frame.second), len(self.reach))
 
     def single(self, share: Tensor) -> Tensor:
-        """The only kernel of a row of one: the share, (*B, Co, Ci, *share), with zeros around it."""
-        flat = share.reshape(-1, *share.shape[share.ndim - len(self.share) - 2 :])
-        padded = pad(flat, Frame(self.share, self.reach, (1,) * len(self.reach)).before, self.reach)
-        return padded.reshape(*share.shape[: share.ndim - len(self.share)], *self.reach)
+        """The only kernel of a row of one: the share, (B, Co, Ci, *share), with zeros around it."""
+        return pad(share, _lone_frame(self.share, self.reach).before, self.reach)
 
 
 def plan_peeling(
@@ -72,7 +70,7 @@ def plan_peeling(
         second = after[0] if len(after) == 1 else _left_over(rest, co, ci, channels, sizes[index], _reach(after))
         frames.append(make_frame(rest, (sizes[index], second)))
         rest, ci = second, channels
-    placed = [frame.before for frame in frames] or [Frame(share, reach, (1,) * len(kernel)).before]
+    placed = [frame.before for frame in frames or [_lone_frame(share, reach)]]
     before = tuple(sum(widths) - start for start, *widths in zip(offset, *placed, strict=True))
     return Peeling(sizes, hidden, tuple(frames), reach, share, offset, before)
 
@@ -106,6 +104,11 @@ def find_whole(rows: Mapping[int, Peeling], kernel: Size) -> int:
 
 def _reach(sizes: Sequence[Size]) -> Size:
     return tuple(sum(k - 1 for k in along) + 1 for along in zip(*sizes, strict=True))
+
+
+def _lone_frame(share: Size, reach: Size) -> Frame:
+    """Where a share stands in a single kernel."""
+    return Frame(share, reach, (1,) * len(reach))
 
 
 def _left_over(rest: Size, co: int, ci: int, hidden: int, first: Size, reach: Size) -> Size:
