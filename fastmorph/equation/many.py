@@ -67,9 +67,9 @@ def decompose_many(
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
         for chunk in _chunks(checked, memory_budget):
             solved = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk])
-            for index, (found, error) in zip(chunk, solved, strict=True):
-                if error is not None and not allow_inexact:
-                    raise error.of_problem(index)
+            for index, (found, inexact) in zip(chunk, solved, strict=True):
+                if inexact is not None and not allow_inexact:
+                    raise inexact.of_problem(index)
                 answers[index] = found
             bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]

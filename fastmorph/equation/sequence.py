@@ -16,7 +16,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.backends.torch_backend import frobenius, pad
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decompose import compose, decompose
 from fastmorph.equation.decomposition import Array, Decomposition
@@ -150,7 +150,7 @@ def decompose_sum(
             chains[index], composed = _chain(given, rows[index], share, source.of("branch", index), solve)
         except MorphError as error:
             raise error.within(f"branch {index}") from None
-        missed = missed - _placed(composed, tuple(-b for b in rows[index].before), kernel)
+        missed = missed - pad(composed, tuple(-b for b in rows[index].before), kernel)  # beyond it there is rounding alone
     converged = torch.stack([torch.as_tensor(chain.converged) for chain in chains.values()]).all(0)
     residual = _relative(missed, given.weight).reshape(given.batch_shape)
     return Sum(tuple(chains[index] for index in rows), given.restore(residual), given.restore(converged))
@@ -172,16 +172,10 @@ def _chain(
     kernels = [kernel.reshape(-1, *kernel.shape[-share.ndim + 1 :]).to(given.dtype) for kernel in found]
     composed = reduce(partial(compose, spatial_dims=len(row.reach)), (kernel.double() for kernel in kernels))
     behind = tuple(b + o for b, o in zip(row.before, row.offset, strict=True))
-    residual = _relative(_placed(share, behind, row.reach) - composed, share).reshape(given.batch_shape)
+    residual = _relative(pad(share, behind, row.reach) - composed, share).reshape(given.batch_shape)
     converged = residual <= tolerance(given.dtype) * max(1, len(steps))
     back = tuple(given.restore_kernel(kernel, index, len(kernels)) for index, kernel in enumerate(kernels))
     return Chain(back, row.before, given.restore(residual), given.restore(converged), tuple(steps)), composed
-
-
-def _placed(kernel: Tensor, before: Size, size: Size) -> Tensor:
-    """A kernel (B, Co, Ci, *K) behind `before` zeros in a frame of `size`; what reaches out of the frame is cut off."""
-    widths = [w for b, k, n in reversed(list(zip(before, kernel.shape[3:], size, strict=True))) for w in (b, n - k - b)]
-    return torch.nn.functional.pad(kernel, widths) if widths else kernel
 
 
 def _relative(missed: Tensor, weight: Tensor) -> Tensor:
