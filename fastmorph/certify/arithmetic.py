@@ -13,18 +13,8 @@ from torch.overrides import TorchFunctionMode
 from fastmorph.certify.outputs import is_float, widened
 
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
-_FACTS = {
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_floating_point",
-    "is_complex",
-    "is_contiguous",
-    "data_ptr",
-    "element_size",
-    "__len__",
-}
+_FACTS = {"size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "element_size", "__len__"}
+_FACTS |= {"is_floating_point", "is_complex"}
 
 _BLOCK = 2**18  # entries of a linear layer's weight that are cast at a time
 

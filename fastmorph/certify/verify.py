@@ -102,10 +102,8 @@ def verify(
         rows += own
     if not rows:
         raise MorphError("The models returned no tensor, so there is nothing to compare.")
-    certificate = Certificate(tuple(rows), dtype, modes, float(own_tolerance))
-    failed = [row for row in rows if not row.holds and not row.opaque]
-    if not failed:
-        return certificate
-    row = next((row for row in failed if row.precision == "float64"), failed[0])
-    where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
+    failed, where = [row for row in rows if not row.holds and not row.opaque], ""
+    if failed:
+        row = next((row for row in failed if row.precision == "float64"), failed[0])
+        where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
     return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where)
