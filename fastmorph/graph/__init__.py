@@ -24,6 +24,9 @@ The words of this room, each with one meaning:
 """
 
 from fastmorph.graph.coupled import Coupled
+from fastmorph.graph.flow import Flow
+from fastmorph.graph.rules import rule
 from fastmorph.graph.structure import Structure, coupled, follow
+from fastmorph.graph.tracer import Call, Tracer
 
-__all__ = ["Coupled", "Structure", "coupled", "follow"]
+__all__ = ["Call", "Coupled", "Flow", "Structure", "Tracer", "coupled", "follow", "rule"]

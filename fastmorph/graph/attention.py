@@ -54,7 +54,7 @@ class _InParts(TorchDispatchMode):
 def use_plain_modules(model: nn.Module) -> None:
     """Let modules of attention run in operators that have rules: in train mode, without dropout, they take no fast path."""
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             module.training, module.dropout = True, 0.0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

@@ -38,7 +38,7 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
         for module_name in record.sized:
             sizes, cuts = _new_numbers(growth, module_name)
             _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
-    grown = {id(tensor_of(model, name)) for name in growth.shapes()}
+    grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
             _refresh(module)

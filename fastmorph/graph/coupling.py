@@ -98,6 +98,11 @@ class Coupling:
             found[together] = number
         return found
 
+    @cached_property
+    def standardised(self) -> Bools:
+        """(count,): at a class's name, whether a weight's rows are standardised over some of its atoms."""
+        return self.mask(self.record.mask("standardised"))
+
     # --- what is alike --------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -158,10 +163,12 @@ class Coupling:
         """(count,): at a class's name, its kind. Classes of one kind differ only in their indices."""
         return kinds(self)[0]
 
-    def members(self, cls: int) -> Ints:
-        """The atoms of a class."""
-        start = int(self.starts[cls])
-        return self.order[start : start + int(self.lengths[np.searchsorted(self.names, cls)])]
+    def members_of(self, classes: Ints) -> tuple[Ints, Ints]:
+        """The atoms of classes, one class behind the other, and for each atom the place of its class in `classes`."""
+        lengths = self.lengths[np.searchsorted(self.names, classes)]
+        return self.order[np.repeat(self.starts[classes], lengths) + positions(lengths)], np.repeat(
+            np.arange(len(classes)), lengths
+        )
 
     def kin(self, cls: int) -> Ints:
         """All classes of the same kind as this one, that may be copied too, itself among them."""
@@ -170,21 +177,30 @@ class Coupling:
         return rivals[(self.kinds[rivals] == self.kinds[cls]) & ~self.fixed[rivals]]
 
 
-def kinds(*couplings: Coupling) -> list[Ints]:
-    """`Coupling.kinds` of several runs, so that they can be compared: where the atoms of a class occur, and how they are tied."""
+def kinds(*couplings: Coupling, among: Ints | None = None) -> list[Ints]:
+    """`Coupling.kinds` of several runs, which can then be compared: where a class's atoms occur, and how they are tied.
+
+    With `among`, of these classes alone.
+    """
+    names = [coupling.names if among is None else np.unique(among) for coupling in couplings]
     held, tied = [], []
-    for coupling in couplings:
-        classes = coupling.classes[coupling.edges[:, 0]]
-        edges = coupling.edges[np.argsort(classes, kind="stable")]
-        counts = np.bincount(classes, minlength=coupling.record.count)[coupling.names]
-        held.append((coupling.lengths, coupling.places[coupling.order], coupling.signatures[coupling.order]))
+    for coupling, classes in zip(couplings, names, strict=True):
+        atoms, row = coupling.members_of(classes)
+        held.append((np.bincount(row, minlength=len(classes)), coupling.places[atoms], coupling.signatures[atoms]))
+        edges, of_edge = coupling.edges, coupling.classes[coupling.edges[:, 0]]
+        if among is not None:
+            wanted = np.zeros(coupling.record.count, np.bool_)
+            wanted[classes] = True
+            edges, of_edge = edges[wanted[of_edge]], of_edge[wanted[of_edge]]
+        edges = edges[np.argsort(of_edge, kind="stable")]
+        counts = np.bincount(of_edge, minlength=coupling.record.count)[classes]
         tied.append((counts, coupling.ranks[edges[:, 0]], coupling.ranks[edges[:, 1]]))
     one, two = (first_alike(*_behind_each_other(rows)) for rows in (held, tied))
     _, labels = np.unique(one * len(one) + two, return_inverse=True)
     found = []
-    for coupling in couplings:
+    for coupling, classes in zip(couplings, names, strict=True):
         found.append(np.full(coupling.record.count, -1))
-        found[-1][coupling.names], labels = labels[: len(coupling.names)], labels[len(coupling.names) :]
+        found[-1][classes], labels = labels[: len(classes)], labels[len(classes) :]
     return found
 
 

@@ -24,24 +24,30 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
     return example_inputs if example_inputs is None or isinstance(example_inputs, tuple) else (example_inputs,)
 
 
-def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
-    """The atoms of the channels that a layer, or a weight, makes, in order.
+def weights_of(model: nn.Module, record: Record) -> dict[int, str]:
+    """The weights that made channels: the tensors' ids and names."""
+    return {id(tensor_of(model, name)): name for name in record.outputs}
+
+
+def channels_of(model: nn.Module, record: Record, layer: str, weights: dict[int, str]) -> Tensor:
+    """The atoms of the channels that a layer, or a weight, makes, in order; `weights` as `weights_of` gives them.
 
     Raises MorphError if there is no such layer, or it made none.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     if layer in record.outputs:
         return record.outputs[layer]
-    if layer not in modules:
-        near = difflib.get_close_matches(layer, modules, n=3)
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        near = difflib.get_close_matches(layer, [name for name, _ in model.named_modules(remove_duplicate=False)], n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
-        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).")
-    own = {id(parameter) for parameter in modules[layer].parameters(recurse=False)}
-    weights = [name for name in record.outputs if id(tensor_of(model, name)) in own] if own else []
-    if len(weights) == 1:
-        return record.outputs[weights[0]]
-    if weights:
-        raise MorphError(f"layer {layer!r} makes channels with several weights; name one of {', '.join(map(repr, weights))}.")
+        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).") from None
+    own = [id(parameter) for parameter in module.parameters(recurse=False)]
+    made = [weights[parameter] for parameter in own if parameter in weights]
+    if len(made) == 1:
+        return record.outputs[made[0]]
+    if made:
+        raise MorphError(f"layer {layer!r} makes channels with several weights; name one of {', '.join(map(repr, made))}.")
     inside = [name for name in record.outputs if name.startswith(layer and layer + ".")]
     if inside:
         hint = f"name a layer in it, e.g. {inside[0].rpartition('.')[0]!r}"
@@ -49,5 +55,5 @@ def channels_of(model: nn.Module, record: Record, layer: str) -> Tensor:
         hint = "name the layer that makes the channels, or pass example_inputs= that reach this one"
     else:
         hint = "name a layer with a weight"
-    kind = type(modules[layer]).__name__
+    kind = type(module).__name__
     raise MorphError(f"layer {layer!r} cannot be widened: it is a {kind} and makes no channels of its own; {hint}.")

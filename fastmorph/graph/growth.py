@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastmorph.graph.coupling import Coupling, Floats
+from fastmorph.graph.coupling import Coupling, Floats, kinds
 from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record, unique
 
@@ -72,15 +72,26 @@ class Growth:
     @classmethod
     def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False) -> Growth:
         """So many copies of these classes."""
-        copies = np.zeros(len(coupling.classes))
-        copies[classes] = counts
-        return cls(coupling, copies[coupling.classes], even=even)
+        atoms, row = coupling.members_of(classes)
+        copies = np.zeros(coupling.record.count)
+        copies[atoms] = counts[row]
+        growth = cls(coupling, copies, even=even)
+        vars(growth)["atoms"] = np.sort(atoms)  # known here, so that nobody looks for them among all
+        return growth
 
     @classmethod
     def of_parts(cls, parts: Sequence[Growth]) -> Growth:
         """All these at once: growths as they are tried first, of one coupling, that have no axis in common."""
+        copies = np.zeros_like(parts[0].copies)
+        for part in parts:
+            copies[part.atoms] = part.copies[part.atoms]
         layouts = {axis: layout for part in parts for axis, layout in part.layouts.items()}
-        return cls(parts[0].coupling, np.sum([part.copies for part in parts], axis=0), given=layouts)
+        return cls(parts[0].coupling, copies, given=layouts)
+
+    @cached_property
+    def atoms(self) -> Ints:
+        """The atoms that get copies."""
+        return np.flatnonzero(self.copies)
 
     def total(self, atoms: Tensor) -> int:
         """How many there are of these atoms, and of positions that are none, after all."""
@@ -96,7 +107,7 @@ class Growth:
         if self.given is not None:
             return self.given
         axes = self.coupling.record.axes
-        grown = np.unique(self.coupling.axes[self.copies > 0])
+        grown = np.unique(self.coupling.axes[self.atoms])
         return {axes[number]: self._layout(axes[number]) for number in grown.tolist()}
 
     def _layout(self, axis: Axis) -> Layout:
@@ -109,14 +120,18 @@ class Growth:
         origin = np.repeat(begins, sizes) + within % long
         return Layout(origin, within // long, origin)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The new shapes of parameters and buffers that grow, by name."""
-        sizes: dict[str, list[int]] = {}
-        for axis in self.coupling.record.axes:
-            if axis.parameter:
-                sizes.setdefault(axis.name, []).append(len(self.layouts[axis].origin) if axis in self.layouts else axis.size)
-        grown = {axis.name for axis in self.layouts}
-        return {name: tuple(shape) for name, shape in sizes.items() if name in grown}
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The parameters and buffers that grow."""
+        return tuple(dict.fromkeys(axis.name for axis in self.layouts if axis.parameter))
+
+    def shape(self, name: str, before: Sequence[int]) -> tuple[int, ...]:
+        """What becomes of the shape of a parameter or buffer; of sizes that do not grow, any may be given."""
+        sizes = list(before)
+        for axis in self.coupling.record.parameter(name):
+            if axis in self.layouts:
+                sizes[axis.dim] = len(self.layouts[axis].origin)
+        return tuple(sizes)
 
     def difference(self, child: Record, after: Coupling) -> Difference | None:
         """What the resized model does otherwise than the record's; None if old channels flow as before.
@@ -181,7 +196,8 @@ class Growth:
         one, two = one[alike], two[alike]
         pairs = np.unique(np.stack([after.classes[one], after.classes[two]], 1), axis=0)
         apart = (after.places[one] != after.places[two]).any() or len(np.unique(pairs[:, 1])) != len(pairs)
-        if apart or (after.kinds[pairs[:, 0]] != after.kinds[pairs[:, 1]]).any():
+        (found,) = kinds(after, among=pairs)
+        if apart or (found[pairs[:, 0]] != found[pairs[:, 1]]).any():
             return "copies of one channel would not be treated alike"
         return None
 

@@ -112,13 +112,12 @@ class Proposals:
             if coupling.norms[free[-1]] >= 0:
                 yield Refusal(f"{coupling.normalised[int(coupling.norms[free[-1]])][0]!r} normalises over them")
                 continue
-            standardised = coupling.mask(self._record.mask("standardised"))
             tried: list[Copies] = []
             for classes, counts in self._selections(coupling, sequence, free, more):
                 if any(np.array_equal(classes, other) and np.array_equal(counts, same) for other, same in tried):
                     continue
                 tried.append((classes, counts))
-                times = counts * (2 if standardised[classes].any() else 1)  # twins alone leave a row's mean
+                times = counts * (2 if coupling.standardised[classes].any() else 1)  # twins alone leave a row's mean
                 step = int((_counts(sequence, classes) * times).sum())
                 if more % step:
                     near = len(self.atoms) + max(1, round(more / step)) * step
@@ -158,7 +157,7 @@ class Proposals:
         for wider in [coupling.wider | {"num_groups"} for coupling in self._couplings]:
             coupling = self._structure.coupling(wider)
             chosen = self._normalised_with(coupling)
-            if not len(chosen) or coupling.mask(self._record.mask("standardised"))[chosen].any():
+            if not len(chosen) or coupling.standardised[chosen].any():
                 return
             causes = coupling.causes(chosen)
             times, rest = divmod(width, len(self.atoms))

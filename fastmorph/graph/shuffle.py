@@ -75,15 +75,15 @@ def placed(growth: Growth, child: Record, after: Coupling) -> Growth | str:
     known, is_old = count > 0, number < 1
     donor = old[np.where(known, first + np.where(is_old, number + count - 1, -number % np.maximum(count, 1)), 0)]
     # Now atom by atom: the members of a class, and those of its donor, in order.
-    lengths = after.lengths[np.searchsorted(after.names, new)]
-    member, row = positions(lengths), np.repeat(np.arange(len(new)), lengths)
-    atoms, given = after.order[after.starts[new][row] + member], before.starts[donor][row] + member
+    atoms, row = after.members_of(new)
+    member = after.ranks[atoms]
+    given = before.starts[donor][row] + member
     given = before.order[np.minimum(given, before.record.count - 1)]
     source, copy, key = np.full(child.count, -1), np.zeros(child.count, np.int64), np.zeros(child.count, np.int64)
     source[atoms] = np.where(known[row], given, -1)
     copy[atoms] = np.where(is_old, 0, number)[row]
     # New ones of one kind have one key, which no old one has.
-    key[atoms] = np.where(is_old[row], given, before.record.count + ranks[row] * (1 + int(lengths.max())) + member)
+    key[atoms] = np.where(is_old[row], given, before.record.count + ranks[row] * (1 + int(member.max())) + member)
     layouts = {}
     for axis, wider in grown:
         span = slice(wider.start, wider.start + wider.size)

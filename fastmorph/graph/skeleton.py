@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.clone import clone
 from fastmorph.graph.record import Record
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tracer import Tracer
@@ -57,19 +58,20 @@ class Skeleton:
                 if tensor.device.type != "meta" and not tensor.is_floating_point():  # an index; weights are not held
                     self._values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
-        self.model: nn.Module = copy.deepcopy(model, memo)
+        self.model: nn.Module = clone(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         device = self._device if tensor.device.type == "meta" else tensor.device  # meta: weights to come, or none
-        fake = self._empty(tuple(tensor.shape), tensor.dtype, device, tensor.stride())
-        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return self._wrap(memory, device, tensor)
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stride: Any = None) -> Tensor:
-        if stride is None:
-            memory = torch.empty(shape, dtype=dtype, device="meta")
-        else:
-            memory = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(self._mode, memory, device)
+    def _wrap(self, memory: Tensor, device: torch.device, like: Tensor) -> Tensor:
+        """The fake tensor, or parameter, over a tensor on the meta device."""
+        fake = FakeTensor(self._mode, memory, device)
+        if isinstance(like, nn.Parameter):
+            fake._is_param = True  # as nn.Parameter does for subclasses of Tensor, but without running an operator
+            fake.requires_grad = like.requires_grad
+        return fake
 
     def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A model's arguments with fake tensors in the place of tensors."""
@@ -80,15 +82,13 @@ class Skeleton:
         """Another one that can be resized on its own."""
         new = copy.copy(self)
         new._values = dict(self._values)
-        new.model = copy.deepcopy(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
+        new.model = clone(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
         return new
 
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
         """Give a parameter or buffer, under all its names, another shape."""
         old = _get(self.model, name)
-        new = self._empty(shape, old.dtype, old.device)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
+        new = self._wrap(torch.empty(shape, dtype=old.dtype, device="meta"), old.device, old)
         for other in self.names[name]:
             owner, key = _owner(self.model, other)
             tensors: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
@@ -102,8 +102,9 @@ class Skeleton:
         that.
         """
         record = Record()
+        tensors = dict(_tensors(self.model))
         for name in self.names:
-            record.add_parameter(name, tuple(_get(self.model, name).shape))
+            record.add_parameter(name, tuple(tensors[name].shape))
         self._run(inputs, record, train=False)
         unused = any(name not in record.used for name, _ in self.model.named_parameters())
         if train or (train is None and unused):
@@ -125,8 +126,9 @@ class Skeleton:
 
     def _run(self, inputs: tuple[Any, ...], record: Record, *, train: bool) -> None:
         tracer = Tracer(rule_of, record)
+        tensors = dict(_tensors(self.model))
         for name in self.names:
-            tracer.add_leaf(name, _get(self.model, name), self._values.get(name))
+            tracer.add_leaf(name, tensors[name], self._values.get(name))
         self.model.train(train)
         use_plain_modules(self.model)
         hooks = _follow_modules(self.model, tracer.stack)

@@ -11,7 +11,7 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import as_inputs, channels_of
+from fastmorph.graph.find import as_inputs, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Record
@@ -38,7 +38,7 @@ class Structure:
 
     def channels(self, layer: str) -> Tensor:
         """The atoms of the channels that a layer, or a weight, makes, in order; see `channels_of`."""
-        return channels_of(self.skeleton.model, self.record, layer)
+        return channels_of(self.skeleton.model, self.record, layer, self._weights)
 
     def grown(self, growth: Growth) -> Structure:
         """The structure of the resized model, followed anew.
@@ -46,8 +46,8 @@ class Structure:
         Raises ForwardError and MorphError where that model does not run.
         """
         skeleton = self.skeleton.copy()
-        for name, shape in growth.shapes().items():
-            skeleton.resize(name, shape)
+        for name in growth.names:
+            skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
         known = fingerprint(skeleton.model)
         return Structure(skeleton, skeleton.trace(self.inputs, train=self.record.trained), self.inputs, known)
@@ -61,6 +61,10 @@ class Structure:
                     f"the structure given is not this model's: {_named(name)} is another since it was followed, or another "
                     "model's; follow the model anew with fm.follow(model, example_inputs)."
                 )
+
+    @cached_property
+    def _weights(self) -> dict[int, str]:
+        return weights_of(self.skeleton.model, self.record)
 
     @cached_property
     def _tables(self) -> Tables:

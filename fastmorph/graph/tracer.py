@@ -26,7 +26,7 @@ class Call:
     """One call of an operator.
 
     Attributes:
-        name: e.g. "add" for aten::add.Tensor and for aten::add_.Tensor.
+        name: e.g. "add" for aten::add.Tensor and for aten::add_.Tensor; "library::operator" for one that is not PyTorch's own.
         func: the operator.
         args: its arguments by name, as given or by default.
         out: what it returned.
@@ -70,7 +70,7 @@ Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or
 class Tracer(TorchDispatchMode):
     """Follows channels while it is the innermost mode; `module` is the name of the module that runs."""
 
-    def __init__(self, rule_of: Callable[[Any, str], Rule], record: Record) -> None:
+    def __init__(self, rule_of: Callable[[Any], Rule], record: Record) -> None:
         super().__init__()
         self.record = record
         self.stack: list[str] = [""]
@@ -80,7 +80,8 @@ class Tracer(TorchDispatchMode):
         self._values: dict[int, Tensor] = {}
         self._poison: dict[int, tuple[list[Tensor], str]] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
-        self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory
+        self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory, as far as `_views_of` has seen them
+        self._seen = 0
 
     @property
     def module(self) -> str:
@@ -107,7 +108,6 @@ class Tracer(TorchDispatchMode):
         """Set what is known about a tensor."""
         if id(tensor) not in self._flows:
             self._kept.append(tensor)
-            self._views.setdefault(_memory(tensor), {})[id(tensor)] = tensor
         self._flows[id(tensor)] = flow
 
     def value(self, tensor: Tensor) -> Tensor | None:
@@ -154,7 +154,7 @@ class Tracer(TorchDispatchMode):
                 self.record.block(*self._poison[id(tensor)])
         entries, held = len(self.record.journal), [self.flow(tensor).slots for tensor in call.tensors]
         try:
-            flows = self._rule_of(func, call.name)(self, call)
+            flows = self._rule_of(func)(self, call)
         except Exception as error:
             raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
         if isinstance(flows, Flow):
@@ -176,7 +176,7 @@ class Tracer(TorchDispatchMode):
         self.set(tensor, flow)
         if not replaces and len(before.slots) == len(flow.slots):  # what is tied needs no second label
             return
-        views = [view for view in self._views[_memory(tensor)].values() if view is not tensor]
+        views = [view for view in self._views_of(tensor) if view is not tensor]
         known = [*((view, self.flow(view)) for view in views), (tensor, flow)]
         if len(known) == 1 or not any(item.slots for _, item in known):
             return
@@ -190,6 +190,13 @@ class Tracer(TorchDispatchMode):
         for item, _ in known:
             label = memory.as_strided(item.shape, item.stride(), item.storage_offset()).clone()
             self.set(item, Flow((compress(label),)))
+
+    def _views_of(self, tensor: Tensor) -> Iterable[Tensor]:
+        """All tensors that share its memory, itself among them."""
+        for kept in self._kept[self._seen :]:
+            self._views.setdefault(_memory(kept), {})[id(kept)] = kept
+        self._seen = len(self._kept)
+        return self._views[_memory(tensor)].values()
 
 
 def storage_size(tensor: Tensor) -> int:
@@ -209,7 +216,7 @@ def _same_everywhere(tensor: Tensor) -> bool:
 def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
     """An operator's name without a mark of writing in place, and its arguments: name, whether there is a default, and that."""
     schema = func._schema
-    name: str = schema.name.split("::")[1]
+    name: str = schema.name.removeprefix("aten::")
     if schema.is_mutable and name.endswith("_"):
         name = name[:-1]
     return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]

@@ -54,16 +54,16 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
     done, most = 0, len(widths)
     while done < len(widths):
         growths = _together(structure, widths[done : done + most])
-        parts = [place for place, growth in enumerate(growths) if growth is not None]
+        parts = [growth for growth in growths if growth is not None]
         found: Found | None = None
         if len(parts) > 1:
-            attempt = tried(structure, Growth.of_parts([growths[place] for place in parts]))
+            attempt = tried(structure, Growth.of_parts(parts))
             if isinstance(attempt, Refusal):
                 most = len(growths) // 2
                 continue
             found = attempt
         elif parts or not growths:
-            growths = growths[: parts[0]] if parts else []
+            growths = growths[: growths.index(parts[0])] if parts else []
             width = widths[done + len(growths)]
             found = _proposals(structure, width).found(width.channels)
             growths.append(found.growth)

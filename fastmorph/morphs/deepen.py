@@ -91,7 +91,8 @@ def deepen(
 
     Args:
         model: the parent; it is not touched.
-        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding.
+        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding, or of a
+            class that `register_layer` knows, whose effective weight is then split.
         hidden_channels: C_hid, channels between the two, of all groups together; None: C_out, or where the weight does not
             fit into the first kernel, the smallest number that takes no iteration.
         kernel_sizes: (K1, K2), each an int or one int per spatial dimension; None: the layer's own and 3 (1 where it has 1).

@@ -152,7 +152,8 @@ def insert_subnet(model: M, layer: str, subnet: Subnet, **options: Unpack[Option
 
     Args:
         model: the parent; it is not touched.
-        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding.
+        layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding, or of a
+            class that `register_layer` knows, whose effective weight is then split.
         subnet: an `fm.Sequential`, `fm.Stacked` or `fm.Residual`.
         **options: those of `morph`, see `Options`.
 

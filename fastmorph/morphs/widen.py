@@ -80,10 +80,10 @@ class Widen:
         if transaction.with_weights:
             transaction.settle()
         filling = Filling(growth, self.fill, transaction.noise("widen", self.layer)) if transaction.with_weights else None
-        for name, shape in growth.shapes().items():
+        for name in growth.names:
             old = tensor_of(transaction.model, name)
             if filling is None:
-                transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
+                transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
             else:
                 with torch.no_grad():
                     new, linear, square = filling.tensor(name, old.detach())
@@ -91,9 +91,9 @@ class Widen:
 
     def _check_fill(self, growth: Growth) -> None:
         record = growth.coupling.record
-        standardised = record.mask("standardised") & (growth.copies > 0)
-        if standardised.any() and self.fill != "pair":
-            name = record.axis_of(int(standardised.argmax())).name
+        standardised = growth.atoms[record.mask("standardised")[growth.atoms]]
+        if len(standardised) and self.fill != "pair":
+            name = record.axis_of(int(standardised[0])).name
             raise MorphError(
                 f"layer {self.layer!r}: {name!r} is standardised row by row, which twins alone leave as it is; use fill='pair'."
             )

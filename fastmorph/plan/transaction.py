@@ -35,7 +35,11 @@ Assign = Callable[[Decomposition[Tensor]], None]
 
 
 class Operator(Protocol):
-    """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do."""
+    """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do.
+
+    A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
+    together, and it notes what each of them did (`Transaction.step`).
+    """
 
     @property
     def target(self) -> str:

@@ -1,1 +1,1 @@
-"""A package of its own that teaches fastmorph two morphs, as someone who cannot touch the library would."""
+"""A package of its own that teaches fastmorph a solver, morphs, a rule and a layer class, and cannot touch the library."""

@@ -214,6 +214,22 @@ def test_a_wrapper_is_refused_before_any_work(wrap, words):
         fm.morph(model, [fm.Deepen("0")], optimizer=optimizer)
 
 
+def test_what_is_inside_a_wrapper_can_be_carried_and_wrapped_anew():
+    lookahead = timm_part("optim.lookahead", "Lookahead")
+    model = network()
+    optimizer = lookahead(torch.optim.Adam(model.parameters(), lr=0.01), k=2)
+    for seed in range(5):
+        step(model, optimizer, seed)
+    with pytest.warns(fm.FreshStateWarning, match=r"for 0\.weight: how lookahead_slow_buff"):
+        grown = fm.morph(model, [fm.GrowKernel("0", 5)], optimizer=optimizer._base_optimizer)
+    wrapped = lookahead(grown.optimizer, k=2)
+    before = [parameter.detach().clone() for parameter in [*model.parameters(), *grown.model.parameters()]]
+    step(grown.model, wrapped, 7)
+    after = [*model.parameters(), *grown.model.parameters()]
+    moved = [not torch.equal(one, two) for one, two in zip(before, after, strict=True)]
+    assert moved == [False] * 6 + [True] * 6, "the child is trained, and the parent is not"
+
+
 def test_a_scheduler_kept_on_the_optimizer_is_no_wrapper():
     model = network()
     optimizer = trained(model, lambda p: torch.optim.SGD(p, lr=0.1))

@@ -1,56 +1,85 @@
-"""What each operator does to the channels of its operands."""
+"""What each operator does to the channels of its operands: the rules, and the door through which others add theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmorph.errors import MorphError
 from fastmorph.graph.flow import DATA, UNIFORM, Flow
 from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduce, spatial
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
-_CONSTANT = ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
-_RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "random")
-_DATA = (*_RANDOM, "exponential", "arange", "linspace", "eye", "tril_indices", "triu_indices")
-
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(move.KEEP, move.keep),
-    **dict.fromkeys(move.MOVE, move.move),
-    **dict.fromkeys(pointwise.EXTRA, pointwise.pointwise),
-    **dict.fromkeys(reduce.REDUCTIONS, reduce.reduction),
-    **dict.fromkeys(reduce.MIXERS, reduce.mixer),
-    **dict.fromkeys(spatial.SPATIAL, spatial.spatial),
-    **dict.fromkeys((*_CONSTANT, "new_full", "new_empty", "scalar_tensor", "fill", "zero"), pointwise.constant),
-    **dict.fromkeys(_DATA, pointwise.data),
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "matmul"), contract.matrix_product),
-    **dict.fromkeys(
-        ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update"), norms.batch_norm
-    ),
-    **dict.fromkeys(("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), norms.batch_norm),
-    **dict.fromkeys(("_batch_norm_no_update", "batch_norm", "instance_norm"), norms.batch_norm),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"), norms.layer_norm),
-    **dict.fromkeys(("index", "index_select"), index.lookup),
-    "native_group_norm": norms.group_norm,
-    "convolution": contract.convolution,
-    "embedding": contract.embedding,
-    "as_strided": move.as_strided,
-    "cat": move.join,
-    "stack": move.stack,
-    "constant_pad_nd": move.pad,
-    "glu": move.glu,
-    "im2col": move.im2col,
-    "col2im": move.col2im,
-}
+_RULES: dict[str, Rule] = {}
 
 
-def rule_of(func: Any, name: str) -> Rule:
+def rule(*operators: Any, replace: bool = False) -> Callable[[Rule], Rule]:
+    """A decorator that registers what operators do to channels, for models whose own operators are not known.
+
+    The rule is called as rule(tracer, call) after the operator has run on fake tensors, which have shapes and no values. It
+    reads the arguments (`call["name"]`, `call.tensors`, `call.out`) and what is known of them (`tracer.flow(tensor)`),
+    notes what the operator does, and returns the flow of the result, a list of flows of several, or None where no channel
+    passes. What it notes:
+
+    - `tracer.note(call.name, number, ...)`: that the operator ran, with the numbers that a grown model must have as well;
+    - `tracer.record.tie(label, other)`: that channels at equal positions of two labels can only be copied together;
+    - `tracer.record.mark("reads", labels)` and the other kinds of `fastmorph.graph.record.Kind`;
+    - `tracer.block(labels, "does this with them")`: that they cannot be copied; the module that runs is named before it.
+
+    An operator that works elementwise over channels, say, returns `tracer.flow(call["x"])` after `tracer.note(call.name)` and
+    `tracer.record.mark("makes_of_zero", flow.slots)`, unless it leaves zeros as they are.
+
+    Args:
+        operators: as in `torch.ops` (`torch.ops.mylib.op`, or one overload: all overloads have one rule), or qualified names,
+            "mylib::op". A trailing underscore of operators that write in place is left out.
+        replace: whether a rule that is known may be replaced.
+
+    Raises:
+        MorphError: one of them has a rule, and `replace` is not given.
+    """
+
+    def register(function: Rule) -> Rule:
+        names = [_qualified(operator) for operator in operators]
+        for name in names:
+            if name in _RULES and not replace:
+                raise MorphError(f"operator {name} has a rule; give replace=True to put another in its place.")
+        _RULES.update(dict.fromkeys(names, function))
+        rule_of.cache_clear()
+        return function
+
+    return register
+
+
+def _qualified(operator: Any) -> str:
+    if isinstance(operator, torch._ops.OpOverload):
+        return _named(operator)
+    name = operator if isinstance(operator, str) else getattr(operator, "_qualified_op_name", None)
+    if not isinstance(name, str) or "::" not in name:
+        raise MorphError(f"{operator!r} is no operator: give one of torch.ops, or its name as 'library::operator'.")
+    return name
+
+
+def _named(func: Any) -> str:
+    name: str = func._schema.name
+    return name[:-1] if func._schema.is_mutable and name.endswith("_") else name
+
+
+def _register(function: Rule, *names: str) -> None:
+    rule(*(f"aten::{name}" for name in names))(function)
+
+
+@cache
+def rule_of(func: Any) -> Rule:
     """The rule of an operator."""
+    name = _named(func)
     if name in _RULES:
         return _RULES[name]
-    packet = getattr(torch.ops.aten, name, None)
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)  # the operator without "_", if it has one
     overloads = [func] if packet is None else [func, *(getattr(packet, overload) for overload in packet.overloads())]
     if any(torch.Tag.pointwise in overload.tags for overload in overloads):
         return pointwise.pointwise
@@ -66,3 +95,34 @@ def _unknown(tracer: Tracer, call: Call) -> list[Flow]:
     )
     outs = [item for item in pytree.tree_leaves(call.out) if isinstance(item, Tensor)]
     return [UNIFORM if not flows and out.numel() == 1 else DATA for out in outs]
+
+
+_CONSTANT = ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
+_RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "random")
+_NORMS = (
+    *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit"),
+    *("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "batch_norm", "instance_norm"),
+)
+
+_register(move.keep, *move.KEEP)
+_register(move.move, *move.MOVE)
+_register(pointwise.pointwise, *pointwise.EXTRA)
+_register(reduce.reduction, *reduce.REDUCTIONS)
+_register(reduce.mixer, *reduce.MIXERS)
+_register(spatial.spatial, *spatial.SPATIAL)
+_register(pointwise.constant, *_CONSTANT, "new_full", "new_empty", "scalar_tensor", "fill", "zero")
+_register(pointwise.data, *_RANDOM, "exponential", "arange", "linspace", "eye", "tril_indices", "triu_indices")
+_register(contract.matrix_product, "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "matmul")
+_register(norms.batch_norm, *_NORMS)
+_register(norms.layer_norm, "native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+_register(norms.group_norm, "native_group_norm")
+_register(index.lookup, "index", "index_select")
+_register(contract.convolution, "convolution")
+_register(contract.embedding, "embedding")
+_register(move.as_strided, "as_strided")
+_register(move.join, "cat")
+_register(move.stack, "stack")
+_register(move.pad, "constant_pad_nd")
+_register(move.glu, "glu")
+_register(move.im2col, "im2col")
+_register(move.col2im, "col2im")

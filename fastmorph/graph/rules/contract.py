@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastmorph.graph.flow import FIXED, Flow, compress, is_real
 from fastmorph.graph.record import Choice, chain, edges
-from fastmorph.graph.rules.move import merged
-from fastmorph.graph.rules.pointwise import combined
-from fastmorph.graph.rules.reduce import mixed
+from fastmorph.graph.rules.move import merge
+from fastmorph.graph.rules.pointwise import combine
+from fastmorph.graph.rules.reduce import mix
 from fastmorph.graph.tracer import Call, Tracer
 
 _INPUT = "feeds them with data that belong to no layer, e.g. the model's input"
@@ -29,12 +29,12 @@ def matrix_product(tracer: Tracer, call: Call) -> Flow:
     for tensor in added:
         if not tracer.flow(tensor).opaque:
             tracer.record.mark("shifts", tracer.flow(tensor).varying)
-        flow = combined(tracer, [(flow, tuple(call.out.shape)), (tracer.flow(tensor), tuple(tensor.shape))], call.out.ndim)
+        flow = combine(tracer, [(flow, tuple(call.out.shape)), (tracer.flow(tensor), tuple(tensor.shape))], call.out.ndim)
     return flow
 
 
 def _dropped(tracer: Tracer, flow: Flow, dim: int) -> list[Tensor]:
-    left = [mixed(tracer, slot, [dim], "sums over them", fair=False) for slot in flow.slots]
+    left = [mix(tracer, slot, [dim], "sums over them", fair=False) for slot in flow.slots]
     return [slot.squeeze(dim) for slot in left if slot is not None]
 
 
@@ -83,7 +83,7 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
                     tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
     if opaque or any(weights):
         tracer.record.mark("writes", slots)
-    many = merged(tracer, [slot for slot in slots if slot.numel() > 1])
+    many = merge(tracer, [slot for slot in slots if slot.numel() > 1])
     if not opaque:
         return Flow((*many, *(slot for slot in slots if slot.numel() == 1)), False, all(weights))
     return Flow((*many, *[slot for slot in slots if slot.numel() == 1][: 0 if many else 1]), True)
@@ -120,12 +120,12 @@ def _mixed_product(tracer: Tracer, ins: list[Tensor]) -> list[Tensor]:
         return []
     left = []
     for slot in ins:
-        one = mixed(tracer, slot, [-1 % slot.ndim], _COMPUTED, fair=False)
+        one = mix(tracer, slot, [-1 % slot.ndim], _COMPUTED, fair=False)
         if one is not None and slot.numel() > 1:
             left.append(one)
         elif slot.numel() == 1:
             tracer.block([slot], _COMPUTED)
-    return merged(tracer, left)
+    return merge(tracer, left)
 
 
 def convolution(tracer: Tracer, call: Call) -> Flow:

@@ -115,7 +115,7 @@ def joined(tracer: Tracer, pairs: list[tuple[tuple[int, ...], Flow]], dim: int) 
     if opaque:
         tracer.record.mark("writes", (slot for _, flow in pairs if not flow.opaque for slot in flow.varying))
     # Along other dimensions all operands have one size and so, whatever their labels, one meaning.
-    slots = merged(tracer, [slot for _, flow in pairs for slot in flow.varying if slot.shape[dim] == 1])
+    slots = merge(tracer, [slot for _, flow in pairs for slot in flow.varying if slot.shape[dim] == 1])
     parts, labelled = [], False
     for shape, flow in pairs:
         own = flow.along(dim) or (flow.uniform if shape[dim] == 1 and flow.opaque else [])
@@ -136,20 +136,20 @@ def joined(tracer: Tracer, pairs: list[tuple[tuple[int, ...], Flow]], dim: int) 
     return Flow(tuple(slots), opaque, linear)
 
 
-def merged(tracer: Tracer, slots: list[Tensor]) -> list[Tensor]:
+def merge(tracer: Tracer, slots: list[Tensor]) -> list[Tensor]:
     """One slot for all that change along one dimension, tied; the first stands for the others."""
     kept: list[Tensor] = []
     for slot in slots:
         for place, known in enumerate(kept):
             if varying_dims(known) & varying_dims(slot):
-                kept[place] = met(tracer, known, slot)
+                kept[place] = meet(tracer, known, slot)
                 break
         else:
             kept.append(slot)
     return kept
 
 
-def met(tracer: Tracer, one: Tensor, two: Tensor) -> Tensor:
+def meet(tracer: Tracer, one: Tensor, two: Tensor) -> Tensor:
     """Two labels of one tensor: tied where both are atoms; an atom that meets data of no channel cannot be copied."""
     tracer.record.tie(one, two)
     if one.shape == two.shape and is_real(one) and is_real(two):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmorph.graph.flow import Flow, only_along, varying_dims
 from fastmorph.graph.record import chain
-from fastmorph.graph.rules.pointwise import combined
-from fastmorph.graph.rules.reduce import mixed, normalised
+from fastmorph.graph.rules.pointwise import combine
+from fastmorph.graph.rules.reduce import mix, note_normalised
 from fastmorph.graph.tracer import Call, Tracer
 
 
@@ -24,7 +24,7 @@ def batch_norm(tracer: Tracer, call: Call) -> list[Flow]:
         if out.linear and not out.opaque:  # a weight's rows are standardised
             tracer.record.mark("standardised", (slot for slot in out.slots if any(slot.shape[dim] > 1 for dim in dims)))
         else:
-            lefts = [mixed(tracer, slot, dims, "normalises over them", fair=out.opaque) for slot in out.slots]
+            lefts = [mix(tracer, slot, dims, "normalises over them", fair=out.opaque) for slot in out.slots]
             out = Flow(tuple(slot for slot, left in zip(out.slots, lefts, strict=True) if left is not None), out.opaque)
     outs = len(call.out) if isinstance(call.out, tuple | list) else 1
     return [out, *[Flow()] * (outs - 1)]
@@ -69,7 +69,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Flow]:
             continue
         kept.append(slot)
         lines = vector.reshape(groups, -1)
-        normalised(tracer, lines, "num_groups", chain(lines))
+        note_normalised(tracer, lines, "num_groups", chain(lines))
     tracer.record.mark("makes_of_zero", kept)
     return [Flow(tuple(kept), flow.opaque), Flow(), Flow()]
 
@@ -85,10 +85,10 @@ def layer_norm(tracer: Tracer, call: Call) -> list[Flow]:
     else:
         for vector in (call.args.get("weight"), call.args.get("bias")):
             if vector is not None:
-                combined(tracer, [(flow, tuple(x.shape)), (tracer.flow(vector), tuple(vector.shape))], x.ndim)
+                combine(tracer, [(flow, tuple(x.shape)), (tracer.flow(vector), tuple(vector.shape))], x.ndim)
     dims = range(x.ndim - count, x.ndim)
     for slot in flow.varying:
-        mixed(tracer, slot, dims, "normalises over them", fair=flow.opaque)
+        mix(tracer, slot, dims, "normalises over them", fair=flow.opaque)
     tracer.record.mark("makes_of_zero", flow.varying)
     outs = len(call.out) if isinstance(call.out, tuple | list) else 1
     return [flow, *[Flow()] * (outs - 1)]

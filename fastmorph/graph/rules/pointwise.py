@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.graph.flow import Flow, aligned, varying_dims
-from fastmorph.graph.rules.move import lonely, merged
+from fastmorph.graph.rules.move import lonely, merge
 from fastmorph.graph.tracer import Call, Tracer
 
 # Those that PyTorch does not tag as pointwise.
@@ -43,7 +43,7 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
     tensors = [t for t in call.tensors if t.numel()]
     if call.name == "copy":
         tensors = tensors[1:]
-    flow = combined(tracer, [(tracer.flow(t), _extent(t)) for t in tensors], out.ndim)
+    flow = combine(tracer, [(tracer.flow(t), _extent(t)) for t in tensors], out.ndim)
     zero_bound = call.name in ("hardtanh", "clamp") and _bounds_hold_zero(call)
     flows = [tracer.flow(tensor) for tensor in tensors]
     if call.name in ("add", "sub"):
@@ -97,7 +97,7 @@ def _meet(one: Tensor, two: Tensor) -> bool:
     return bool(varying_dims(one) & varying_dims(two))
 
 
-def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim: int) -> Flow:
+def combine(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim: int) -> Flow:
     """The flow of tensors, given as flows and shapes, that meet position by position in one of `ndim` dimensions."""
     opaque = any(flow.opaque for flow, _ in operands)
     labelled = [flow for flow, _ in operands if flow.slots]
@@ -123,7 +123,7 @@ def combined(tracer: Tracer, operands: list[tuple[Flow, tuple[int, ...]]], ndim:
         tracer.record.mark(
             "writes", (slot for (flow, _), own in zip(operands, labels, strict=True) if not flow.opaque for slot in own)
         )
-    kept = merged(tracer, slots)
+    kept = merge(tracer, slots)
     single = lonely(tracer, [flow for flow, _ in operands], bool(kept))
     return Flow(tuple(kept + [aligned(slot, ndim) for slot in single]), opaque)
 

@@ -43,7 +43,7 @@ def reduction(tracer: Tracer, call: Call) -> list[Flow]:
     for slot in flow.slots:
         for index in outs[1:]:  # the position of a maximum is another among copies
             tracer.poison(index, [slot], f"{tracer.module} takes positions along them")
-        left = mixed(tracer, slot, dims, f"takes {call.name} over them", fair=fair and flow.opaque)
+        left = mix(tracer, slot, dims, f"takes {call.name} over them", fair=fair and flow.opaque)
         if left is not None:
             slots.append(left if keepdim else _without(left, dims))
     return [Flow(tuple(slots), flow.opaque), *[Flow()] * (len(outs) - 1)]
@@ -58,7 +58,7 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
         tracer.note(*(tensor.shape[dim] for dim in dims))
     slots = []
     for slot in flow.slots:
-        left = mixed(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
+        left = mix(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
         if left is not None:
             slots.append(slot)
     tracer.record.mark("makes_of_zero", slots)
@@ -79,7 +79,7 @@ def _without(label: Tensor, dims: Iterable[int]) -> Tensor:
     return label
 
 
-def mixed(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair: bool) -> Tensor | None:
+def mix(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair: bool) -> Tensor | None:
     """What is left of a label when positions along `dims` are mixed: of size 1 along them; None if nothing is.
 
     `fair`: the result is the same when every position comes equally often.
@@ -96,13 +96,13 @@ def mixed(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair:
             slot = slot.narrow(dim, 0, 1)
         return compress(slot)
     if fair:
-        normalised(tracer, slot.reshape(1, -1), "")
+        note_normalised(tracer, slot.reshape(1, -1), "")
     else:
         tracer.block([slot], does)
     return None
 
 
-def normalised(tracer: Tracer, lines: Tensor, attribute: str, more: Edges = NO_EDGES) -> None:
+def note_normalised(tracer: Tracer, lines: Tensor, attribute: str, more: Edges = NO_EDGES) -> None:
     """Each row of `lines`, (groups, n) atoms, is normalised by its own mean or the like."""
     groups = torch.arange(len(lines))[:, None].expand_as(lines)
     held = torch.stack([lines, groups], -1).reshape(-1, 2)

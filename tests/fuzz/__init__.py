@@ -1,0 +1,1 @@
+"""An adversary: random networks, random plans, and what becomes of them."""
