@@ -1,4 +1,4 @@
-"""Every suite names its contenders, all in one group or in several; each visit runs a group's in turn, each as a test of its own."""
+"""Every suite names its contenders, in one group or in several; each visit runs a group in turn, each as a test of its own."""
 
 from __future__ import annotations
 

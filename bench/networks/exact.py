@@ -11,7 +11,7 @@ TOLERANCE = 1e-4  # of float32 outputs, the largest difference over the largest 
 
 
 def difference(network: Network, child: nn.Module) -> float:
-    """The largest relative difference between the outputs of a network and of its child, once each layer of the plan is wider."""
+    """The largest relative difference between the outputs of a network and of its child, all of whose layers are widened."""
     for operator in network.plan:
         assert len(child.get_submodule(operator.layer).weight) == operator.channels, f"{operator.layer} is not widened"
     return difference_of_outputs(network, child)

@@ -18,29 +18,29 @@ from bench.networks.exact import TOLERANCE, difference
 from bench.networks.models import Network, stack
 from bench.race import Contender
 from fastmorph.equation.randomness import Stream
-from fastmorph.graph.growth import Growth
-from fastmorph.graph.widths import Width, find_stages
-from fastmorph.morphs.widen_fill import FILLS, Filling
+from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
 
 SIZES = {"stack": (1024, 6), "wide": (2048, 2)}
 
 
 @lru_cache(maxsize=1)
-def growths(name: str) -> list[Growth]:
+def stage(name: str) -> Stage:
     chosen = stack(*SIZES[name], 3)
     widths = [Width(operator.layer, operator.channels, lambda growth: None) for operator in chosen.plan]
-    stages, _ = find_stages(fm.follow(chosen.model, chosen.inputs), widths)
-    return [growth for stage in stages for growth in stage.growths if growth is not None]
+    (found,), _ = find_stages(fm.follow(chosen.model, chosen.inputs), widths)
+    return found
 
 
 def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     """The grown tensors, by name."""
-    tensors = {key: value.detach() for key, value in chosen.model.state_dict().items()}
+    whole = stage(name).growth
+    marks = Marks(whole.coupling.record)
+    fillings = [Filling(growth, fill, Stream(number), marks) for number, growth in enumerate(stage(name).growths)]
     grown = {}
-    for number, growth in enumerate(growths(name)):
-        filling = Filling(growth, fill, Stream(number))
-        for key in growth.shapes():
-            grown[key], _, _ = filling.tensor(key, grown.get(key, tensors[key]))
+    for key in whole.names:
+        parts = [filling for filling in fillings if key in filling.growth.names]
+        grown[key], _, _ = fill_tensor(parts, key, chosen.model.get_parameter(key).detach())
     return grown
 
 
