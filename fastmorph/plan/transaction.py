@@ -139,16 +139,17 @@ class Transaction:
     def step(self, operator: Operator) -> Iterator[Step]:
         """Note what an operator does inside."""
         began, target = perf_counter(), operator.target
-        self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
+        self._step = step = Step(target, next(iter(self.kernel_shapes(target)), ()))
         self.steps.append(step)
         yield step
-        step.after = self._kernel_shapes(target)
+        step.after = self.kernel_shapes(target)
         self._step = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
 
-    def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+    def kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the weights, of two or more dimensions, that stand under a name; none where that is no module's."""
         try:
             module = self.model.get_submodule(name)
         except AttributeError:  # no layer: the operator says so
