@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmorph.errors import MorphError
 from fastmorph.graph.record import Record
 from fastmorph.graph.skeleton import ForwardError, Skeleton
+from fastmorph.inputs import Inputs
 
 _SIZES = {
     1: (64, 32, 128, 256, 512, 1024, 4096, 16000),
@@ -19,7 +20,7 @@ _SIZES = {
 }
 
 
-def traced(skeleton: Skeleton, example_inputs: tuple[object, ...] | None) -> tuple[tuple[object, ...], Record]:
+def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, Record]:
     """The inputs, guessed if there are none, and what a run on them found.
 
     Raises MorphError if the model does not run on them.
@@ -30,7 +31,7 @@ def traced(skeleton: Skeleton, example_inputs: tuple[object, ...] | None) -> tup
         except ForwardError as error:
             raise MorphError(f"the model does not run on the example inputs: {error}.") from error
     first: Exception | None = None
-    for inputs in _guesses(skeleton.model):
+    for inputs in guesses(skeleton.model):
         try:
             return inputs, skeleton.trace(inputs)
         except ForwardError as error:  # wrong shape: the next guess
@@ -40,7 +41,13 @@ def traced(skeleton: Skeleton, example_inputs: tuple[object, ...] | None) -> tup
     )
 
 
-def _guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+def guesses(model: nn.Module) -> Iterator[Inputs]:
+    """Calls that a model may take, by its first layer with a weight, on that weight's device."""
+    for tensor in _first_inputs(model):
+        yield Inputs((tensor,), {})
+
+
+def _first_inputs(model: nn.Module) -> Iterator[Tensor]:
     module: Any
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -52,12 +59,12 @@ def _guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
         if kind is not None:
             for channels in dict.fromkeys((module.in_channels, 3, 1)):
                 for size in _SIZES[kind]:
-                    yield (torch.zeros(2, channels, *[size] * kind, **made),)
+                    yield torch.zeros(2, channels, *[size] * kind, **made)
             return
         if isinstance(module, nn.Linear):
-            yield (torch.zeros(2, module.in_features, **made),)
-            yield (torch.zeros(2, 16, module.in_features, **made),)
+            yield torch.zeros(2, module.in_features, **made)
+            yield torch.zeros(2, 16, module.in_features, **made)
             return
         if isinstance(module, nn.Embedding):
-            yield (torch.zeros(2, 16, dtype=torch.int64, device=weight.device),)
+            yield torch.zeros(2, 16, dtype=torch.int64, device=weight.device)
             return

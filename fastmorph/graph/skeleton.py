@@ -21,6 +21,7 @@ from fastmorph.graph.clone import clone
 from fastmorph.graph.record import Record
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tracer import Tracer
+from fastmorph.inputs import Inputs
 
 
 class ForwardError(Exception):
@@ -73,9 +74,9 @@ class Skeleton:
             fake.requires_grad = like.requires_grad
         return fake
 
-    def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def inputs(self, inputs: Inputs) -> Inputs:
         """A model's arguments with fake tensors in the place of tensors."""
-        fakes: tuple[Any, ...] = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        fakes: Inputs = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         return fakes
 
     def copy(self) -> Skeleton:
@@ -95,7 +96,7 @@ class Skeleton:
             tensors[key] = new
         self._values.pop(name, None)
 
-    def trace(self, inputs: tuple[Any, ...], *, train: bool | None = None) -> Record:
+    def trace(self, inputs: Inputs, *, train: bool | None = None) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too: train=None tries
@@ -111,7 +112,7 @@ class Skeleton:
             return self._with_train(inputs, record, required=bool(train))
         return record
 
-    def _with_train(self, inputs: tuple[Any, ...], record: Record, *, required: bool) -> Record:
+    def _with_train(self, inputs: Inputs, record: Record, *, required: bool) -> Record:
         both = record.copy()
         both.trained = True
         blocks = len(both.blocks)
@@ -124,7 +125,7 @@ class Skeleton:
         del both.blocks[blocks:]  # exact it must be in eval mode
         return both
 
-    def _run(self, inputs: tuple[Any, ...], record: Record, *, train: bool) -> None:
+    def _run(self, inputs: Inputs, record: Record, *, train: bool) -> None:
         tracer = Tracer(rule_of, record)
         tensors = dict(_tensors(self.model))
         for name in self.names:
@@ -134,7 +135,8 @@ class Skeleton:
         hooks = _follow_modules(self.model, tracer.stack)
         try:
             with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer:
-                result = self.model(*self.inputs(inputs))
+                args, kwargs = self.inputs(inputs)
+                result = self.model(*args, **kwargs)
         except MorphError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

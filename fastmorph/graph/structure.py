@@ -11,11 +11,12 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import as_inputs, channels_of, weights_of
+from fastmorph.graph.find import channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Record
 from fastmorph.graph.skeleton import Skeleton
+from fastmorph.inputs import Inputs, as_call
 
 
 class Structure:
@@ -25,7 +26,7 @@ class Structure:
     whoever is given both compares them first (`check`).
     """
 
-    def __init__(self, skeleton: Skeleton, record: Record, inputs: tuple[Any, ...], known: dict[str, Any]) -> None:
+    def __init__(self, skeleton: Skeleton, record: Record, inputs: Inputs, known: dict[str, Any]) -> None:
         self.skeleton, self.record, self.inputs = skeleton, record, inputs
         self._known = known  # the model's fingerprint
         self._couplings: dict[frozenset[str], Coupling] = {}
@@ -105,14 +106,14 @@ def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
 
     Args:
         model: the model; it is not touched, and may be changed or let go afterwards.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer. They are
-            not kept: only their shapes and dtypes matter.
+        example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer. They are not kept:
+            only their shapes and dtypes matter.
 
     Raises:
         MorphError: the model does not run on them, or its forward cannot be followed.
     """
     skeleton, known = Skeleton(model), fingerprint(model)
-    inputs, record = traced(skeleton, as_inputs(example_inputs))
+    inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
     return Structure(skeleton, record, skeleton.inputs(inputs), known)
 
 
@@ -122,7 +123,7 @@ def coupled(model: nn.Module, layer: str, example_inputs: Any = None, structure:
     Args:
         model: the model; it is not touched.
         layer: dotted name of a layer with a weight, or of the weight itself.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer.
+        example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer.
         structure: what `follow` found in the model, instead of following it again.
 
     Raises:
