@@ -19,6 +19,7 @@ class _Differing:
     child: str
     max_rel: float
     before: int  # layers that agreed until then
+    grown: bool
 
 
 def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Inputs, dtype: torch.dtype, tolerance: float) -> str:
@@ -26,28 +27,27 @@ def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Input
 
     Layers that both models have are compared, call by call, on the parent's channels where the child's output grew. A
     grown output counts only if no output of the parent's own shape agrees after it: its channels may lie in another order.
+    Nor does a layer inside of one whose output agrees: its channels may be in another order, and be read so.
     Runs both models once more, and holds the outputs of all their layers meanwhile.
     """
     olds: LayerOutputs = {}
     news: LayerOutputs = {}
     run(parent, "parent", mode, call, dtype, layers=olds)
     run(child, "child", mode, call, dtype, layers=news)
-    grown: _Differing | None = None
+    suspects: list[_Differing] = []
     agreed: set[str] = set()
     for (name, number), (kind, before) in olds.items():
         child_kind, after = news.get((name, number), ("", []))
         if not child_kind or len(before) != len(after):
             continue
         max_rel, same_shape = _worst(before, after)
-        if max_rel <= tolerance:
-            agreed.add(name)
-            grown = None if same_shape else grown
+        if max_rel > tolerance:
+            suspects.append(_Differing(name, kind, child_kind, max_rel, len(agreed - {name}), not same_shape))
             continue
-        found = _Differing(name, kind, child_kind, max_rel, len(agreed - {name}))
+        agreed.add(name)
         if same_shape:
-            return _told(grown or found, dtype == torch.float64)
-        grown = grown or found
-    return _told(grown, dtype == torch.float64)
+            suspects = [one for one in suspects if not (one.grown or one.name.startswith(f"{name}."))]
+    return _told(suspects[0] if suspects else None, dtype == torch.float64)
 
 
 def _worst(before: list[Tensor], after: list[Tensor]) -> tuple[float, bool]:
