@@ -141,14 +141,9 @@ def _can_share(model: nn.Module) -> bool:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a data-parallel wrapper or a compiled module, which computes the same."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            inner: Any = model.module
-        else:
-            inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    parallel = isinstance(model, (DataParallel, DistributedDataParallel))
+    inner = getattr(model, "module" if parallel else "_orig_mod", None)
+    return bare(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager

@@ -38,15 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, MorphError) as error:
         message = str(error)
     except BaseException as error:  # of the network's code, which may exit, of the keyboard, or a fault of this program
-        message = f"{told(error)} ({_place(error)})."
+        *_, last = traceback.extract_tb(error.__traceback__)
+        message = f"{told(error)} ({last.filename}, line {last.lineno})."
     print(f"fastmorph {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _place(error: BaseException) -> str:
-    """Where an error was raised."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{last.filename}, line {last.lineno}"
 
 
 # --- commands -----------------------------------------------------------------------------------------------------------------

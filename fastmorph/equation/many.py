@@ -38,11 +38,8 @@ def decompose_many(
 
     Args:
         problems: what to solve.
-        solver: see `decompose`; `Auto` chooses for each problem.
-        backend: see `decompose`.
-        precision: see `decompose`.
-        generator: see `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
-        allow_inexact: see `decompose`.
+        solver, backend, precision, allow_inexact: as in `decompose`; `Auto` chooses for each problem.
+        generator: as in `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
         progress: show a progress bar; None: where standard error is a terminal.

@@ -19,8 +19,7 @@ from fastmorph.equation.solvers import Choice, Solver
 from fastmorph.errors import MorphError
 
 # Weights up to 2 to this power, or its inverse, are solved as they are: their squares and fourth powers stay in range.
-_LARGEST_EXPONENT = {torch.float64: 200}
-_LARGEST_EXPONENT_SHORT = 24
+_LARGEST_EXPONENT, _LARGEST_IN_FLOAT32 = 200, 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +135,7 @@ def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
         bad = int((~torch.isfinite(weight)).sum())
         raise MorphError(f"weight has {bad} entries that are NaN or infinite; no composition of finite kernels equals them.")
     exponents = tuple(math.frexp(value)[1] for value in largest)
-    most = _LARGEST_EXPONENT.get(weight.dtype, _LARGEST_EXPONENT_SHORT)
+    most = _LARGEST_EXPONENT if weight.dtype == torch.float64 else _LARGEST_IN_FLOAT32
     if all(abs(e) <= most for e in exponents):
         return weight, None
     return times_power_of_two(weight, [-e for e in exponents]), exponents

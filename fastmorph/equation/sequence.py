@@ -83,11 +83,7 @@ def decompose_sequence(
         hidden_channels: channels between the kernels, one fewer than there are kernels. Each must be enough for the equation
             that it stands in, whose weight is what the kernels before it left over.
         kernel_sizes: one for each kernel, with sum(Ki - 1) + 1 >= K.
-        spatial_dims: as in `decompose`.
-        solver: as in `decompose`, for each equation.
-        backend: as in `decompose`.
-        generator: as in `decompose`.
-        allow_inexact: as in `decompose`.
+        spatial_dims, solver, backend, generator, allow_inexact: as in `decompose`, for each equation.
 
     Raises:
         MorphError: as `decompose` does; the message names the kernel.
@@ -123,11 +119,7 @@ def decompose_sum(
     Args:
         weight: G, (*B, Co, Ci, *K), as in `decompose`.
         branches: (hidden_channels, kernel_sizes) of each, as in `decompose_sequence`; ((), (k,)) is a single kernel.
-        spatial_dims: as in `decompose`.
-        solver: as in `decompose`, for each equation.
-        backend: as in `decompose`.
-        generator: as in `decompose`.
-        allow_inexact: as in `decompose`.
+        spatial_dims, solver, backend, generator, allow_inexact: as in `decompose`, for each equation.
 
     Raises:
         MorphError: no branch reaches over the whole kernel, or as `decompose_sequence` does, with the branch.
