@@ -28,7 +28,7 @@ class Peeling:
         frames: of the equations, one fewer than kernels.
         reach: size of the composed kernel, sum(Ki - 1) + 1.
         share: size of the share, the weight's own or, where the row reaches less far, as far as it reaches.
-        offset: where the share starts in the weight, whose middle it is.
+        offset: where the share, the middle of the weight, starts there.
         before: where the weight's first tap stands in the composed kernel; negative where that reaches less far.
     """
 
@@ -53,7 +53,7 @@ class Peeling:
 def plan_peeling(
     kernel: Size, co: int, ci: int, hidden_channels: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]]
 ) -> Peeling:
-    """Size a row of kernels for a weight of co x ci channels. Raises MorphError for numbers that are none."""
+    """Size a row of kernels for a weight of co x ci channels. Raises MorphError for unusable sizes and channels."""
     if len(kernel_sizes) != len(hidden_channels) + 1:
         raise MorphError(
             f"{len(kernel_sizes)} kernels in a row have {len(kernel_sizes) - 1} numbers of hidden channels between them; got "
@@ -114,7 +114,7 @@ def _lone_frame(share: Size, reach: Size) -> Frame:
 def _left_over(rest: Size, co: int, ci: int, hidden: int, first: Size, reach: Size) -> Size:
     """Size of what is left for the next kernels after one of size `first`: the smallest, which makes their equations easy.
 
-    But where the closed form needs the whole weight in what is left (few hidden channels), that is what is left.
+    With few hidden channels the closed form needs room for the whole weight there: then it is as large as that.
     """
     smallest = tuple(max(1, k - n + 1) for k, n in zip(rest, first, strict=True))
     fits = all(n >= k for n, k in zip(reach, rest, strict=True))

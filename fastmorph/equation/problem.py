@@ -126,7 +126,7 @@ def check_hidden(hidden: Any) -> int:
 
 
 def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Items of (B, ...) near 1: very small and very large ones times a power of two, exactly, whose exponents come second.
+    """(B, ...) with very small and very large items divided by powers of two, exactly, and the exponents of these powers.
 
     Raises MorphError for entries that are NaN or infinite.
     """

@@ -1,7 +1,7 @@
 """More than two kernels: a weight as a sequence of kernels in a row, and as a sum of such sequences.
 
 A sequence is peeled off one kernel at a time, G = rest * F1, then rest = rest' * F2, and so on, each an equation of two.
-A sum is the weight cut at random into one part for each branch, each part then a sequence of its own: the subnet morphs of the
+For a sum the weight is shared out at random, and each share becomes a sequence of its own. These are the subnet morphs of the
 paper ("Network Morphism", Section 3.4, and "Modularized Transaction of Neural Networks", Wei et al. 2017).
 """
 
