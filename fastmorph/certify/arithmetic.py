@@ -123,9 +123,8 @@ class Arithmetic(TorchFunctionMode):
         return is_float(tensor) and torch.finfo(tensor.dtype).eps > self._eps
 
     def _signs(self, like: Tensor) -> Tensor:
-        if like.device not in self._generators:
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(0)
-        coins = torch.randint(2, like.shape, generator=self._generators[like.device], device=like.device)
+        generator = self._generators.setdefault(like.device, torch.Generator(like.device).manual_seed(0))
+        coins = torch.randint(2, like.shape, generator=generator, device=like.device)
         return (2 * coins - 1).to(like.dtype.to_real())
 
 

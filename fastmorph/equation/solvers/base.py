@@ -82,9 +82,8 @@ class Equation:
 
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
-        ci = self.weight.shape[2]
-        fan_in = ci * tap_count(self.frame.first)
-        return self.noise(self.hidden, ci, *self.frame.first).to(self.weight.dtype) / fan_in**0.5
+        ci, k1 = self.weight.shape[2], self.frame.first
+        return self.noise(self.hidden, ci, *k1).to(self.weight.dtype) / (ci * tap_count(k1)) ** 0.5
 
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
