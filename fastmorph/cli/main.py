@@ -200,16 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     _common(demo)
 
     morph = command("morph", _morph, "apply a plan to a network and write the child")
-    _network(morph)
-    morph.add_argument("--weights", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    _network(morph, "--weights")
     morph.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the morphs, in TOML")
     morph.add_argument("--out", type=_path, required=True, metavar="DIR", help="where to write")
     _inputs(morph)
     _common(morph, default=None)
 
     verify = command("verify", _verify, "check that a child on disk computes what its parent computes")
-    _network(verify)
-    verify.add_argument("--parent", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    _network(verify, "--parent")
     verify.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
     verify.add_argument("--child", type=_path, required=True, metavar="FILE", help="the child's state dict")
     _inputs(verify)
@@ -225,8 +223,9 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _network(parser: argparse.ArgumentParser) -> None:
+def _network(parser: argparse.ArgumentParser, weights: str) -> None:
     parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+    parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
     parser.add_argument(
         "--import",
         dest="imports",

@@ -12,10 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastmorph.errors import MorphError
 
 # What PyTorch's schedulers, and timm's (base_values), keep a list of, one entry a parameter group.
-_PER_GROUP = (
-    *("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs"),
-    *("base_momentums", "max_momentums", "base_values"),
-)
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values")
 
 
 class _StepCounter(LRScheduler):

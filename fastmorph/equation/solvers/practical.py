@@ -44,15 +44,12 @@ class Practical(Solver):
         iterations = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         sweep = General(self.max_iter, tol, acceleration=None)
         for inner in frame.shrinking():
-            part = equation.subset(open_items, inner)
-            found = sweep.run(part, noise[open_items])
-            first[open_items] = found.first
+            found = sweep.run(equation.subset(open_items, inner), noise[open_items])
             before = tuple(widths[0] for widths in frame.second_padding(inner))
-            second[open_items] = pad(found.second, before, frame.second)
+            first[open_items], second[open_items] = found.first, pad(found.second, before, frame.second)
             iterations[open_items] += found.iterations
-            trace = found.trace.new_full((len(found.trace), batch), torch.nan)
-            trace[:, open_items] = found.trace
-            traces.append(trace)
+            idle = found.trace.new_full((len(found.trace), batch), torch.nan)
+            traces.append(idle.index_copy(1, open_items, found.trace))
             open_items = open_items[~(found.final_residual() <= tol)]
             if len(open_items) == 0:
                 break
