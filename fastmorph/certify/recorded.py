@@ -25,7 +25,7 @@ class Recorded:
 
 
 def record(model: nn.Module, example_inputs: Any) -> Recorded:
-    """Run the model itself, in eval mode and its own dtype. `example_inputs` as in `morph`.
+    """Run the model in eval mode and its own dtype, on `example_inputs` as `morph` takes them.
 
     A model that computes a part of itself in fewer bits runs twice, to measure its rounding. Raises `MorphError`
     if it cannot run.

@@ -28,7 +28,7 @@ def rebound(scheduler: Any, optimizer: Optimizer, sources: Sequence[int] = ()) -
     Args:
         scheduler: of the parent's optimizer.
         optimizer: that one carried over.
-        sources: for each last group that `optimizer` has and the parent's had not, the group whose schedule it follows.
+        sources: for each group at the end of `optimizer` that the parent's has not, the group whose schedule it follows.
 
     Raises MorphError if the scheduler was made for another number of parameter groups.
     """

@@ -145,8 +145,8 @@ class Solver(ABC):
                 return Solution.without_steps(torch.cat([g, g], 1), second.repeat(len(g), 1, 1, 1, 1))
 
     Attributes:
-        closed_form: no system is solved, the kernels may be rounded as they come, and to compose them costs more than to find
-            them: the weight is given in its own dtype, and the residual of wide layers is estimated.
+        closed_form: for a solver that solves no system, so that its kernels may be rounded as they come, and to compose them
+            costs more than to find them. The weight is then given in its own dtype, and a wide layer's residual is estimated.
     """
 
     closed_form: ClassVar[bool] = False
