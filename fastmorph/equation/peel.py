@@ -40,6 +40,11 @@ class Peeling:
     offset: Size
     before: Size
 
+    @property
+    def share_before(self) -> Size:
+        """Where the share's first tap stands in the composed kernel."""
+        return tuple(b + o for b, o in zip(self.before, self.offset, strict=True))
+
     def problem(self, index: int, rest: Tensor) -> Problem[Tensor]:
         """The equation of kernel `index`, for what the kernels before it have left of the share."""
         frame = self.frames[index]
@@ -47,7 +52,7 @@ class Peeling:
 
     def single(self, share: Tensor) -> Tensor:
         """The only kernel of a row of one: the share, (B, Co, Ci, *share), with zeros around it."""
-        return pad(share, _lone_frame(self.share, self.reach).before, self.reach)
+        return pad(share, self.share_before, self.reach)
 
 
 def plan_peeling(
@@ -70,7 +75,7 @@ def plan_peeling(
         second = after[0] if len(after) == 1 else _left_over(rest, co, ci, channels, sizes[index], _reach(after))
         frames.append(make_frame(rest, (sizes[index], second)))
         rest, ci = second, channels
-    placed = [frame.before for frame in frames or [_lone_frame(share, reach)]]
+    placed = [frame.before for frame in frames or [Frame(share, reach, (1,) * len(reach))]]
     before = tuple(sum(widths) - start for start, *widths in zip(offset, *placed, strict=True))
     return Peeling(sizes, hidden, tuple(frames), reach, share, offset, before)
 
@@ -104,11 +109,6 @@ def find_whole(rows: Mapping[int, Peeling], kernel: Size) -> int:
 
 def _reach(sizes: Sequence[Size]) -> Size:
     return tuple(sum(k - 1 for k in along) + 1 for along in zip(*sizes, strict=True))
-
-
-def _lone_frame(share: Size, reach: Size) -> Frame:
-    """Where a share stands in a single kernel."""
-    return Frame(share, reach, (1,) * len(reach))
 
 
 def _left_over(rest: Size, co: int, ci: int, hidden: int, first: Size, reach: Size) -> Size:

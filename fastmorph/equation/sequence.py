@@ -163,8 +163,7 @@ def _chain(
     found = [*(step.first for step in steps), rest] if steps else [row.single(share)]
     kernels = [kernel.reshape(-1, *kernel.shape[-share.ndim + 1 :]).to(given.dtype) for kernel in found]
     composed = reduce(partial(compose, spatial_dims=len(row.reach)), (kernel.double() for kernel in kernels))
-    behind = tuple(b + o for b, o in zip(row.before, row.offset, strict=True))
-    residual = _relative(pad(share, behind, row.reach) - composed, share).reshape(given.batch_shape)
+    residual = _relative(pad(share, row.share_before, row.reach) - composed, share).reshape(given.batch_shape)
     converged = residual <= tolerance(given.dtype) * max(1, len(steps))
     back = tuple(given.restore_kernel(kernel, index, len(kernels)) for index, kernel in enumerate(kernels))
     return Chain(back, row.before, given.restore(residual), given.restore(converged), tuple(steps)), composed
