@@ -96,7 +96,10 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
             "of your own."
         )
     frame = make_frame(weight.shape[3:], problem.kernel_sizes)
-    _check_memory(weight, hidden, frame)
+    batch, co, ci = weight.shape[:3]
+    entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * batch
+    kernels = f"hidden_channels={hidden}: two kernels of sizes {frame.first} and {frame.second}"
+    check_memory(kernels, entries * weight.element_size(), weight.device, "ask for fewer channels or smaller kernels")
     chosen = find_backend(backend, weight, precision)
     choice = solver.choose(weight, hidden, frame, allow_inexact=allow_inexact)
     return Checked(**vars(given), hidden=hidden, frame=frame, backend=chosen, choice=choice)
@@ -141,16 +144,12 @@ def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     return times_power_of_two(weight, [-e for e in exponents]), exponents
 
 
-def _check_memory(weight: Tensor, hidden: int, frame: Frame) -> None:
-    """Raise MorphError where the two kernels alone would not fit into the device's memory."""
-    batch, co, ci = weight.shape[:3]
-    entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * batch
-    needed, there = entries * weight.element_size(), memory_of(weight.device)
-    if needed > there:
-        raise MorphError(
-            f"hidden_channels={hidden} and kernel sizes {frame.first} and {frame.second} make kernels of {needed / 2**30:.3g} "
-            f"GiB, more than the {there / 2**30:.3g} GiB that {weight.device} has; ask for fewer channels or smaller kernels."
-        )
+def check_memory(what: str, size: int, device: torch.device | None, remedy: str) -> None:
+    """Raise MorphError for what takes more bytes than a device has."""
+    limit = memory_of(device)
+    if size > limit:
+        asked = min(size, 10**300) / 1e9  # floats end at 1e308
+        raise MorphError(f"{what} would take {asked:,.4g} GB, and there are {limit / 1e9:,.4g} GB in all; {remedy}.")
 
 
 def memory_of(device: torch.device | None) -> int:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastmorph.equation.problem import memory_of
-from fastmorph.errors import MorphError
+from fastmorph.equation import problem
 
 _CHANNELS, _KERNELS = ("channels", "hidden_channels"), ("kernel_size", "kernel_sizes")
 _CHANNEL_BYTES = 64  # a new channel takes more than this with its indices, its noise and the weights that read it
@@ -23,10 +22,7 @@ def check_memory(what: str, size: int, device: torch.device | None) -> None:
 
     Raises MorphError that says how much it would take.
     """
-    limit = memory_of(device)
-    if size > limit:
-        asked = min(size, 10**300) / 1e9  # floats end at 1e308
-        raise MorphError(f"{what} would take {asked:,.4g} GB, and there are {limit / 1e9:,.4g} GB in all; give smaller sizes.")
+    problem.check_memory(what, size, device, "give smaller sizes")
 
 
 def check_sizes(operator: object, name: str, module: nn.Module | None) -> None:
