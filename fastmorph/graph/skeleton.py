@@ -20,7 +20,7 @@ from fastmorph.graph.attention import plain_kernels, use_plain_modules
 from fastmorph.graph.clone import clone
 from fastmorph.graph.record import Record
 from fastmorph.graph.rules import rule_of
-from fastmorph.graph.tracer import Tracer
+from fastmorph.graph.tracer import Tracer, Watcher
 from fastmorph.inputs import Inputs
 
 
@@ -130,29 +130,41 @@ class Skeleton:
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self._values.get(name))
-        self.model.train(train)
-        use_plain_modules(self.model)
-        hooks = _follow_modules(self.model, tracer.stack)
-        try:
-            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer:
-                args, kwargs = self.inputs(inputs)
-                result = self.model(*args, **kwargs)
-        except MorphError:
-            raise
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise MorphError(
-                f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
-                "rewrite that part so that it depends on shapes alone."
-            ) from error
-        except Exception as error:
-            raise ForwardError(tracer.stack[-1], f"{tracer.module} fails with {type(error).__name__}: {error}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        result = self.run(inputs, tracer, train=train)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 record.result.append(tuple(leaf.shape))
                 record.block(tracer.flow(leaf).slots, "they are the model's output")
+
+    def first_names(self) -> dict[int, str]:
+        """The first name of each parameter and buffer of the copy, by the tensor's id."""
+        tensors = dict(_tensors(self.model))
+        return {id(tensors[name]): name for name in self.names}
+
+    def run(self, inputs: Inputs, watcher: Watcher, *, train: bool) -> Any:
+        """What the model returns for inputs of these shapes; the watcher sees every operator.
+
+        Raises ForwardError where the model does not run, and MorphError where it branches on values.
+        """
+        self.model.train(train)
+        use_plain_modules(self.model)
+        hooks = _follow_modules(self.model, watcher.stack)
+        try:
+            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, watcher:
+                args, kwargs = self.inputs(inputs)
+                return self.model(*args, **kwargs)
+        except MorphError:
+            raise
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise MorphError(
+                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                "rewrite that part so that it depends on shapes alone."
+            ) from error
+        except Exception as error:
+            raise ForwardError(watcher.stack[-1], f"{watcher.module} fails with {type(error).__name__}: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -181,7 +193,8 @@ def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        # First of all, so that what other hooks compute counts for the module as well.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name), prepend=True))
         hooks.append(module.register_forward_hook(leave))
     return hooks
 

@@ -101,7 +101,7 @@ def test_a_plan_is_run_and_certified(model):
     assert [step.layer for step in done.steps] == ["0", "0.first", "4"]
     assert (done.steps[0].before, done.steps[0].after) == ((8, 3, 5, 5), ((12, 3, 5, 5), (8, 12, 3, 3)))
     assert same(model, before)
-    again = fm.morph(model, done.history, calibrate=[x])
+    again = fm.morph(model, done.history, calibrate=[x], verify=False)
     assert again.certificate is None
     assert same(again.model, done.model)
     assert not same(fm.morph(model, PLAN).model, fm.morph(model, PLAN).model)
