@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+
 from torch import Tensor, nn
 
 from fastmorph.errors import MorphError

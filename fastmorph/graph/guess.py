@@ -23,6 +23,9 @@ _SIZES = {
 def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, Record]:
     """The inputs, guessed if there are none, and what a run on them found.
 
+    Of guesses, one is preferred under which all parameters are used; and the model may as well be meant for inputs with a
+    dimension more or less: where it runs on these, what is found there counts too.
+
     Raises MorphError if the model does not run on them.
     """
     if example_inputs is not None:
@@ -31,14 +34,33 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
         except ForwardError as error:
             raise MorphError(f"the model does not run on the example inputs: {error}.") from error
     first: Exception | None = None
+    best: tuple[Inputs, Record] | None = None
+    names = {name for name, _ in skeleton.model.named_parameters()}
     for inputs in guesses(skeleton.model):
+        if best is not None and inputs.args[0].ndim == best[0].args[0].ndim:  # a size more, which decides little
+            continue
         try:
-            return inputs, skeleton.trace(inputs)
+            found = inputs, skeleton.trace(inputs, also=_of_other_rank(inputs))
         except ForwardError as error:  # wrong shape: the next guess
             first = first or error
+            continue
+        if names <= found[1].used:
+            return found
+        best = best or found
+    if best is not None:
+        return best
     raise MorphError(
         f"the model's input could not be guessed from its first layer{f' ({first})' if first else ''}; pass example_inputs=."
     )
+
+
+def _of_other_rank(inputs: Inputs) -> tuple[Inputs, ...]:
+    """One image or sequence instead of a batch of them; sequences of vectors instead of vectors."""
+    tensor = inputs.args[0]
+    if not tensor.is_floating_point():
+        return ()
+    other = tensor[0] if tensor.ndim > 2 else tensor[:, None].expand(-1, 17, -1)  # a length that no layer has
+    return (Inputs((other,), {}),)
 
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:

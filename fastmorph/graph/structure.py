@@ -14,7 +14,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
-from fastmorph.graph.record import Record
+from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import Skeleton
 from fastmorph.inputs import Inputs, as_call
 
@@ -51,7 +51,7 @@ class Structure:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
         known = fingerprint(skeleton.model)
-        return Structure(skeleton, skeleton.trace(self.inputs, train=self.record.trained), self.inputs, known)
+        return Structure(skeleton, skeleton.trace(self.inputs, runs=self.record.runs), self.inputs, known)
 
     def check(self, model: nn.Module) -> None:
         """Raise MorphError if this is not the structure of `model` as it stands."""
@@ -62,6 +62,16 @@ class Structure:
                     f"the structure given is not this model's: {_named(name)} is another since it was followed, or another "
                     "model's; follow the model anew with fm.follow(model, example_inputs)."
                 )
+
+    def untouched(self, growth: Growth) -> str | None:
+        """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
+        sizes = {axis.size for axis in growth.layouts}
+        return next((axis.name for axis in self._untouched if axis.size in sizes), None)
+
+    @cached_property
+    def _untouched(self) -> list[Axis]:
+        unused = {name for name, _ in self.skeleton.model.named_parameters()} - self.record.used
+        return [axis for name in sorted(unused) for axis in self.record.parameter(name) if axis.size > 1]
 
     @cached_property
     def _weights(self) -> dict[int, str]:

@@ -91,8 +91,8 @@ def walk(skeleton: Skeleton, call: Inputs) -> Trail:
     """
     names = skeleton.first_names()
     trail, trained = Trail(), Trail()
-    result = skeleton.run(call, _Walker(names, trail), train=False)
-    trail.result = [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    leaves = skeleton.run(call, _Walker(names, trail), train=False)
+    trail.result = [tuple(leaf.shape) for _, leaf in leaves if isinstance(leaf, Tensor)]
     trail.touched = set(trail.uses)
     try:
         skeleton.run(call, _Walker(names, trained), train=True)

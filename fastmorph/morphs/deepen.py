@@ -80,7 +80,7 @@ class Deepen:
 
 
 def _round_up(channels: int, groups: int) -> int:
-    """To a multiple of 8 in total, which kernels of devices like, and of the groups; of the groups alone where they are many."""
+    """To a multiple of 8 and of the groups, which devices like; of the groups alone where they are many."""
     step = groups if groups > _MULTIPLE else math.lcm(_MULTIPLE, groups)
     return -(-channels // step) * step
 

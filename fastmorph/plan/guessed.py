@@ -20,8 +20,8 @@ _FEW = 2  # integers of an input among several, which may be a mask, are 0 or 1
 def random_values(call: Inputs, model: nn.Module) -> Inputs | None:
     """A call of the same shapes and dtypes with random values, always the same; None if the model cannot be told by it.
 
-    Integers are indices that every embedding of the model takes. A model can be told by its outputs if it runs, in its own dtype
-    and in float64, and some output is a finite number.
+    Integers are indices that every embedding of the model takes. A model can be told by its outputs if it runs, in its own
+    dtype and in float64, and some output is a finite number.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     numbers = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]

@@ -135,7 +135,9 @@ class Plan:
         morphs, inputs = arrays
         for entry in inputs:
             if not {"shape", "dtype"} <= set(entry) <= {"shape", "dtype", "name"} or not isinstance(entry["shape"], list):
-                raise MorphError(f"an [[inputs]] table of a plan has a shape and a dtype, and a name for a keyword; got {entry}.")
+                raise MorphError(
+                    f"an [[inputs]] table of a plan has a shape and a dtype, and a name for a keyword; got {entry}."
+                )
         keys = ("shape", "dtype", "name")
         shapes = [tuple(entry[key] for key in keys if key in entry) for entry in inputs] if "inputs" in tables else None
         return cls([read_operator(entry) for entry in morphs], tables.get("seed"), shapes, tables.get("noise", VERSION))
@@ -156,4 +158,6 @@ def _check_input(entry: Sequence[Any]) -> Recorded:
             named = not name or (len(name) == 1 and isinstance(name[0], str) and name[0].isidentifier())
             if named and isinstance(getattr(torch, dtype, None), torch.dtype):
                 return (tuple(shape), dtype, *name)
-    raise MorphError(f"{entry!r} in the plan's inputs is no shape and dtype, such as ([8, 3], 'float32'), with a keyword's name.")
+    raise MorphError(
+        f"{entry!r} in the plan's inputs is no shape and dtype, such as ([8, 3], 'float32'), with a keyword's name."
+    )

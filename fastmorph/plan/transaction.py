@@ -87,8 +87,8 @@ class Transaction:
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
         structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
-        watches: which local operators' layers are compared by themselves, before and after: "all", or "untouched", those that the
-            run on `example_inputs` does not reach; None: none.
+        watches: which local operators' layers are compared by themselves, before and after: "all", or "untouched", those
+            that the run on `call` does not reach; None: none.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
@@ -203,18 +203,19 @@ class Transaction:
     def step(self, operator: Operator) -> Iterator[Step]:
         """Note what an operator does inside."""
         began, target = perf_counter(), operator.target
-        self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
+        self._step = step = Step(target, next(iter(self.kernel_shapes(target)), ()))
         self.steps.append(step)
         self._operator = operator
         yield step
-        step.after = self._kernel_shapes(target)
+        step.after = self.kernel_shapes(target)
         self._step = self._operator = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
             self._compare_pieces()
 
-    def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+    def kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the weights, of two or more dimensions, that stand under a name; none where that is no module's."""
         try:
             module = self.model.get_submodule(name)
         except AttributeError:  # no layer: the operator says so

@@ -1,9 +1,9 @@
 """Operators that change one layer each and keep what it computes: whether the code around it lets them, and what they left.
 
-The model is followed on one call before such a stretch of a plan, and once more after it, on shapes alone. Before: a weight that
-something takes outside of its layer's own call cannot change. After: the code around the layers must do what it did, operator
-by operator. A layer whose place in the network no comparison of the whole model reaches is compared by itself: on a random map
-of its own, borders included.
+The model is followed on one call before such a stretch of a plan, and once more after it, on shapes alone. Before: a weight
+that something takes outside of its layer's own call cannot change. After: the code around the layers must do what it did,
+operator by operator. A layer that no comparison of the whole model reaches is compared by itself, on a random map of its own,
+borders included.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, Comparison, coarsest_dtype, compare
-from fastmorph.certify.outputs import Outputs, eval_mode
+from fastmorph.certify.outputs import eval_mode
 from fastmorph.certify.run import isolated, run
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 from fastmorph.graph.trail import Operation, Trail, bare_skeleton, walk
 from fastmorph.inputs import Inputs
+from fastmorph.outputs import Outputs
 from fastmorph.plan.layers import Layer, refusal, unhooked
 
 
@@ -106,8 +107,8 @@ class Surroundings:
             if _difference(self._trail, walk(self._skeleton, self._call), layers) is not None:
                 return  # no two runs of the parent are alike
         raise MorphError(
-            f"{some} cannot be morphed: {found} in the child, because the forward reads sizes or attributes of its layers; "
-            f"{remedy}."
+            f"{some} cannot be morphed: in the child {found}, because the forward reads sizes or attributes of its "
+            f"layers; {remedy}."
         )
 
 
@@ -116,8 +117,7 @@ def _difference(before: Trail, after: Trail, layers: set[str]) -> str | None:
     olds, news = before.around(layers), after.around(layers)
     for old, new in zip(olds, news, strict=False):
         if old != new:
-            module = f"module {old.stack[-1]!r}" if old.stack[-1] else "the model itself"
-            return f"{module} runs {_told(new)} where it ran {_told(old)}"
+            return f"{_told(new, 'runs')} where {_told(old, 'ran')}"
     if len(olds) != len(news):
         return f"the code around them runs {len(news)} operators where it ran {len(olds)}"
     if before.result != after.result:
@@ -125,9 +125,10 @@ def _difference(before: Trail, after: Trail, layers: set[str]) -> str | None:
     return None
 
 
-def _told(operation: Operation) -> str:
-    numbers = ", ".join(map(str, operation.numbers))
-    return f"{operation.name}({numbers}) for a result of shape {', '.join(map(str, operation.shapes))}"
+def _told(operation: Operation, runs: str) -> str:
+    module = f"module {operation.stack[-1]!r}" if operation.stack[-1] else "the model itself"
+    numbers, shapes = ", ".join(map(str, operation.numbers)), ", ".join(map(str, operation.shapes))
+    return f"{module} {runs} {operation.name}({numbers}) for a result of shape {shapes}"
 
 
 class Piece:
