@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmorph.certify.outputs import PLAIN, Outputs, is_float
+from fastmorph.certify.outputs import is_float
+from fastmorph.outputs import PLAIN, Outputs
 
 # Largest |child - parent| over the output's largest value: (in the own dtype, in the run in float64).
 # - float64: solved weights carry the condition of their equation, 1e5 or so, times 2e-16, times depth: 1e-9 leaves

@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, coarsest_dtype, compare, dtype_name, with_noise
-from fastmorph.certify.outputs import Outputs
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import as_call
+from fastmorph.outputs import Outputs
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmorph.certify.arithmetic import Arithmetic, WeightsChanged
-from fastmorph.certify.outputs import Outputs, copied, flatten, widened
+from fastmorph.certify.outputs import copied, widened
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
+from fastmorph.outputs import Outputs, flatten
 
 # PyTorch's generators, Python's and numpy's are the process's, and so is cuDNN's precision: one run at a time has them.
 _ALONE = threading.RLock()

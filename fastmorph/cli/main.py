@@ -94,7 +94,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     parent, plan = _parent_and_plan(arguments, arguments.parent)
     call = _call(arguments, parent)
-    child = fm.restructure(parent, plan, example_inputs=call.args or None)
+    child = fm.restructure(parent, plan, example_inputs=call.inputs)
     load_weights(child, arguments.child)
     certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
     print(certificate)

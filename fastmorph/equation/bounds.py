@@ -100,6 +100,17 @@ def smallest_direct(frame: Frame, co: int, ci: int) -> int | None:
     return min(options, default=None)
 
 
+def smallest_dense(frame: Frame, co: int, ci: int) -> int:
+    """The smallest C_hid that takes no iteration and leaves both kernels without zeros; the weight in F1 where that fits.
+
+    A closed form is dense from two pairs of cancelling channels on. A half-step always is.
+    """
+    for within_first, channels in ((True, co), (False, ci)):
+        if frame.fits(within_first=within_first):
+            return channels + 4
+    return smallest_half_step(frame, co, ci)
+
+
 def smallest_exact(frame: Frame, co: int, ci: int) -> int:
     """The smallest C_hid that can be exact for any weight: by closed form, by Claim 1, or where the counting bound allows."""
     options = [smallest_half_step(frame, co, ci), smallest_direct(frame, co, ci), smallest_by_counting(frame, co, ci)]

@@ -26,7 +26,7 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
         if choice.attribute and not growth.coupling.is_wider(choice):
             groups = choice.groups * growth.total(choice.channels) // len(choice.channels)
             _set(model.get_submodule(choice.module), choice.attribute, choice.groups, groups)
-    for module_name, atoms in record.norms:
+    for module_name, atoms in dict(reversed(record.norms)).items():  # the first of a module that runs several times
         module = model.get_submodule(module_name)
         for attribute in ("num_features", "num_channels"):
             old = getattr(module, attribute, None)

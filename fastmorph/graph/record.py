@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmorph.graph.flow import line
 from fastmorph.graph.ragged import scrambled
+from fastmorph.inputs import Inputs
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -104,6 +105,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One run of a model.
+
+    Attributes:
+        inputs: its arguments; of tensors, shapes and dtypes alone matter.
+        train: whether in train mode.
+        turned: places in the model's code where a comparison of sizes comes out the other way.
+    """
+
+    inputs: Inputs
+    train: bool = False
+    turned: frozenset[tuple[str, int, int]] = frozenset()
+
+    def turn(self, place: tuple[str, int, int]) -> Run:
+        """The same with a further comparison the other way."""
+        return replace(self, turned=self.turned | {place})
+
+
+@dataclass(frozen=True)
 class Block:
     """Atoms that cannot get copies, and why: a clause that names the module."""
 
@@ -124,10 +144,10 @@ class Record:
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
-        self.trained = False  # whether a run in train mode is part of it
+        self.runs: list[Run] = []  # whatever was found was found in these
         self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module
         self.used: set[str] = set()  # parameters and buffers that some operator took
-        self.result: list[tuple[int, ...]] = []  # shapes of the model's outputs
+        self.result: list[Any] = []  # shapes of the model's outputs, and what else is in these
         self._parameters: dict[str, list[Axis]] = {}
         self._edges: list[Edges] = []
         self._ties: list[tuple[Tensor, Tensor]] = []

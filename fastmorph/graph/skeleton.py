@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
-from fastmorph.graph.record import Record
+from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tracer import Tracer
+from fastmorph.inputs import Inputs
+from fastmorph.outputs import PLAIN, flatten
+
+_BRANCHES = 16  # comparisons of sizes that are tried the other way
 
 
 class ForwardError(Exception):
@@ -73,9 +79,9 @@ class Skeleton:
             fake.requires_grad = like.requires_grad
         return fake
 
-    def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def inputs(self, inputs: Inputs) -> Inputs:
         """A model's arguments with fake tensors in the place of tensors."""
-        fakes: tuple[Any, ...] = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        fakes: Inputs = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         return fakes
 
     def copy(self) -> Skeleton:
@@ -95,46 +101,63 @@ class Skeleton:
             tensors[key] = new
         self._values.pop(name, None)
 
-    def trace(self, inputs: tuple[Any, ...], *, train: bool | None = None) -> Record:
+    def trace(self, inputs: Inputs, *, also: Sequence[Inputs] = (), runs: Sequence[Run] = ()) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
-        Where parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too: train=None tries
-        that.
+        Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
+        runs on them; with comparisons of sizes the other way (see `fastmorph.graph.branches`); and in train mode, where eval
+        mode does not use all parameters (auxiliary heads). With `runs`, exactly these are made instead.
+
+        Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
         record = Record()
         tensors = dict(_tensors(self.model))
         for name in self.names:
             record.add_parameter(name, tuple(tensors[name].shape))
-        self._run(inputs, record, train=False)
-        unused = any(name not in record.used for name, _ in self.model.named_parameters())
-        if train or (train is None and unused):
-            return self._with_train(inputs, record, required=bool(train))
+        if runs:
+            for run in runs:
+                self._run(run, record)
+            return record
+        first = Run(self.inputs(inputs))
+        places = self._run(first, record)
+        further = [*(Run(self.inputs(more)) for more in also), *map(first.turn, places)]
+        for run in further:  # it grows: there may be more comparisons in another branch
+            record, found = self._tried(run, record)
+            further += [run.turn(place) for place in found if place not in places][: max(0, _BRANCHES - len(further))]
+            places |= found
+        if any(name not in record.used for name, _ in self.model.named_parameters()):
+            record, _ = self._tried(replace(first, train=True), record)
         return record
 
-    def _with_train(self, inputs: tuple[Any, ...], record: Record, *, required: bool) -> Record:
-        both = record.copy()
-        both.trained = True
-        blocks = len(both.blocks)
-        try:
-            self._run(inputs, both, train=True)
-        except ForwardError:
-            if required:
-                raise
-            return record  # e.g. a batch norm that refuses a single value: then eval mode is all there is to know
-        del both.blocks[blocks:]  # exact it must be in eval mode
-        return both
+    def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
+        """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
 
-    def _run(self, inputs: tuple[Any, ...], record: Record, *, train: bool) -> None:
-        tracer = Tracer(rule_of, record)
+        So it is e.g. where a comparison turned is an assertion, or where a batch norm refuses a single value in train mode.
+        """
+        both = record.copy()
+        try:
+            return both, self._run(run, both)
+        except ForwardError:
+            return record, {}
+        except MorphError:
+            if run.train:
+                raise
+            return record, {}
+
+    def _run(self, run: Run, record: Record) -> dict[Place, None]:
+        """Follow one run; returns the places where code compares sizes."""
+        tracer, blocks = Tracer(rule_of, record), len(record.blocks)
+        comparisons = Comparisons(tracer, run.turned)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self._values.get(name))
-        self.model.train(train)
+        self.model.train(run.train)
         use_plain_modules(self.model)
         hooks = _follow_modules(self.model, tracer.stack)
         try:
-            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer:
-                result = self.model(*self.inputs(inputs))
+            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer, comparisons:
+                args, kwargs = self.inputs(run.inputs)
+                leaves = list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
         except MorphError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -147,10 +170,22 @@ class Skeleton:
         finally:
             for hook in hooks:
                 hook.remove()
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                record.result.append(tuple(leaf.shape))
-                record.block(tracer.flow(leaf).slots, "they are the model's output")
+        for path, leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise MorphError(
+                    f"the model cannot be traced: its output{''.join(f'[{key!r}]' for key in path)} is a "
+                    f"{type(leaf).__name__}, and which channels that holds cannot be seen; return tensors, or objects of them."
+                )
+            if not isinstance(leaf, Tensor):
+                record.result.append(leaf)
+                continue
+            number = tracer.value(leaf)
+            record.result.append(tuple(leaf.shape) if number is None else number.tolist())
+            record.block(tracer.flow(leaf).slots, "they are the model's output")
+        if run.train:
+            del record.blocks[blocks:]  # exact it must be in eval mode
+        record.runs.append(run)
+        return comparisons.found
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

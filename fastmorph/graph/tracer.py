@@ -63,6 +63,10 @@ class Call:
         return tuple(_plain(value) for value in self.args.values() if not isinstance(value, Tensor))
 
 
+class NoSuchDimension(IndexError):
+    """The model's forward asks for a dimension that its tensor does not have."""
+
+
 _NOTED = 64  # elements of a constant that two runs are compared by
 Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
 
@@ -155,6 +159,8 @@ class Tracer(TorchDispatchMode):
         entries, held = len(self.record.journal), [self.flow(tensor).slots for tensor in call.tensors]
         try:
             flows = self._rule_of(func)(self, call)
+        except NoSuchDimension:
+            raise
         except Exception as error:
             raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
         if isinstance(flows, Flow):

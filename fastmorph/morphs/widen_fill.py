@@ -220,8 +220,9 @@ def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
 
 
 def _places_of_copies(layout: Layout) -> Ints:
-    """(copies + 1, old size): where each old index is, and where its copies are."""
-    order = np.lexsort((layout.copy, layout.origin))
+    """(copies + 1, n): where each old index that has copies is, and where these are; all have equally many."""
+    held = np.flatnonzero(np.isin(layout.origin, layout.origin[layout.copy > 0]))
+    order = held[np.lexsort((layout.copy[held], layout.origin[held]))]
     return order.reshape(-1, int(layout.copy.max()) + 1).T
 
 

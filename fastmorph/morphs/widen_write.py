@@ -44,7 +44,7 @@ class Side:
         value: see `rest`.
         paired: whether `mirror` and `rest` hold for noise that comes with another dimension, too.
         divisor: (new size,), what entries are divided by; None: nothing.
-        balanced: (copies + 1, old size), indices that get noise on top that sums to zero over each column; None: none do.
+        balanced: (copies + 1, n), indices that get noise on top that sums to zero over each column; None: none do.
         standard: whether `drawn` and `mirror` get mean + noise and mean - noise of each row's old entries, in their size.
     """
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmorph.certify.outputs import eval_mode
 from fastmorph.errors import MorphError
+from fastmorph.inputs import as_call
 from fastmorph.nn import BatchNormLast, identity_batch_norm
 
 
@@ -44,7 +45,7 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
     Args:
         model: runs in eval mode; its modes are restored.
         norms: BatchNorms in it.
-        batches: each a tensor, or a tuple of the model's positional arguments.
+        batches: each one call's arguments, as `morph` takes them.
 
     Raises:
         MorphError: there are no norms, or no batch reached one of them.
@@ -56,7 +57,8 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
     try:
         with eval_mode(model):
             for batch in batches:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+                call = as_call(batch, model)
+                model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,6 @@ from fastmorph.certify.verify import verify as verify_models
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph.find import as_inputs
 from fastmorph.graph.structure import Structure
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
@@ -58,7 +57,7 @@ class Morphed(Generic[M]):
         model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
         certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
-        history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
+        history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
             same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
     """
@@ -103,8 +102,8 @@ def morph(
     Args:
         model: the parent. It is not touched, unless it is consumed.
         plan: morphs, in order, or a single one; each names layers as those before it left them.
-        example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
-            follow channels through the model.
+        example_inputs: the arguments of one call, to verify the child on and for operators that follow channels through the
+            model: a tensor, a tuple of positional arguments, a dict of keywords, or a pair of such a tuple and such a dict.
         structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
             carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the
@@ -135,11 +134,11 @@ def morph(
         structure.check(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
-    given = as_inputs(example_inputs)
+    given = None if example_inputs is None else as_call(example_inputs, model)
     if verify not in (True, False, "outputs"):
         raise MorphError(f'verify takes True, False or "outputs", not {verify!r}.')
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
-    before = record(model, example_inputs) if consume and verify and given is not None else None
+    before = record(model, given) if consume and verify and given is not None else None
     transaction = Transaction(
         *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
         seed=seed,
@@ -164,17 +163,17 @@ def morph(
     certificate = None
     if verify and given is not None:
         if before is not None:
-            certificate = certify(before, child, example_inputs)
+            certificate = certify(before, child, given)
         else:
-            call = as_call(example_inputs, model)
-            certificate = verify_models(model, child, *call.args, kwargs=call.kwargs, exact=verify is True)
+            certificate = verify_models(model, child, *given.args, kwargs=given.kwargs, exact=verify is True)
         if not certificate and not allow_inexact:
             raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
     carried: Optimizer | None = None
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
+    history = plan.recorded(transaction.resolved(plan), seed, given)
+    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), twins)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
@@ -199,7 +198,7 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
         MorphError: a layer cannot be morphed.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    given = as_inputs(example_inputs)
+    given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given
     transaction = Transaction(*_copied(model, with_weights=False), example_inputs=inputs, with_weights=False)
     transaction.run(plan)

@@ -35,6 +35,7 @@ and the remedy.
 - replace_module(old, new, near=): a module by another; new parameters join the optimizer's group of the parameter `near`.
 - solve(problem, assign, layer=, modules=): an equation, solved with those of the whole plan; `assign` gets the answer. The new
   modules stand on the meta device until then, and `fill(module, value)` sets a weight there.
+- resolve(operator): the same operator with its defaults decided, for the history, so that a later default changes no replay.
 - norms: a list to which an inserted BatchNorm is added, so that `calibrate=` batches set its statistics.
 
 In `restructure`, `transaction.with_weights` is False and the model may be on the meta device: the same calls are made, nothing

@@ -25,6 +25,7 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
+from fastmorph.inputs import Inputs
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
@@ -76,7 +77,7 @@ class Transaction:
             the model itself.
         lineage: where its parameters come from.
         seed: of all noise; the same seed, plan, parent and settings give the same bits.
-        example_inputs: positional arguments of the model, for operators that trace it; None where none were given.
+        example_inputs: a call of the model, for operators that trace it; None where none was given.
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
@@ -89,16 +90,18 @@ class Transaction:
     model: nn.Module
     lineage: Lineage
     seed: int = 0
-    example_inputs: tuple[Any, ...] | None = None
+    example_inputs: Inputs | None = None
     with_weights: bool = True
     consume: bool = False
     structure: Structure | None = None
     solving: dict[str, Any] = field(default_factory=dict)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
+    _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
     _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
+    _operator: Operator | None = field(default=None, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
     def noise(self, *names: str) -> Stream:
@@ -126,6 +129,16 @@ class Transaction:
                     operator.apply(self)
                 self.structure = None
 
+    def resolve(self, operator: Operator) -> None:
+        """Say what the operator that is being applied comes to with its defaults decided: histories hold that."""
+        if self._operator is not None:
+            self._resolved.append((self._operator, operator))
+
+    def resolved(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
+        """Operators that were run, in their order, each as `resolve` has it."""
+        left = list(self._resolved)
+        return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in operators)
+
     def _check(self, operator: Operator) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         target: object = operator.target
@@ -141,9 +154,10 @@ class Transaction:
         began, target = perf_counter(), operator.target
         self._step = step = Step(target, next(iter(self.kernel_shapes(target)), ()))
         self.steps.append(step)
+        self._operator = operator
         yield step
         step.after = self.kernel_shapes(target)
-        self._step = None
+        self._step = self._operator = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()

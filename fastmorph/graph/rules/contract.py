@@ -28,7 +28,7 @@ def matrix_product(tracer: Tracer, call: Call) -> Flow:
         flow = Flow(tuple(_dropped(tracer, flow, 0)), flow.opaque)
     for tensor in added:
         if not tracer.flow(tensor).opaque:
-            tracer.record.mark("shifts", tracer.flow(tensor).varying)
+            tracer.record.mark("shifts", tracer.flow(tensor).slots)
         flow = combine(tracer, [(flow, tuple(call.out.shape)), (tracer.flow(tensor), tuple(tensor.shape))], call.out.ndim)
     return flow
 
@@ -79,7 +79,9 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
     if weights != [True, True]:
         for flow_slots, weight, dim in zip(outs, weights, (-3, -2), strict=True):
             for slot in flow_slots if weight else []:
-                if slot.numel() == slot.shape[dim]:
+                if slot.numel() != slot.shape[dim]:  # no rows that could be zero by themselves
+                    tracer.record.mark("makes_of_zero", [slot])
+                else:
                     tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
     if opaque or any(weights):
         tracer.record.mark("writes", slots)
