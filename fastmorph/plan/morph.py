@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -203,7 +204,9 @@ def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
 
 
 def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example_inputs: Any = None) -> M:
-    """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
+    """The child's architecture alone, for a saved child's `load_state_dict`: no weights are set, nor the parent's copied.
+
+    Buffers are: one may be no part of a `state_dict`.
 
     Args:
         model: the parent, or any network of its architecture, on the meta device too; it is not touched.
@@ -217,13 +220,16 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given
-    transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
+    transaction = Transaction(*_copied(model, with_weights=False), example_inputs=inputs, with_weights=False)
     transaction.run(plan)
     return cast(M, transaction.model)
 
 
-def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, Lineage]:
     memo = computed_copies(model)
+    if not with_weights:
+        plain = (parameter for parameter in model.parameters() if type(parameter) is nn.Parameter)
+        memo |= {id(old): nn.Parameter(torch.empty_like(old), old.requires_grad) for old in plain}
     computed = [
         (name, key)
         for name, module in model.named_modules()
