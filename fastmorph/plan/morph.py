@@ -19,9 +19,9 @@ from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
+from fastmorph.graph.trail import guess_call
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
-from fastmorph.graph.trail import guess_call
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.lineage import Lineage
