@@ -6,7 +6,8 @@ The child of each plan is compared with its parent before it is timed, the archi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def contender(way: str, chosen: Network) -> Contender:
     fakes, fake_inputs, mode = _on_fake_tensors(chosen)
 
     def run() -> Any:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _layer_by_layer():
             return fakes(fake_inputs)
 
     with torch.no_grad():
@@ -67,6 +68,17 @@ def _on_fake_tensors(chosen: Network) -> tuple[nn.Module, Tensor, FakeTensorMode
     tensors = [*chosen.model.parameters(), *chosen.model.buffers()]
     fakes = copy.deepcopy(chosen.model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
     return fakes, mode.from_tensor(chosen.inputs), mode
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """A transformer's own operators: PyTorch's fast path runs a whole encoder layer as one, which has no structure."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @pytest.mark.contenders(*([f"{name} {way}" for way in WAYS + ("consume",) * (name in CONSUMED)] for name in NETWORKS))

@@ -13,7 +13,8 @@ from fastmorph.graph.growth import Growth
 
 # Layers whose numbers are known: they follow from the tensors.
 _REFRESHED = (
-    *(_ConvNd, _NormBase, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(_ConvNd, _NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm),
+    nn.RMSNorm,
 )
 
 
@@ -91,6 +92,8 @@ def _refresh(module: nn.Module) -> None:
         module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = shape
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.PReLU):

@@ -18,6 +18,7 @@ from fastmorph.graph.tracer import Tracer
 
 Place = tuple[str, int, int]  # a comparison in some code: its file, the first line of its function, the instruction
 
+_OTHERS = ("torch", "fastmorph")  # whose code compares sizes too, and does the same with any
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZES = (_SHAPE, Tensor.size, Tensor.numel, Tensor.nelement)
 
@@ -30,7 +31,7 @@ class Comparisons(TorchFunctionMode):
         turned: places at which the first comparison in each module comes out the other way.
 
     Attributes:
-        found: the places of all comparisons, in PyTorch's own code excepted, in the order of the run.
+        found: the places of all comparisons, but for those of `_OTHERS`, in the order of the run.
     """
 
     def __init__(self, tracer: Tracer, turned: frozenset[Place]) -> None:
@@ -54,7 +55,7 @@ class Comparisons(TorchFunctionMode):
     def decide(self, outcome: bool) -> bool:
         """What a comparison in the calling code says."""
         frame = sys._getframe(2)
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _OTHERS:
             return outcome
         place = (frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti)
         self.found.setdefault(place)

@@ -187,8 +187,8 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
     stranger = structure.untouched(growth)
     if stranger is not None:
         return Refusal(
-            f"the model did not use {stranger!r} when it was run, which is as wide as something that would grow: whether it shares "
-            "these channels is not known",
+            f"the model did not use {stranger!r} when it was run, which is as wide as something that would grow: whether it "
+            "shares these channels is not known",
             remedy="pass example_inputs= under which the model uses it, or take it out of the model",
         )
     try:

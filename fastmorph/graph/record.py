@@ -112,11 +112,13 @@ class Run:
         inputs: its arguments; of tensors, shapes and dtypes alone matter.
         train: whether in train mode.
         turned: places in the model's code where a comparison of sizes comes out the other way.
+        option: an optional argument that the example does not give.
     """
 
     inputs: Inputs
     train: bool = False
     turned: frozenset[tuple[str, int, int]] = frozenset()
+    option: str = ""
 
     def turn(self, place: tuple[str, int, int]) -> Run:
         """The same with a further comparison the other way."""

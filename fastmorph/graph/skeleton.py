@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
+from fastmorph.graph.options import with_options, without_options
 from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
-from fastmorph.graph.tracer import Tracer
+from fastmorph.graph.tracer import Tracer, Watcher
 from fastmorph.inputs import Inputs
-from fastmorph.outputs import PLAIN, flatten
+from fastmorph.outputs import PLAIN, Path, flatten
 
 _BRANCHES = 16  # comparisons of sizes that are tried the other way
 
@@ -105,8 +106,9 @@ class Skeleton:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
-        runs on them; with comparisons of sizes the other way (see `fastmorph.graph.branches`); and in train mode, where eval
-        mode does not use all parameters (auxiliary heads). With `runs`, exactly these are made instead.
+        runs on them; with more and with fewer optional arguments; with comparisons of sizes the other way (see
+        `fastmorph.graph.branches`); and in train mode, where eval mode does not use all parameters (auxiliary heads). With
+        `runs`, exactly these are made instead.
 
         Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
@@ -118,9 +120,16 @@ class Skeleton:
             for run in runs:
                 self._run(run, record)
             return record
-        first = Run(self.inputs(inputs))
-        places = self._run(first, record)
-        further = [*(Run(self.inputs(more)) for more in also), *map(first.turn, places)]
+        first, shapes = Run(self.inputs(inputs)), dict[tuple[int, ...], None]()
+        places = self._run(first, record, shapes)
+        fewer = without_options(self.model, first.inputs)
+        further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
+        for name, calls in with_options(self.model, first.inputs, shapes):
+            for call in calls:
+                more, _ = self._tried(Run(self.inputs(call), option=name), record)
+                if more is not record:  # it runs on that shape
+                    record = more
+                    break
         for run in further:  # it grows: there may be more comparisons in another branch
             record, found = self._tried(run, record)
             further += [run.turn(place) for place in found if place not in places][: max(0, _BRANCHES - len(further))]
@@ -144,32 +153,14 @@ class Skeleton:
                 raise
             return record, {}
 
-    def _run(self, run: Run, record: Record) -> dict[Place, None]:
-        """Follow one run; returns the places where code compares sizes."""
+    def _run(self, run: Run, record: Record, shapes: dict[tuple[int, ...], None] | None = None) -> dict[Place, None]:
+        """Follow one run; returns the places where code compares sizes. `shapes` gets those of what modules return."""
         tracer, blocks = Tracer(rule_of, record), len(record.blocks)
         comparisons = Comparisons(tracer, run.turned)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self._values.get(name))
-        self.model.train(run.train)
-        use_plain_modules(self.model)
-        hooks = _follow_modules(self.model, tracer.stack)
-        try:
-            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer, comparisons:
-                args, kwargs = self.inputs(run.inputs)
-                leaves = list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
-        except MorphError:
-            raise
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise MorphError(
-                f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
-                "rewrite that part so that it depends on shapes alone."
-            ) from error
-        except Exception as error:
-            raise ForwardError(tracer.stack[-1], f"{tracer.module} fails with {type(error).__name__}: {error}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
         for path, leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise MorphError(
@@ -184,8 +175,52 @@ class Skeleton:
             record.block(tracer.flow(leaf).slots, "they are the model's output")
         if run.train:
             del record.blocks[blocks:]  # exact it must be in eval mode
+        elif run.option:
+            told = f"where {run.option!r} is given, which example_inputs= does not give, "
+            record.blocks[blocks:] = [replace(block, cause=told + block.cause) for block in record.blocks[blocks:]]
         record.runs.append(run)
         return comparisons.found
+
+    def first_names(self) -> dict[int, str]:
+        """The first name of each parameter and buffer of the copy, by the tensor's id."""
+        tensors = dict(_tensors(self.model))
+        return {id(tensors[name]): name for name in self.names}
+
+    def run(
+        self,
+        inputs: Inputs,
+        watcher: Watcher,
+        *inner: AbstractContextManager[Any],
+        train: bool,
+        shapes: dict[tuple[int, ...], None] | None = None,
+    ) -> list[tuple[Path, Any]]:
+        """The leaves of what the model returns for inputs of these shapes; the watcher sees every operator.
+
+        `shapes` gets those of what modules return.
+
+        Raises ForwardError where the model does not run, and MorphError where it branches on values.
+        """
+        self.model.train(train)
+        use_plain_modules(self.model)
+        hooks = _follow_modules(self.model, watcher.stack, shapes)
+        try:
+            with ExitStack() as stack:
+                for manager in (plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, watcher, *inner):
+                    stack.enter_context(manager)
+                args, kwargs = self.inputs(inputs)
+                return list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
+        except MorphError:
+            raise
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise MorphError(
+                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                "rewrite that part so that it depends on shapes alone."
+            ) from error
+        except Exception as error:
+            raise ForwardError(watcher.stack[-1], f"{watcher.module} fails with {type(error).__name__}: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -206,15 +241,18 @@ def _get(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
-    """Hooks that keep the name of the module that runs on top of the stack."""
+def _follow_modules(model: nn.Module, stack: list[str], shapes: dict[tuple[int, ...], None] | None = None) -> list[Any]:
+    """Hooks that keep the name of the module that runs on top of the stack, and put the shapes of results in `shapes`."""
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
+        if shapes is not None and isinstance(output, Tensor):
+            shapes.setdefault(tuple(output.shape))
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        # First of all, so that what other hooks compute counts for the module as well.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name), prepend=True))
         hooks.append(module.register_forward_hook(leave))
     return hooks
 

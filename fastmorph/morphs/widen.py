@@ -61,6 +61,9 @@ class Widen:
                 raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
         if transaction.structure is None:
             transaction.structure = follow(transaction.model, transaction.example_inputs)
+        used = transaction.structure.record.used
+        unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
+        transaction.untouched = transaction.untouched or unused
         widths = [Width(operator.layer, operator.channels, operator._check_fill) for operator in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)

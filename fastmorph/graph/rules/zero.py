@@ -57,7 +57,7 @@ def mark_uncovered(tracer: Tracer, call: Call, flows: Any) -> None:
 def _kept(tracer: Tracer, call: Call, slot: Tensor) -> bool:
     """Whether the operator's result is zero at the channels of one of its labels."""
     name, tensors = call.name, call.tensors
-    if name == "mul":
+    if name in ("mul", "_trilinear"):
         return True
     if name in ("add", "sub"):
         return len(tensors) == 2 and _all_cover(tracer, tensors, slot)
