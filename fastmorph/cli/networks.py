@@ -54,7 +54,7 @@ def make_network(spec: str) -> nn.Module:
 
 @contextmanager
 def others_code(what: str) -> Iterator[None]:
-    """Run code that the command line names; the current directory is searched last. Raises CommandError if it fails or exits."""
+    """Run code that the command line names, searching the current directory last. Raises CommandError if it fails or exits."""
     if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
         sys.path.append(os.getcwd())
     try:
