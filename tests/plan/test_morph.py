@@ -274,7 +274,7 @@ def test_restructure_copies_no_weights():
     model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)), torch.randn(2, 3, 8, 8)
     with Copies() as copies:
         child = fm.restructure(model, [fm.Widen("0", 20), fm.Deepen("2")], example_inputs=x)
-    assert all(size <= 16 for size in copies.sizes)  # buffers
+    assert all(size <= 64 for size in copies.sizes)  # buffers of 16 numbers, which are copied byte by byte
     assert {name: value.shape for name, value in child.state_dict().items()} == {
         name: value.shape for name, value in fm.morph(model, [fm.Widen("0", 20), fm.Deepen("2")]).model.state_dict().items()
     }
