@@ -90,8 +90,8 @@ def with_noise(
 ) -> Iterator[Comparison]:
     """The rows with the parent's own rounding: what `again`, the parent in other arithmetic, differs by from `once`.
 
-    Where they `judge` by it, it raises tolerances. What exceeds that of the next coarser dtype is no rounding: two runs that
-    drew different numbers, say.
+    With `judge` it raises their tolerances. A difference beyond the tolerance of the next coarser dtype is no rounding: two
+    runs that drew different numbers, say.
     """
     limit = TOLERANCES[COARSER[dtype]][0] if judge and dtype in COARSER else 0.0
     outputs = {_name(path): (leaf, again.get(path)) for path, leaf in once.items()}

@@ -69,7 +69,8 @@ def write_child(
         return grown.model, None
     certificate = fm.verify(parent, grown.model, *call.args, modes=modes, tolerance=tolerance, kwargs=call.kwargs)
     (out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
-    print(f"\nCertificate: child against parent, on {_described(call)}\n{certificate}")
+    shapes = ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))
+    print(f"\nCertificate: child against parent, on {shapes}\n{certificate}")
     return grown.model, certificate
 
 
@@ -116,7 +117,3 @@ def _program() -> list[str]:
         return ["fastmorph"]
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     return [os.path.relpath(sys.executable) if inside else sys.executable, "-m", "fastmorph"]
-
-
-def _described(call: NetworkCall) -> str:
-    return ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))

@@ -64,7 +64,7 @@ def _of_other_rank(inputs: Inputs) -> tuple[Inputs, ...]:
 
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:
-    """Calls that a model may take, by its first layer with a weight, on that weight's device."""
+    """Calls that a model may take, by its first layer with a weight, in shapes and dtypes: on the meta device."""
     for tensor in _first_inputs(model):
         yield Inputs((tensor,), {})
 
@@ -77,16 +77,16 @@ def _first_inputs(model: nn.Module) -> Iterator[Tensor]:
         kind = next((dims[base] for base in dims if isinstance(module, base)), None)
         if weight is None:
             continue
-        made: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        made: dict[str, Any] = {"dtype": weight.dtype, "device": "meta"}
         if kind is not None:
             for channels in dict.fromkeys((module.in_channels, 3, 1)):
                 for size in _SIZES[kind]:
-                    yield torch.zeros(2, channels, *[size] * kind, **made)
+                    yield torch.empty(2, channels, *[size] * kind, **made)
             return
         if isinstance(module, nn.Linear):
-            yield torch.zeros(2, module.in_features, **made)
-            yield torch.zeros(2, 16, module.in_features, **made)
+            yield torch.empty(2, module.in_features, **made)
+            yield torch.empty(2, 16, module.in_features, **made)
             return
         if isinstance(module, nn.Embedding):
-            yield torch.zeros(2, 16, dtype=torch.int64, device=weight.device)
+            yield torch.empty(2, 16, dtype=torch.int64, device="meta")
             return

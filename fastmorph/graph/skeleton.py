@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,9 @@ from fastmorph.graph.clone import clone
 from fastmorph.graph.options import with_options, without_options
 from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
-from fastmorph.graph.tracer import Tracer
+from fastmorph.graph.tracer import Tracer, Watcher
 from fastmorph.inputs import Inputs
-from fastmorph.outputs import PLAIN, flatten
+from fastmorph.outputs import PLAIN, Path, flatten
 
 _BRANCHES = 16  # comparisons of sizes that are tried the other way
 
@@ -160,25 +160,7 @@ class Skeleton:
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self._values.get(name))
-        self.model.train(run.train)
-        use_plain_modules(self.model)
-        hooks = _follow_modules(self.model, tracer.stack, shapes)
-        try:
-            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer, comparisons:
-                args, kwargs = self.inputs(run.inputs)
-                leaves = list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
-        except MorphError:
-            raise
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise MorphError(
-                f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
-                "rewrite that part so that it depends on shapes alone."
-            ) from error
-        except Exception as error:
-            raise ForwardError(tracer.stack[-1], f"{tracer.module} fails with {type(error).__name__}: {error}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
         for path, leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise MorphError(
@@ -198,6 +180,47 @@ class Skeleton:
             record.blocks[blocks:] = [replace(block, cause=told + block.cause) for block in record.blocks[blocks:]]
         record.runs.append(run)
         return comparisons.found
+
+    def first_names(self) -> dict[int, str]:
+        """The first name of each parameter and buffer of the copy, by the tensor's id."""
+        tensors = dict(_tensors(self.model))
+        return {id(tensors[name]): name for name in self.names}
+
+    def run(
+        self,
+        inputs: Inputs,
+        watcher: Watcher,
+        *inner: AbstractContextManager[Any],
+        train: bool,
+        shapes: dict[tuple[int, ...], None] | None = None,
+    ) -> list[tuple[Path, Any]]:
+        """The leaves of what the model returns for inputs of these shapes; the watcher sees every operator.
+
+        `shapes` gets those of what modules return.
+
+        Raises ForwardError where the model does not run, and MorphError where it branches on values.
+        """
+        self.model.train(train)
+        use_plain_modules(self.model)
+        hooks = _follow_modules(self.model, watcher.stack, shapes)
+        try:
+            with ExitStack() as stack:
+                for manager in (plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, watcher, *inner):
+                    stack.enter_context(manager)
+                args, kwargs = self.inputs(inputs)
+                return list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
+        except MorphError:
+            raise
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise MorphError(
+                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                "rewrite that part so that it depends on shapes alone."
+            ) from error
+        except Exception as error:
+            raise ForwardError(watcher.stack[-1], f"{watcher.module} fails with {type(error).__name__}: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -228,7 +251,8 @@ def _follow_modules(model: nn.Module, stack: list[str], shapes: dict[tuple[int, 
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        # First of all, so that what other hooks compute counts for the module as well.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name), prepend=True))
         hooks.append(module.register_forward_hook(leave))
     return hooks
 

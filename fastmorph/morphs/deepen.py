@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from fastmorph.equation.bounds import smallest_dense
 from fastmorph.equation.frame import Frame, make_frame
@@ -32,6 +32,7 @@ _NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "laye
 class Deepen:
     """Replace a layer by nn.Sequential(first, norm, activation, second), as data (the arguments of `deepen`)."""
 
+    local: ClassVar[bool] = True
     layer: str
     hidden_channels: int | None = None
     kernel_sizes: Any = None
@@ -79,7 +80,7 @@ class Deepen:
 
 
 def _round_up(channels: int, groups: int) -> int:
-    """To a multiple of 8 in total, which kernels of devices like, and of the groups; of the groups alone where they are many."""
+    """To a multiple of 8 and of the groups, which devices like; of the groups alone where they are many."""
     step = groups if groups > _MULTIPLE else math.lcm(_MULTIPLE, groups)
     return -(-channels // step) * step
 

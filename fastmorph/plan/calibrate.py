@@ -28,10 +28,9 @@ class _Moments:
         values = arguments[0].double().movedim(dim, 0).flatten(1)  # (C, count)
         count, mean = values.shape[1], values.mean(1)
         shift, total = mean - self.mean, self.count + count
-        self.mean = self.mean + shift * (count / total)
-        self.deviations = (
-            self.deviations + (values - mean[:, None]).square().sum(1) + shift.square() * (self.count * count / total)
-        )
+        self.mean += shift * (count / total)
+        self.deviations += (values - mean[:, None]).square().sum(1)
+        self.deviations += shift.square() * (self.count * count / total)
         self.count = total
 
 

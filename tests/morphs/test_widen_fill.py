@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +166,28 @@ def test_moments_of_duplicates_are_the_childs_own():
     for parameter in done.model.parameters():
         expected = 0.1 * parameter.grad
         torch.testing.assert_close(done.optimizer.state[parameter]["exp_avg"], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [("0", "3"), ("3", "0")])
+@pytest.mark.parametrize("fills", list(itertools.product(FILLS, FILLS)))
+def test_widths_on_both_sides_of_a_layer(order, fills):
+    """Layer 3 gets rows by one operator and columns by the other; so do its moments, and its shape without weights."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    widths = {"0": 9, "3": 13}
+    plan = [fm.Widen(name, widths[name], fill) for name, fill in zip(order, fills, strict=True)]
+    done = fm.morph(model, plan, example_inputs=x, optimizer=optimizer)
+    old, new = model[3].weight, done.model[3].weight
+    assert new.shape == (13, 9, 3, 3)
+    assert [step.after for step in done.steps] == [(tuple(done.model.get_submodule(op.layer).weight.shape),) for op in plan]
+    assert fm.restructure(model, plan, example_inputs=x)[3].weight.shape == new.shape
+    for key in ("exp_avg", "exp_avg_sq"):
+        before, after = optimizer.state[old][key], done.optimizer.state[new][key]
+        assert after.shape == new.shape
+        if "duplicate" not in fills:
+            assert torch.equal(after[:8, :6], before)
+            assert torch.equal(new[:8, :6], old)
