@@ -100,6 +100,11 @@ def build_row(
 def make_norm(transaction: Transaction, layer: Layer, channels: int) -> nn.Module:
     """A BatchNorm for that many channels of the layer's map, the identity in eval mode, to be calibrated."""
     weight = layer.origin
+    if layer.dims and not transaction.followed:
+        raise MorphError(
+            f"layer {layer.name!r}: norm='batch' is for inputs with a batch dimension, and whether the layer's have one is not "
+            "known, as the model could not be followed; pass example_inputs= that it runs on."
+        )
     norm: nn.Module = identity_batch_norm(_NORMS[layer.dims](channels, device=weight.device, dtype=weight.dtype))
     transaction.norms.append(norm)
     return norm

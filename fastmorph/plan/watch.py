@@ -28,6 +28,7 @@ from fastmorph.graph.trail import Operation, Trail, bare_skeleton, walk
 from fastmorph.inputs import Inputs
 from fastmorph.outputs import Outputs
 from fastmorph.plan.layers import Layer, refusal, unhooked
+from fastmorph.plan.reads import reader
 
 
 class Surroundings:
@@ -59,6 +60,11 @@ class Surroundings:
         except Exception:  # TorchScript, a branch on values, ...: what cannot be followed is judged by its outputs alone
             return None, None
 
+    @property
+    def followed(self) -> bool:
+        """Whether the model could be followed on a call."""
+        return self._trail is not None
+
     def check(self, model: nn.Module, layer: Layer) -> bool:
         """Raise MorphError where something takes the layer's weight outside of its own call.
 
@@ -68,6 +74,14 @@ class Surroundings:
         if any(not known or f"{name}.".startswith(f"{known}.") for known in self._layers):
             return False
         self._layers[name] = None
+        where = reader(model) if self._trail is None else None
+        if where is not None:
+            raise refusal(
+                layer.name,
+                f"the forward of {f'module {where!r}' if where else 'the model itself'} takes weights besides calling layers, "
+                "and the model could not be followed to see which",
+                "pass example_inputs= that it runs on, or let the forward call its layers alone",
+            )
         for parameter in layer.origins:
             for stack in self._uses.get(parameter, ()):
                 if layer.module not in stack:
