@@ -18,6 +18,7 @@ _SIZES = {
     2: (64, 32, 224, 28, 128, 256, 299, 331, 96, 512, 16, 8),
     3: (16, 32, 64),
 }
+_LENGTHS = 9  # of sequences that are tried
 
 
 def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, Record]:
@@ -85,7 +86,9 @@ def _first_inputs(model: nn.Module) -> Iterator[Tensor]:
             return
         if isinstance(module, nn.Linear):
             yield torch.empty(2, module.in_features, **made)
-            yield torch.empty(2, 16, module.in_features, **made)
+            widths = [other.in_features for other in model.modules() if isinstance(other, nn.Linear)]
+            for length in list(dict.fromkeys([16, *widths]))[:_LENGTHS]:  # a layer may mix the positions of a sequence
+                yield torch.empty(2, length, module.in_features, **made)
             return
         if isinstance(module, nn.Embedding):
             yield torch.empty(2, 16, dtype=torch.int64, device="meta")

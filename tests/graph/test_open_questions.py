@@ -202,3 +202,11 @@ def test_the_guess_that_uses_all_parameters():
     model = trained(Net(forward, one=nn.Linear(3, 4), mix=nn.Linear(4, 4), head=nn.Linear(4, 2)))
     child = exact(model, [fm.Widen("one", 6)], [(randn(2, 3),), (randn(2, 7, 3),)])
     assert child.mix.in_features == child.head.in_features == 6
+
+
+def test_a_layer_that_mixes_positions_tells_their_number():
+    def forward(m, x):
+        return m.head(m.mix(m.one(x).transpose(1, 2)).transpose(1, 2))
+
+    model = trained(Net(forward, one=nn.Linear(3, 4), mix=nn.Linear(7, 7), head=nn.Linear(4, 2)))
+    exact(model, [fm.Widen("one", 6)], [(randn(2, 7, 3),)])
