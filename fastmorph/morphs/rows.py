@@ -16,11 +16,19 @@ from fastmorph.equation.peel import Peeling, plan_peeling
 from fastmorph.errors import MorphError
 from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import LayerSpec, Sequential
-from fastmorph.nn import BatchNormLast, PActivation, Replacement, identity_batch_norm
+from fastmorph.nn import (
+    BatchNormLast,
+    BatchNormMap1d,
+    BatchNormMap2d,
+    BatchNormMap3d,
+    PActivation,
+    Replacement,
+    identity_batch_norm,
+)
 from fastmorph.plan.layers import Layer
 from fastmorph.plan.transaction import Transaction
 
-_NORMS = (BatchNormLast, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial dimensions
+_NORMS = (BatchNormLast, BatchNormMap1d, BatchNormMap2d, BatchNormMap3d)  # by spatial dimensions
 CONVS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -100,11 +108,6 @@ def build_row(
 def make_norm(transaction: Transaction, layer: Layer, channels: int) -> nn.Module:
     """A BatchNorm for that many channels of the layer's map, the identity in eval mode, to be calibrated."""
     weight = layer.origin
-    if layer.dims and not transaction.followed:
-        raise MorphError(
-            f"layer {layer.name!r}: norm='batch' is for inputs with a batch dimension, and whether the layer's have one is not "
-            "known, as the model could not be followed; pass example_inputs= that it runs on."
-        )
     norm: nn.Module = identity_batch_norm(_NORMS[layer.dims](channels, device=weight.device, dtype=weight.dtype))
     transaction.norms.append(norm)
     return norm

@@ -22,9 +22,9 @@ class _Moments:
         self.mean: Any = 0.0
         self.deviations: Any = 0.0
 
-    def add(self, norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def add(self, norm: Any, arguments: tuple[Tensor, ...]) -> None:
         """Take in one input of the norm; registered as its forward pre-hook."""
-        dim = -1 if isinstance(norm, BatchNormLast) else 1
+        dim = -1 if isinstance(norm, BatchNormLast) else arguments[0].ndim - norm.dims - 1
         values = arguments[0].double().movedim(dim, 0).flatten(1)  # (C, count)
         count, mean = values.shape[1], values.mean(1)
         shift, total = mean - self.mean, self.count + count

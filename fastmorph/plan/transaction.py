@@ -225,11 +225,6 @@ class Transaction:
 
     # --- equations ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def followed(self) -> bool:
-        """False where the code around the layer that was found last could not be followed on any call, given or guessed."""
-        return self._around is None or self._around.followed
-
     def find_layer(self, name: str, *, transposed: bool = False, stays: bool = False) -> Layer:
         """The layer called `name`, its weights settled; see `fastmorph.plan.layers.find_layer`.
 

@@ -60,11 +60,6 @@ class Surroundings:
         except Exception:  # TorchScript, a branch on values, ...: what cannot be followed is judged by its outputs alone
             return None, None
 
-    @property
-    def followed(self) -> bool:
-        """Whether the model could be followed on a call."""
-        return self._trail is not None
-
     def check(self, model: nn.Module, layer: Layer) -> bool:
         """Raise MorphError where something takes the layer's weight outside of its own call.
 
