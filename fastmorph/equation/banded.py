@@ -80,7 +80,7 @@ class BandedCholesky:
 def unsure(lower: list[list[Tensor]]) -> Tensor:
     """Items whose pivots say that no digit of a solution would be sure, (B,)."""
     pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in lower], -1)
-    # (smallest / largest pivot)^2 bounds 1 / condition from above. Of a singular matrix the smallest is what rounding left, n eps
-    # times the condition of the rest. In small systems, where the pseudo-inverse costs little, a margin tells it.
+    # (smallest / largest pivot)^2 bounds 1 / condition from above. Of a singular matrix the smallest is what rounding left:
+    # n eps times the condition of the rest. In small systems, where the pseudo-inverse costs little, a margin tells it.
     ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
     return ~(ratio > max(pivots.shape[-1] * torch.finfo(pivots.dtype).eps, _DOUBT))

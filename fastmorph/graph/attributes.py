@@ -23,10 +23,10 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
     record = growth.coupling.record
     for module_name, rows in record.depthwise:
         _set(model.get_submodule(module_name), "groups", len(rows), growth.total(rows))
-    for choice in record.choices:
-        if choice.attribute and not growth.coupling.is_wider(choice):
-            groups = choice.groups * growth.total(choice.channels) // len(choice.channels)
-            _set(model.get_submodule(choice.module), choice.attribute, choice.groups, groups)
+    for grouping in record.groupings:
+        if grouping.attribute and not growth.coupling.is_wider(grouping):
+            groups = grouping.groups * growth.total(grouping.channels) // len(grouping.channels)
+            _set(model.get_submodule(grouping.module), grouping.attribute, grouping.groups, groups)
     for module_name, atoms in dict(reversed(record.norms)).items():  # the first of a module that runs several times
         module = model.get_submodule(module_name)
         for attribute in ("num_features", "num_channels"):

@@ -57,7 +57,7 @@ class Proposals:
     def __init__(self, structure: Structure, layer: str) -> None:
         self._structure, self._record, self.layer = structure, structure.record, layer
         self.atoms = structure.channels(layer)
-        grouped = any(choice.attribute == "groups" for choice in self._record.choices)
+        grouped = any(grouping.attribute == "groups" for grouping in self._record.groupings)
         self._couplings = [structure.coupling(wider) for wider in (_WAYS if grouped else _WAYS[:1])]
 
     def first(self, width: int) -> Growth | None:

@@ -1,6 +1,6 @@
 """What a traced run found: which channels must grow together, which cannot grow, and where they are read.
 
-Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one is
+Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. A grouped operator leaves a grouping, of which one way is
 made later: its groups may get wider or more. Two runs are compared by all that is recorded here. Labels are noted as they are
 while the model runs, and gathered, all in one, when they are asked for.
 """
@@ -79,7 +79,7 @@ class Role:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Grouping:
     """An operator in groups. Its groups may get wider (`inside`) or more (`more`).
 
     Attributes:
@@ -139,7 +139,7 @@ class Record:
     def __init__(self) -> None:
         self.axes: list[Axis] = []
         self.count = 0
-        self.choices: list[Choice] = []
+        self.groupings: list[Grouping] = []
         self.blocks: list[Block] = []
         self.outputs: dict[str, Tensor] = {}  # weight's name -> atoms of the channels that it produces, in order
         self.norms: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
@@ -263,7 +263,7 @@ class Record:
 
     @cached_property
     def edges(self) -> Edges:
-        """All ties but those of choices, as they were found."""
+        """All ties but those of groupings, as they were found."""
         sides = [tie if tie[0].shape == tie[1].shape else torch.broadcast_tensors(*tie) for tie in self._ties]
         one, two = (_joined(side[place] for side in sides) for place in (0, 1))
         return np.concatenate([_pairs(one, two), *self._edges])

@@ -17,7 +17,7 @@ that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_write import Side, write
+from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
-Map = Callable[[Tensor], Tensor]
 _SAMPLE, _LINES = 2**15, 64  # entries, and indices of a dimension, from which the size of a tensor's entries is taken
 
 

@@ -26,7 +26,7 @@ class BatchNormLast(nn.BatchNorm1d):
 
 
 class _BatchNormMap(_BatchNorm):
-    """Batch norm over maps with a batch dimension, (N, C, *), or without one, (C, *), as `torch.nn`'s convolutions take them."""
+    """Batch norm over maps with a batch dimension, (N, C, *), or without one, (C, *), as convolutions take them."""
 
     dims: int
 

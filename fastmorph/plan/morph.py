@@ -59,15 +59,15 @@ class Morphed(Generic[M]):
     Attributes:
         model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
-        certificate: what was found on `example_inputs`, or where there were none (`certificate.on` says which): on random values
-            of guessed shapes, if an operator follows the whole network; else for each new part and the layer that it replaces, on
-            a random input of its own, as for layers that the inputs do not reach. None if nothing could be compared, or
-            `verify=False`.
-        history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
-            same settings on the same machine, but for what `calibrate` batches decided.
+        certificate: what was found on `example_inputs`, or where there were none (`certificate.on` says which), on random
+            values of guessed shapes, if an operator follows the whole network; else for each new part and the layer that it
+            replaces, on a random input of its own, as for layers that the inputs do not reach. None if nothing could be
+            compared, or `verify=False`.
+        history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same
+            bits, at the same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
-        untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed: what
-            is computed with them was not compared.
+        untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed:
+            what is computed with them was not compared.
     """
 
     model: M
@@ -120,8 +120,8 @@ def morph(
             none, a new last group without it is made for the `a` of P-activations.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
             nearly exact in train mode, where a BatchNorm uses the batch's own.
-        verify: whether to compare parent and child, see `Morphed.certificate`: True in their own dtype and in float64, "outputs"
-            in their own dtype alone, for half of the cost or less.
+        verify: whether to compare parent and child, see `Morphed.certificate`: True in their own dtype and in float64,
+            "outputs" in their own dtype alone, for half of the cost or less.
         consume: make the child out of the parent itself, layer by layer, each old tensor freed as soon as its successor is
             there, so that no more than the child and one layer's old weights and solver are held at a time. Whatever fails
             then leaves the parent half done, and of `optimizer` only what does not change. The child is compared with the

@@ -28,7 +28,8 @@ and the remedy.
 `apply` changes `transaction.model`, in place, into one that computes the same, and the transaction offers
 
 - model: the child in the making; noise(*names): a `Stream` of noise for a purpose, the same for the same seed and plan.
-- example_inputs: the call that was given, or None; call: what to follow the model on, by fm.follow, or None; structure: what `fm.follow` found there, or None.
+- example_inputs: the call that was given, or None; call: what to follow the model on, by `fm.follow`, or None; structure: what
+  that found, or None.
 - find_layer(name): a layer that can be morphed, its weights there to be read, or a refusal.
 - settle(module): let the weights that a module waits for be solved, before they are read; without a module, all of them.
 - replace(old, new, linear=, square=): a parameter or buffer by other values, with the maps of its optimizer's moments.

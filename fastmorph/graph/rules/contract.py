@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.graph.flow import FIXED, Flow, compress, is_real
-from fastmorph.graph.record import Choice, chain, edges
+from fastmorph.graph.record import Grouping, chain, edges
 from fastmorph.graph.rules.move import merge
 from fastmorph.graph.rules.pointwise import combine
 from fastmorph.graph.rules.reduce import mix
@@ -220,7 +220,7 @@ def _grouped(tracer: Tracer, vector: Tensor, made: Tensor, read: Tensor, call: C
     more = [chain(x), edges(x[:, :1], out[:, :1]), chain(out)]
     roles = (record.roles_of(_ROLES, x), record.roles_of(_ROLES + 1, out))
     sides = np.concatenate(inside), np.concatenate(more)
-    record.choices.append(Choice(tracer.stack[-1], "groups", groups, vector, *sides, roles=roles))
+    record.groupings.append(Grouping(tracer.stack[-1], "groups", groups, vector, *sides, roles=roles))
     return out.reshape(-1)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.graph.flow import Flow, compress, varying_dims
-from fastmorph.graph.record import NO_EDGES, Choice, Edges, chain
+from fastmorph.graph.record import NO_EDGES, Edges, Grouping, chain
 from fastmorph.graph.tracer import Call, NoSuchDimension, Tracer
 
 _ROLES = 62  # a place of the journal's entry beyond any operand's
@@ -121,4 +121,4 @@ def note_normalised(tracer: Tracer, lines: Tensor, does: str, attribute: str = "
     held = torch.stack([lines, groups], -1).reshape(-1, 2)
     pairs = np.ascontiguousarray(held[held[:, 0] >= 0].numpy())
     name = tracer.stack[-1]
-    tracer.record.choices.append(Choice(name, attribute, len(lines), lines.reshape(-1), NO_EDGES, more, pairs))
+    tracer.record.groupings.append(Grouping(name, attribute, len(lines), lines.reshape(-1), NO_EDGES, more, pairs))
