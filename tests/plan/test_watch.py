@@ -138,7 +138,8 @@ class Attribute(Network):
 def test_sizes_and_kinds_that_code_reads(kind, operator, words, inputs):
     with pytest.raises(fm.MorphError) as caught:
         fm.morph(kind(), operator, example_inputs=inputs, verify=False)
-    assert words in str(caught.value) and "reads sizes or attributes of its layers" in str(caught.value)
+    assert words in str(caught.value)
+    assert "reads sizes or attributes of its layers" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [Cropped, CroppedAtTheEnd])
@@ -174,7 +175,8 @@ def test_each_new_part_is_compared_with_its_layer(kind, consume):
     compared = [row.output for row in grown.certificate.rows]
     assert compared[:2] == [f"layer {name!r}" for name in layers]
     assert grown.certificate.on == "each new part and the layer that it replaces, on a random input of its own"
-    assert grown.certificate.on in str(grown.certificate) and "each new part" in grown.certificate.to_json()
+    assert grown.certificate.on in str(grown.certificate)
+    assert "each new part" in grown.certificate.to_json()
     assert fm.morph(kind(), plan, verify=False).certificate is None
 
 
@@ -193,12 +195,11 @@ def test_parts_of_every_kind_are_compared(layer, dtype):
         if isinstance(layer, nn.Linear) and operator is LOCAL["grow_kernel"]:
             continue
         morph = operator("") if operator is not LOCAL["sequential"] else fm.InsertSubnet("", fm.Residual(2))
-        try:
-            certificate = fm.morph(layer.to(dtype), morph).certificate
-        except fm.MorphError as error:
-            assert "smaller than its kernel" in str(error)
+        if isinstance(morph, fm.GrowKernel) and max(layer.kernel_size) > morph.kernel_size:
+            with pytest.raises(fm.MorphError, match="smaller than its kernel"):
+                fm.morph(layer.to(dtype), morph)
             continue
-        assert certificate
+        assert fm.morph(layer.to(dtype), morph).certificate
 
 
 @pytest.mark.parametrize("consume", [False, True])
@@ -248,7 +249,7 @@ def test_a_wrong_child_is_refused_without_example_inputs(monkeypatch):
         right(self, old, new * 1.01, **maps)
 
     monkeypatch.setattr(transaction.Transaction, "replace", wrong)
-    with pytest.raises(fm.MorphError, match="(?s)does not compute what its parent computes.*random inputs of shape"):
+    with pytest.raises(fm.MorphError, match=r"(?s)does not compute what its parent computes.*random inputs of shape"):
         fm.widen(Network(), {"conv": 9})
 
 
