@@ -1,8 +1,8 @@
 """What a traced run found: which channels must grow together, which cannot grow, and where they are read.
 
 Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. An operator in groups leaves a grouping: whether its
-groups get wider, or there will be more of them, is decided later. Two runs are compared by all that is recorded here. Labels are
-noted as they are while the model runs, and gathered, all in one, when they are asked for.
+groups get wider, or there will be more of them, is decided later. Two runs are compared by all that is recorded here. Labels
+are noted as they are while the model runs, and gathered, all in one, when they are asked for.
 """
 
 from __future__ import annotations
