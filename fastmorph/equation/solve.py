@@ -131,7 +131,7 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
         first, second = equalise(first, second)
     if equation.corrected:
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
-        first = first.to(equation.dtype).to(first.dtype)
+        first, second = first.to(equation.dtype).to(equation.work), second.to(equation.work)
         step = HalfStep(first, equation.frame.second, equation.backend)
         error, _ = step.error(equation.weight.to(first.dtype), equation.frame.before, second)
         second = second + step.solve(error, (0,) * len(equation.frame.before))

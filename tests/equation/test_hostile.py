@@ -154,3 +154,12 @@ def test_another_default_device():
     finally:
         torch.set_default_device(None)
     assert bool(found.converged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_short_dtype_whose_weight_goes_into_the_second_kernel(dtype):
+    """Then a half-step for F2 is exact though the closed form, which works on the transposed equation, asks for none."""
+    weight = torch.randn(3, 2, 3, 3, 3, dtype=torch.float64).to(dtype)
+    found = fm.decompose(weight, 8, (1, 3), spatial_dims=3)
+    assert found.first.dtype == found.second.dtype == dtype
+    assert float(found.residual) <= fm.tolerance(dtype)
