@@ -81,7 +81,9 @@ class Counting(TorchDispatchMode):
                 nothing = tensors[0].new_empty((0, tensors[0].ndim), dtype=torch.int64)
                 return {"nonzero": nothing, "index": args[0][:0]}.get(name, args[0])
         if self.device == "meta" and name not in ("_to_copy", "copy_"):  # numbers of the host are arguments of a launch
-            args, kwargs = tree_map_only(Tensor, lambda x: x if x.ndim or not self._ours(tensors) else x.to("meta"), (args, kwargs))
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x if x.ndim or not self._ours(tensors) else x.to("meta"), (args, kwargs)
+            )
         out = func(*args, **kwargs)
         results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
         if self._ours(tensors + results) and not (_views(func) or name in _ALLOCATING or self.reading):
@@ -154,7 +156,7 @@ def counting(device: str) -> Iterator[Counting]:
     with (
         mock.patch.object(InterpretedFunction, "__getitem__", launch, create=True),
         mock.patch.object(JITFunction, "__getitem__", launch),
-        mock.patch.object(backends, "why_unavailable", lambda tensor: None),
+        mock.patch.object(backends, "why_unavailable", return_value=None),
         mode,
         _Reads(mode),
     ):
