@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_DOUBT = 2e-12  # 2**13 eps of float64
+
 
 class BandedCholesky:
     """Factor of (B, n, n) matrices in `count` x `count` blocks that are zero further than `width` from the diagonal.
@@ -78,6 +80,7 @@ class BandedCholesky:
 def unsure(lower: list[list[Tensor]]) -> Tensor:
     """Items whose pivots say that no digit of a solution would be sure, (B,)."""
     pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in lower], -1)
-    # (smallest / largest pivot)^2 bounds 1 / condition from above.
+    # (smallest / largest pivot)^2 bounds 1 / condition from above. Of a singular matrix the smallest is what rounding left: n eps
+    # times the condition of the rest: for small systems, where the pseudo-inverse costs little, it is told with a margin.
     ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
-    return ~(ratio > pivots.shape[-1] * torch.finfo(pivots.dtype).eps)
+    return ~(ratio > max(pivots.shape[-1] * torch.finfo(pivots.dtype).eps, _DOUBT))

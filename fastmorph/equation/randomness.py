@@ -195,7 +195,7 @@ def _fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
 def _set(out: Tensor, levels: Tensor, scale: float) -> None:
     """Values from levels, in float32 or float64, by one fused multiply-add: one rounding, as half the factor is exact."""
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    factor = torch.tensor(_SCALE * scale, dtype=dtype)
+    factor = torch.tensor(_SCALE * scale, dtype=dtype, device="cpu")  # whatever the default device is
     into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
     torch.add(0.5 * factor, levels.to(dtype), alpha=float(factor), out=into)
     if into is not out:

@@ -99,8 +99,8 @@ def decompose_sequence(
             f"kernel sizes {list(row.sizes)} compose to {row.reach}, smaller than the weight's {given.kernel}; enlarge one of "
             "them."
         )
-    options: _Options = {"solver": solver, "backend": backend, "generator": generator, "allow_inexact": allow_inexact}
-    return _chain(given, row, given.scaled, *_peel(given.scaled, row, options))[0]
+    options: _Options = {"solver": solver, "backend": backend, "allow_inexact": allow_inexact}
+    return _chain(given, row, given.scaled, *_peel(given.scaled, row, Stream(draw_seed(generator)), options))[0]
 
 
 @torch.no_grad()
@@ -140,12 +140,12 @@ def decompose_sum(
     def noise(shape: Size) -> Tensor:
         return source.of("share", next(number)).tensor(shape, given.scaled)
 
-    options: _Options = {"solver": solver, "backend": backend, "generator": generator, "allow_inexact": allow_inexact}
+    options: _Options = {"solver": solver, "backend": backend, "allow_inexact": allow_inexact}
     chains: dict[int, Chain[Array]] = {}
     missed = given.scaled
     for index, share in share_out(given.scaled, rows, whole, noise, torch.float64).items():
         try:
-            peeled = _peel(share, rows[index], options)
+            peeled = _peel(share, rows[index], source.of("branch", index), options)
         except MorphError as error:
             raise error.within(f"branch {index}") from None
         chains[index], composed = _chain(given, rows[index], share, *peeled)
@@ -158,7 +158,6 @@ def decompose_sum(
 class _Options(TypedDict):
     solver: Solver
     backend: str | None
-    generator: Generator
     allow_inexact: bool
 
 
@@ -181,7 +180,7 @@ def _weight(weight: Any, spatial_dims: int) -> _Weight:
     return _Weight(scaled.reshape(tensor.shape), exponents, tensor.dtype, restore, (co, ci), tuple(kernel))
 
 
-def _peel(share: Tensor, row: Peeling, options: _Options) -> tuple[list[Tensor], list[Decomposition[Tensor]]]:
+def _peel(share: Tensor, row: Peeling, source: Stream, options: _Options) -> tuple[list[Tensor], list[Decomposition[Tensor]]]:
     """The row's kernels, in float64, and the equations solved for them."""
     if not row.frames:
         return [row.single(share)], []
@@ -190,7 +189,7 @@ def _peel(share: Tensor, row: Peeling, options: _Options) -> tuple[list[Tensor],
         problem = row.problem(index, steps[-1].second if steps else share)
         sizes = (problem.weight, problem.hidden_channels, problem.kernel_sizes)
         try:
-            steps.append(decompose(*sizes, spatial_dims=problem.spatial_dims, **options))
+            steps.append(decompose(*sizes, spatial_dims=problem.spatial_dims, generator=source.of(index).seed, **options))
         except MorphError as error:
             raise error.within(f"kernel {index} of {len(row.sizes)}") from None
     return [*(step.first for step in steps), steps[-1].second], steps

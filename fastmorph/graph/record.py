@@ -64,18 +64,16 @@ class Role:
 
     Attributes:
         code: the operator and operand.
-        atoms: (n,).
-        numbers: (n,).
+        lines: (m, n) atoms; the number of a line is that of its atoms.
     """
 
     code: int
-    atoms: Tensor
-    numbers: Tensor
+    lines: Tensor
 
     def add_to(self, signatures: Ints) -> None:
         """Add to `Record.signatures`."""
-        atoms, numbers = self.atoms.numpy(), self.numbers.numpy()
-        held = atoms >= 0
+        atoms = self.lines.reshape(-1).numpy()
+        numbers, held = np.repeat(np.arange(len(self.lines)), self.lines.shape[-1]), atoms >= 0
         np.add.at(signatures, atoms[held], scrambled(np.array(self.code)) * (2 * numbers[held] + 1))
 
 
@@ -215,8 +213,7 @@ class Record:
 
     def roles_of(self, place: int, lines: Tensor) -> Role:
         """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
-        numbers = torch.arange(len(lines))[:, None].expand_as(lines)
-        return Role(len(self.journal) * _PLACES + place, lines.reshape(-1), numbers.reshape(-1))
+        return Role(len(self.journal) * _PLACES + place, lines)
 
     def note_roles(self, place: int, lines: Tensor) -> None:
         """Note the roles of labels, see `roles_of`, that growth leaves as they are."""
@@ -309,8 +306,8 @@ def unique(pairs: Edges) -> Edges:
     """Undirected, each once, without loops, sorted."""
     if not len(pairs):
         return pairs
-    low, high = pairs.min(1), pairs.max(1)
-    base = int(high.max()) + 1
-    keys = np.sort((low * base + high)[low != high])  # as one number, which sorts much faster than pairs
+    low, high = np.minimum(pairs[:, 0], pairs[:, 1]), np.maximum(pairs[:, 0], pairs[:, 1])
+    bits = int(high.max()).bit_length()
+    keys = np.sort(((low << bits) | high)[low != high])  # as one number, which sorts much faster than pairs
     keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
-    return np.stack([keys // base, keys % base], 1)
+    return np.stack([keys >> bits, keys & ((1 << bits) - 1)], 1)

@@ -80,7 +80,8 @@ class Tracer(TorchDispatchMode):
         self._values: dict[int, Tensor] = {}
         self._poison: dict[int, tuple[list[Tensor], str]] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
-        self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory
+        self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory, as far as `_views_of` has seen them
+        self._seen = 0
 
     @property
     def module(self) -> str:
@@ -107,7 +108,6 @@ class Tracer(TorchDispatchMode):
         """Set what is known about a tensor."""
         if id(tensor) not in self._flows:
             self._kept.append(tensor)
-            self._views.setdefault(_memory(tensor), {})[id(tensor)] = tensor
         self._flows[id(tensor)] = flow
 
     def value(self, tensor: Tensor) -> Tensor | None:
@@ -176,7 +176,7 @@ class Tracer(TorchDispatchMode):
         self.set(tensor, flow)
         if not replaces and len(before.slots) == len(flow.slots):  # what is tied needs no second label
             return
-        views = [view for view in self._views[_memory(tensor)].values() if view is not tensor]
+        views = [view for view in self._views_of(tensor) if view is not tensor]
         known = [*((view, self.flow(view)) for view in views), (tensor, flow)]
         if len(known) == 1 or not any(item.slots for _, item in known):
             return
@@ -190,6 +190,13 @@ class Tracer(TorchDispatchMode):
         for item, _ in known:
             label = memory.as_strided(item.shape, item.stride(), item.storage_offset()).clone()
             self.set(item, Flow((compress(label),)))
+
+    def _views_of(self, tensor: Tensor) -> Iterable[Tensor]:
+        """All tensors that share its memory, itself among them."""
+        for kept in self._kept[self._seen :]:
+            self._views.setdefault(_memory(kept), {})[id(kept)] = kept
+        self._seen = len(self._kept)
+        return self._views[_memory(tensor)].values()
 
 
 def storage_size(tensor: Tensor) -> int:

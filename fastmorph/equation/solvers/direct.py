@@ -131,9 +131,9 @@ class Direct(Solver):
             "first": weight.reshape(len(weight), -1),
             "second": turned.reshape(len(turned), -1),
         }
-        role = self.role(frame, co, ci, hidden) or min(
-            self._sides(frame), key=lambda side: np.linalg.matrix_rank(matrices[side], 0.5 * tol * np.linalg.norm(weight))
-        )
+        limit = 0.5 * tol * np.linalg.norm(weight)
+        sides = sorted(self._sides(frame), key=lambda side: np.linalg.matrix_rank(matrices[side], limit))
+        role = self.role(frame, co, ci, hidden) or sides[0]
         if role == "first":
             return reference.direct(weight, hidden, frame, draw, self.density)
         solved = reference.direct(turned, hidden, frame.transposed, draw, self.density)
