@@ -34,7 +34,8 @@ from fastmorph.equation import backends
 
 # C_out and C_in of the 13 convolutions of VGG-16 (Simonyan and Zisserman 2015).
 VGG16 = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256), *[(512, 512)] * 5]
-_ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# What allocates, and a view that PyTorch does not call one.
+_FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 _READING = {
     getattr(Tensor, name): name
@@ -69,7 +70,7 @@ class Counting(TorchDispatchMode):
             self.waits[name] += 1
             return None
         if name == "_local_scalar_dense":
-            if not self.reading:
+            if self._ours(tensors) and not self.reading:
                 self.waits[name] += 1
             return func(*args, **kwargs) if tensors[0].device.type != "meta" else 0
         masks = name in ("index", "index_put", "index_put_") and any(
@@ -86,7 +87,7 @@ class Counting(TorchDispatchMode):
             )
         out = func(*args, **kwargs)
         results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-        if self._ours(tensors + results) and not (_views(func) or name in _ALLOCATING or self.reading):
+        if self._ours(tensors + results) and not (_views(func) or name in _FREE or self.reading):
             self.launches[name] += 1
             copied = name in ("_to_copy", "copy_") and {x.device.type for x in tensors + results} != {self.device}
             if copied and not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))):

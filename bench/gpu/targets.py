@@ -20,7 +20,7 @@ from bench.gpu.clock import Times, captured, nbytes, on_device, once, whole
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 from bench.measurements import Measured, Measurement
-from fastmorph.equation.backends.torch_backend import pad
+from fastmorph.equation.backends.torch_backend import dense_system, pad
 from fastmorph.equation.frame import make_frame
 
 F64, F32 = torch.float64, torch.float32
@@ -78,7 +78,7 @@ def half_step(setup: Setup, report: Report, ceilings: Ceilings) -> None:
         rate = goals.HALF_STEP_RATE if dtype == F64 else _in_float32(goals.HALF_STEP_RATE)
         _ratio(report, rate, operations / ceilings.matrix["float64"], ours, left)
         setup.release()
-        system = oracle.MAPS.dense_system(start, k)[0].mT.contiguous()  # (Ci * |N|, Ch * |K2|)
+        system = dense_system(start, k)[0].mT.contiguous()  # (Ci * |N|, Ch * |K2|)
         target = pad(weight[None], before, frame.size)[0].flatten(1).mT.contiguous()
 
         def least_squares(system: Tensor = system, target: Tensor = target) -> Tensor:

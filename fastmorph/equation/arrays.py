@@ -15,6 +15,11 @@ from fastmorph.errors import MorphError
 Restore = Callable[[Tensor], Any]
 
 
+def host_waits(device: torch.device) -> bool:
+    """Whether to read a value on `device` holds the host up until the device has done all that it was asked before."""
+    return device.type != "cpu"
+
+
 def refuse_transforms(tensor: Tensor, function: str) -> None:
     """Raise MorphError for a tensor inside torch.func's grad, vmap and the like, where values cannot be looked at."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
-from fastmorph.equation.arrays import Restore, refuse_transforms, times_power_of_two, to_tensor
+from fastmorph.equation.arrays import Restore, host_waits, refuse_transforms, times_power_of_two, to_tensor
 from fastmorph.equation.backends import Backend, find_backend
 from fastmorph.equation.decomposition import Array
 from fastmorph.equation.frame import Frame, make_frame, tap_count
@@ -47,6 +47,8 @@ class Checked:
     Attributes:
         weight: (B, Co, Ci, *K), with one batch dimension.
         exponents: powers of two by which the items were divided, so that no square leaves the range; None: by none.
+        measured: whether entries are known to be finite and in range. Where to know it the host would have to wait, and the
+            choice does not depend on them, that is found out with the residual: `in_range` then says what is to be solved.
         choice: the solver that will run, and what was found out on the way to it.
     """
 
@@ -58,6 +60,12 @@ class Checked:
     backend: Backend
     exponents: tuple[int, ...] | None
     choice: Choice
+    measured: bool = True
+
+    def in_range(self) -> Checked:
+        """The same problem with its entries measured. Raises MorphError where they are NaN or infinite."""
+        weight, exponents = in_range(self.weight)
+        return replace(self, weight=weight, exponents=exponents, measured=True)
 
 
 def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool) -> Checked:
@@ -77,10 +85,13 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     cut = weight.ndim - dims - 2
     frame = make_frame(weight.shape[cut + 2 :], problem.kernel_sizes)
     _check_memory(weight, cut, hidden, frame)
-    flat, exponents = in_range(weight.reshape(-1, *weight.shape[cut:]))
+    flat, exponents = weight.reshape(-1, *weight.shape[cut:]), None
+    measured = not (host_waits(weight.device) and solver.chooses_by_sizes(flat.shape[1], flat.shape[2], hidden, frame))
+    if measured:
+        flat, exponents = in_range(flat)
     chosen = find_backend(backend, weight, precision)
     choice = solver.choose(flat, hidden, frame, allow_inexact=allow_inexact)
-    return Checked(flat, weight.shape[:cut], hidden, frame, restore, chosen, exponents, choice)
+    return Checked(flat, weight.shape[:cut], hidden, frame, restore, chosen, exponents, choice, measured)
 
 
 def check_weight(weight: Any, spatial_dims: int) -> tuple[Tensor, Restore, int]:
@@ -110,14 +121,19 @@ def in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     Raises MorphError for entries that are NaN or infinite.
     """
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim))).double().tolist()
+    if are_in_range(largest, weight.dtype):
+        return weight, None
     if not all(map(math.isfinite, largest)):
         bad = int((~torch.isfinite(weight)).sum())
         raise MorphError(f"weight has {bad} entries that are NaN or infinite; no composition of finite kernels equals them.")
     exponents = tuple(math.frexp(value)[1] for value in largest)
-    most = _LARGEST_EXPONENT.get(weight.dtype, _LARGEST_EXPONENT_SHORT)
-    if all(abs(e) <= most for e in exponents):
-        return weight, None
     return times_power_of_two(weight, [-e for e in exponents]), exponents
+
+
+def are_in_range(largest: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether items of `dtype` whose largest magnitudes these are can be solved as they are."""
+    most = _LARGEST_EXPONENT.get(dtype, _LARGEST_EXPONENT_SHORT)
+    return all(math.isfinite(value) and abs(math.frexp(value)[1]) <= most for value in largest)
 
 
 def _check_memory(weight: Tensor, cut: int, hidden: int, frame: Frame) -> None:

@@ -66,7 +66,7 @@ class _State(NamedTuple):
 
 def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
     """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
-    weight, scale, history = equation.weight, equation.norm(), History(equation.weight)
+    weight, scale, history = equation.weight, equation.norm, History(equation.weight)
     state = _start(equation, noise)
     first, second = torch.empty_like(noise), weight.new_empty(len(weight), *state.second.shape[1:])
     residual, used = torch.empty_like(scale), torch.empty_like(state.used)
