@@ -157,8 +157,11 @@ def dense_system(first: Tensor, k2: Size) -> Tensor:
     k1 = tuple(first.shape[3:])
     n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
     out = first.new_zeros(b, *k2, ch, ci, *n)
-    for v in taps(k2):
-        out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+    strides, dims = out.stride(), len(k2)
+    # Tap v of the rows meets offset v + w of the frame, w in K1: all of that is one view of `out`, in which v moves both.
+    both = [row + place for row, place in zip(strides[1 : 1 + dims], strides[3 + dims :], strict=True)]
+    size = (b, *k2, ch, ci, *k1)
+    out.as_strided(size, (strides[0], *both, *strides[1 + dims :])).copy_(first[(slice(None), *(None,) * dims)])
     return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
 
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.backends.torch_backend import dense_system, frobenius
 from fastmorph.equation.bounds import freedom
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
-from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, direction, ridged_factor
+from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, across, direction, ridged_factor
 from fastmorph.equation.solvers.sweeps import History, project, unit
 from fastmorph.equation.solvers.whiten import mix_in, mix_out, whiten
 
@@ -190,10 +190,12 @@ def _directions(equation: Equation, state: _State, enough: Tensor, limit: int) -
         forcing = (0.9 * (residual / state.before[rows]) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
         forcing = forcing.maximum(enough[rows])
         first, second, factor = (x[rows].to(dtype) for x in (state.first, state.second, state.factor))
-        factor2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
-        about = Linearised((state.error[rows] / norm).to(dtype), first, second, factor, factor2)
+        lower2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
+        across1 = across(factor, dense_system(first, equation.frame.second))
+        across2 = across(lower2, dense_system(second.transpose(1, 2), equation.frame.first))
+        about = Linearised((state.error[rows] / norm).to(dtype), across1, across2, lower2)
         radius = (state.radius[rows] / residual).to(dtype)
-        found = direction(equation.backend, about, forcing.to(dtype), radius, most[rows])
+        found = direction(about, equation.frame.first, forcing.to(dtype), radius, most[rows])
         found = found._replace(change=found.change * norm, length=found.length * residual)
         for into, values in zip(whole, found, strict=True):
             into[rows] = values.to(into.dtype)
