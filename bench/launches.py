@@ -30,12 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fastmorph as fm
-from fastmorph.equation import backends
+from fastmorph.equation import arrays, backends
 
 # C_out and C_in of the 13 convolutions of VGG-16 (Simonyan and Zisserman 2015).
 VGG16 = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256), *[(512, 512)] * 5]
 # What allocates, and a view that PyTorch does not call one.
 _FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_CHECKED = {"_linalg_eigh", "_linalg_svd"}  # operators that look for errors themselves
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 _READING = {
     getattr(Tensor, name): name
@@ -65,7 +66,9 @@ class Counting(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if func.namespace == "fastmorph_kernels":
             self._launch(name, args)
-            return func(*args, **kwargs)
+            return self._filled(name, args)
+        if name in _CHECKED:
+            self.waits[name] += 1
         if name == "_linalg_check_errors":
             self.waits[name] += 1
             return None
@@ -106,6 +109,15 @@ class Counting(TorchDispatchMode):
         args = tree_map_only(Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), args)
         with self:
             operator.launch(operator.allocate(*args), *args)
+
+    def _filled(self, name: str, args: Any) -> Any:
+        """What a kernel operator returns, without its kernels, which are not run."""
+        from fastmorph_kernels.register import OPERATORS
+
+        out = OPERATORS[name].allocate(*args)
+        if self.device != "meta":
+            OPERATORS[name].plain(out, *args)
+        return out
 
     @property
     def count(self) -> Count:
@@ -158,6 +170,7 @@ def counting(device: str) -> Iterator[Counting]:
         mock.patch.object(InterpretedFunction, "__getitem__", launch, create=True),
         mock.patch.object(JITFunction, "__getitem__", launch),
         mock.patch.object(backends, "why_unavailable", return_value=None),
+        mock.patch.object(arrays, "_AT_HAND", frozenset()),  # so that stand-ins on the CPU take a GPU's path
         mode,
         _Reads(mode),
     ):

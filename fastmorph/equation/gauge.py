@@ -31,9 +31,10 @@ def balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         The kernels in the new basis.
     """
     rows, columns = first.flatten(2), second.transpose(1, 2).flatten(2)  # (B, Ch, Ci*|K1|), (B, Ch, Co*|K2|)
-    # Without a look at whether they succeeded: where they do not, the residual is no number.
+    # Without a look at whether it succeeded. Kernels that are no numbers stay so, and are told by the residual: only the
+    # eigenvalues, of other items too, cannot be had of such a matrix.
     lower, _ = torch.linalg.cholesky_ex(_floored(rows @ rows.mT))
-    power, basis = torch._linalg_eigh(lower.mT @ _floored(columns @ columns.mT) @ lower)  # S^2, V
+    power, basis = torch.linalg.eigh(torch.nan_to_num(lower.mT @ _floored(columns @ columns.mT) @ lower))  # S^2, V
     root = power.clamp_min(torch.finfo(power.dtype).tiny).sqrt().sqrt()
     spread = (basis * root[:, None, :]) @ basis.mT
     inverse = lower @ ((basis / root[:, None, :]) @ basis.mT)  # T^-1

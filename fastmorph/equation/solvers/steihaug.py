@@ -56,7 +56,7 @@ def direction(about: Linearised, k1: Size, forcing: Tensor, radius: Tensor, most
     co, ci = about.error.shape[1:3]
     across1, across2 = about.across1, about.across2
     # Rows are input channels: q, p and s (B, Ci, |K1|*Ch).
-    s = _other_rows(about.error.flatten(3), co, ci) @ across2.mT  # L2^-1 (A2^T R - H d)
+    s = _other_rows(about.error, co, ci) @ across2.mT  # L2^-1 (A2^T R - H d)
     p, q, gamma = s, torch.zeros_like(s), _dot(s, s)
     enough, flat = 1 - forcing**2, (_SETTLED**2 * gamma).clamp_min(10 * torch.finfo(s.dtype).eps)
     reach, none = radius**2, torch.zeros_like(gamma)
