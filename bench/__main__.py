@@ -1,4 +1,4 @@
-"""Time every contender, print the ratios between them and check those against the targets of `bench.measurements`.
+"""Time every contender, print the ratios between them and check those against their targets.
 
 Exit status: 0 when every contender's answer was exact and all was timed (a missed target is a result: it is printed and
 recorded); that of pytest otherwise, and then nothing is reported.
@@ -14,10 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.equation import measurements as equation
 from bench.ledger import LEDGER, append, rows
 from bench.measurements import measure, table
+from bench.networks import measurements as networks
 
 ROOT = Path(__file__).resolve().parent.parent
+SUITES = {"equation": equation.MEASUREMENTS, "networks": networks.MEASUREMENTS}  # by their folders
 # Libraries read these when they are loaded, so they are set for the process that loads them.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -25,6 +28,8 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--record", action="store_true", help=f"append the results to {LEDGER.relative_to(ROOT)}")
+    parser.add_argument("--suite", action="append", choices=SUITES, help="this one alone; may be repeated (default: all)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--quick", action="store_true", help="one round each, to see that all works; the figures mean nothing")
     parser.add_argument(
         "--threads",
@@ -36,10 +41,12 @@ def main() -> int:
     if options.record and options.quick:
         parser.error("--quick figures mean nothing and are not recorded")
 
+    suites = options.suite or list(SUITES)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-quiet"]
-        command += [f"--benchmark-json={results}", *["--quick"] * options.quick]
+        command = [sys.executable, "-m", "pytest", *(f"bench/{suite}" for suite in suites)]
+        command += ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={results}"]
+        command += [*["--quick"] * options.quick, *["--silent"] * options.quiet]
         environment = {**os.environ, **dict.fromkeys(_THREADS, str(options.threads))}
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if status:
@@ -47,7 +54,7 @@ def main() -> int:
             return status
         report = json.loads(results.read_text())
 
-    measured = measure(report)
+    measured = measure(report, [m for suite in suites for m in SUITES[suite]])
     print(table(measured, judged=not options.quick))
     if options.quick:
         print("One round each (--quick): the ratios mean nothing.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,28 @@ class Measurement:
         return None if self.at_most is None else ratio <= self.at_most
 
 
-MEASUREMENTS = (
-    Measurement("half-step", "half-step, float64: numpy / torch", "numpy", "torch float64", at_least=8),
-    Measurement("half-step", "half-step, float32: numpy (float64) / torch", "numpy", "torch float32"),
-    Measurement("half-step", "Auto, float64: numpy's half-step / closed form", "numpy", "auto float64", at_least=300),
-    Measurement("half-step", "Auto, float32: numpy's half-step (float64) / closed form", "numpy", "auto float32"),
-    Measurement("scaling", "Auto's time per weight entry: C = 256 / C = 64", "C=256", "C=64", at_most=1.5),
-    Measurement("batch", "64 small equations: one by one / in one call", "loop", "batch"),
-)
+@dataclass(frozen=True)
+class Exponent:
+    """How the time of contenders grows with their units of work: the slope of a line through the logarithms of both.
+
+    Attributes:
+        suite: the suite that they run in.
+        case: what the exponent says.
+        contenders: two or more of different work.
+        at_most: largest exponent that meets the target.
+    """
+
+    suite: str
+    case: str
+    contenders: tuple[str, ...]
+    at_most: float | None = None
+
+    @property
+    def target(self) -> str | None:
+        return None if self.at_most is None else f"<= {self.at_most:g}"
+
+    def met(self, exponent: float) -> bool | None:
+        return None if self.at_most is None else exponent <= self.at_most
 
 
 @dataclass(frozen=True)
@@ -57,48 +73,57 @@ class Measured:
     Attributes:
         measurement: what was measured.
         medians: seconds of one run of each contender, median of all rounds of all visits.
-        ratio: of the medians, per unit of work.
+        ratio: of the medians, per unit of work; or the exponent.
         spread: smallest and largest ratio of one visit's medians.
-        residual: the larger of the two contenders' relative residuals; None where neither has one.
+        residual: the largest of the contenders' relative residuals; None where none has one.
+        peaks: bytes that one run of each contender held at most, on top of what was there before; see `bench.peak`.
     """
 
-    measurement: Measurement
+    measurement: Measurement | Exponent
     medians: dict[str, float]
     ratio: float
     spread: tuple[float, float]
     residual: float | None
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
-def measure(report: dict[str, Any]) -> list[Measured]:
-    """The figures of all measurements from the JSON that pytest-benchmark wrote."""
-    return [_measure(m, [run for run in report["benchmarks"] if run["group"] == m.suite]) for m in MEASUREMENTS]
+def measure(report: dict[str, Any], measurements: Sequence[Measurement | Exponent]) -> list[Measured]:
+    """The figures of measurements from the JSON that pytest-benchmark wrote."""
+    return [_measure(m, [run for run in report["benchmarks"] if run["group"] == m.suite]) for m in measurements]
 
 
-def _measure(measurement: Measurement, runs: Sequence[dict[str, Any]]) -> Measured:
-    def visits(name: str) -> list[dict[str, Any]]:
-        chosen = [run for run in runs if run["extra_info"]["contender"] == name]
-        return sorted(chosen, key=lambda run: run["extra_info"]["visit"])
+def _measure(measurement: Measurement | Exponent, runs: Sequence[dict[str, Any]]) -> Measured:
+    names = measurement.contenders if isinstance(measurement, Exponent) else (measurement.over, measurement.under)
+    visits = {
+        name: sorted(
+            (run for run in runs if run["extra_info"]["contender"] == name), key=lambda run: run["extra_info"]["visit"]
+        )
+        for name in names
+    }
+    taken = [run["extra_info"] for name in names for run in visits[name]]
+    medians = {name: median([t for run in visits[name] for t in run["stats"]["data"]]) for name in names}
+    work = [visits[name][0]["extra_info"]["work"] for name in names]
 
-    over, under = visits(measurement.over), visits(measurement.under)
-    medians, work = {}, {}
-    for name, taken in ((measurement.over, over), (measurement.under, under)):
-        medians[name] = median([t for run in taken for t in run["stats"]["data"]])
-        work[name] = taken[0]["extra_info"]["work"]
-    share = work[measurement.under] / work[measurement.over]
-    ratios = [share * a["stats"]["median"] / b["stats"]["median"] for a, b in zip(over, under, strict=True)]
+    def figure(seconds: Sequence[float]) -> float:
+        if isinstance(measurement, Exponent):
+            return float(np.polyfit(np.log(work), np.log(seconds), 1)[0])
+        return seconds[0] / work[0] / (seconds[1] / work[1])
+
+    each = [figure([run["stats"]["median"] for run in visit]) for visit in zip(*visits.values(), strict=True)]
     return Measured(
         measurement,
         medians,
-        ratio=share * medians[measurement.over] / medians[measurement.under],
-        spread=(min(ratios), max(ratios)),
-        residual=max(run["extra_info"]["residual"] for run in (*over, *under)),
+        ratio=figure(list(medians.values())),
+        spread=(min(each), max(each)),
+        residual=max(info["residual"] for info in taken if "residual" in info),
+        peaks={info["contender"]: info["peak"] for info in taken if info.get("peak") is not None},
     )
 
 
 def table(measured: Sequence[Measured], *, judged: bool = True) -> str:
     """One line a measurement, with a verdict where it is `judged`."""
     verdicts = {None: "", True: "met", False: "MISSED"}
-    head = ("suite", "ratio of medians", "ratio", "visits", "target", "", "residual")
+    head = ("suite", "ratio of medians", "ratio", "visits", "target", "", "residual", "peak MB")
     lines = [
         (
             m.measurement.suite,
@@ -108,11 +133,12 @@ def table(measured: Sequence[Measured], *, judged: bool = True) -> str:
             m.measurement.target or "none",
             verdicts[m.measurement.met(m.ratio)] if judged else "",
             "" if m.residual is None else f"{m.residual:.1e}",
+            " / ".join(f"{peak / 1e6:.0f}" for peak in m.peaks.values()),
         )
         for m in measured
     ]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    numeric = (False, False, True, True, True, False, True)
+    numeric = (False, False, True, True, True, False, True, True)
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)

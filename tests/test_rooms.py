@@ -14,7 +14,14 @@ FILES = {
     for base, package in ((ROOT, "fastmorph"), (ROOT / "kernels", "fastmorph_kernels"))
     for path in sorted((base / package).rglob("*.py"))
 }
-FLOORS = (("errors",), ("inputs",), ("nn", "equation", "graph", "certify"), ("plan",), ("morphs",), ("cli", "__main__"))
+FLOORS = (
+    ("errors",),
+    ("inputs", "outputs"),
+    ("nn", "equation", "graph", "certify"),
+    ("plan",),
+    ("morphs",),
+    ("cli", "__main__"),
+)
 
 
 def imports(module: str) -> set[str]:

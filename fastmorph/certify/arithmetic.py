@@ -1,4 +1,4 @@
-"""The arithmetic of one run of a model, for the thread that runs it alone: its weights kept, float64 where it is asked for."""
+"""How one run of a model computes: in float64 where that is asked for, and without a write into the model's weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ from torch.overrides import TorchFunctionMode
 from fastmorph.certify.outputs import is_float, widened
 
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
-_FACTS = {
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_floating_point",
-    "is_complex",
-    "is_contiguous",
-    "data_ptr",
-    "element_size",
-    "__len__",
-}
+_FACTS = {"size", "dim", "numel", "stride", "is_contiguous", "data_ptr", "element_size", "__len__"}
+_FACTS |= {"is_floating_point", "is_complex"}
 
 _BLOCK = 2**18  # entries of a linear layer's weight that are cast at a time
 
@@ -34,12 +24,12 @@ class WeightsChanged(BaseException):
 
 
 class Arithmetic(TorchFunctionMode):
-    """Every call of a PyTorch function while a model runs, with four things seen to.
+    """Takes every call of a PyTorch function that this thread makes while a model runs.
 
     - `weights` are shared with the model, so a call that may write into one raises `WeightsChanged` before it does.
     - Where `dtype` is float64, a weight is cast to it for the one call that uses it, and what forward makes without naming a
       dtype is float64 too.
-    - What forward computes in fewer bits than `dtype` by its own word stays so, with weights in their own dtype: an island.
+    - Where forward itself asks for fewer bits than `dtype`, it gets them, with weights in their own dtype: an island.
     - Where `shaken`, each value that enters an island is moved by one unit in the last place, up or down at random
       (Monte Carlo arithmetic: Parker, 1997), which measures how the outputs follow the island's rounding.
 
@@ -58,7 +48,7 @@ class Arithmetic(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func` as the run's arithmetic has it."""
+        """Call `func` in the run's arithmetic."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self._weights:
             self._guard(func, name, args, kwargs)
@@ -106,7 +96,7 @@ class Arithmetic(TorchFunctionMode):
     def _in_float64(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], floats: list[Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """The arguments and the result of a call with its weights cast, but those beside numbers of an island."""
+        """The arguments and the result of a call, its weights cast unless it computes on numbers of an island."""
         weights = [t for t in _tensors((args, kwargs)) if id(t) in self._weights]
         island = bool(floats) and all(self._coarse(t) for t in floats)
         if func is F.linear and not any(self._coarse(t) for t in floats) and any(w.numel() > _BLOCK for w in weights):
@@ -116,7 +106,7 @@ class Arithmetic(TorchFunctionMode):
         return args, kwargs, _called(func, args, kwargs)
 
     def _narrow(self, out: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], floats: list[Tensor]) -> Tensor:
-        """A result in fewer bits than asked for: an island's, unless forward never said so."""
+        """A result in fewer bits than the run's: widened where forward did not ask for them, else that of an island."""
         named = name in _CASTS or any(isinstance(leaf, torch.dtype) for leaf in _leaves((args, kwargs)))
         if self._exact and not floats and not named:
             return widened(out)
@@ -133,9 +123,8 @@ class Arithmetic(TorchFunctionMode):
         return is_float(tensor) and torch.finfo(tensor.dtype).eps > self._eps
 
     def _signs(self, like: Tensor) -> Tensor:
-        if like.device not in self._generators:
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(0)
-        coins = torch.randint(2, like.shape, generator=self._generators[like.device], device=like.device)
+        generator = self._generators.setdefault(like.device, torch.Generator(like.device).manual_seed(0))
+        coins = torch.randint(2, like.shape, generator=generator, device=like.device)
         return (2 * coins - 1).to(like.dtype.to_real())
 
 

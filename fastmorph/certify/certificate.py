@@ -17,7 +17,8 @@ class Certificate:
     """What `verify` found: true when every row holds and at least one of them compared something.
 
     `dtype` is the coarsest floating dtype among the parameters of both models, `tolerance` that of the rows in it, before the
-    parent's own rounding raised any. `where` says which layer is the first to differ, where the certificate fails.
+    parent's own rounding raised any. `where` says which layer is the first to differ, where the certificate fails. `on` says
+    what was compared, where that was not the whole models on inputs that the caller gave.
     Prints as a table with a verdict; `to_json` is what certificate.json holds.
     """
 
@@ -26,6 +27,7 @@ class Certificate:
     modes: tuple[str, ...]
     tolerance: float
     where: str = ""
+    on: str = ""
 
     def __bool__(self) -> bool:
         return all(row.holds for row in self.rows) and not all(row.unchecked for row in self.rows)
@@ -48,7 +50,7 @@ class Certificate:
     @property
     def verdict(self) -> str:
         """Whether the certificate holds, and if not, whether the algebra or the rounding is at fault, and in which layer."""
-        return f"{self._finding} {self.where}".rstrip()
+        return " ".join(filter(None, (self._finding, self.where, self.on and f"Compared on {self.on}.")))
 
     @property
     def _finding(self) -> str:
@@ -89,6 +91,7 @@ class Certificate:
             "max_abs": self.max_abs,
             "max_rel": self.max_rel,
             "where": self.where,
+            "on": self.on,
             "worst": rows[self.rows.index(self.worst)],
             "rows": rows,
         }

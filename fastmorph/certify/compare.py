@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmorph.certify.outputs import PLAIN, Outputs, is_float
+from fastmorph.certify.outputs import is_float
+from fastmorph.outputs import PLAIN, Outputs
 
 # Largest |child - parent| over the output's largest value: (in the own dtype, in the run in float64).
 # - float64: solved weights carry the condition of their equation, 1e5 or so, times 2e-16, times depth: 1e-9 leaves
@@ -89,8 +90,8 @@ def with_noise(
 ) -> Iterator[Comparison]:
     """The rows with the parent's own rounding: what `again`, the parent in other arithmetic, differs by from `once`.
 
-    Where they `judge` by it, it raises tolerances. What exceeds that of the next coarser dtype is no rounding: two runs that
-    drew different numbers, say.
+    With `judge` it raises their tolerances. A difference beyond the tolerance of the next coarser dtype is no rounding: two
+    runs that drew different numbers, say.
     """
     limit = TOLERANCES[COARSER[dtype]][0] if judge and dtype in COARSER else 0.0
     outputs = {_name(path): (leaf, again.get(path)) for path, leaf in once.items()}

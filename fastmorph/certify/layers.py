@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmorph.certify.compare import difference
-from fastmorph.certify.run import LayerOutputs, run
+from fastmorph.certify.run import run
 from fastmorph.inputs import Inputs
 
 
-@dataclass(frozen=True)
-class _Differing:
+class _Suspect(NamedTuple):
+    """A layer that differs: whether its output grew, and the sentence that names it."""
+
     name: str
-    parent: str
-    child: str
-    max_rel: float
-    before: int  # layers that agreed until then
+    grown: bool
+    finding: str
 
 
 def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Inputs, dtype: torch.dtype, tolerance: float) -> str:
@@ -26,28 +25,37 @@ def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Input
 
     Layers that both models have are compared, call by call, on the parent's channels where the child's output grew. A
     grown output counts only if no output of the parent's own shape agrees after it: its channels may lie in another order.
+    Nor does a layer inside of one whose output agrees: its channels may be in another order, and be read so.
     Runs both models once more, and holds the outputs of all their layers meanwhile.
     """
-    olds: LayerOutputs = {}
-    news: LayerOutputs = {}
-    run(parent, "parent", mode, call, dtype, layers=olds)
-    run(child, "child", mode, call, dtype, layers=news)
-    grown: _Differing | None = None
+    olds, news = (run(m, who, mode, call, dtype, keep_layers=True).layers for who, m in (("parent", parent), ("child", child)))
+    exact = dtype == torch.float64
+    remedy = "leave it out of the plan, or solve it in float64" if exact else "run it in a finer dtype, or pass a tolerance"
+    suspects: list[_Suspect] = []
     agreed: set[str] = set()
     for (name, number), (kind, before) in olds.items():
         child_kind, after = news.get((name, number), ("", []))
         if not child_kind or len(before) != len(after):
             continue
         max_rel, same_shape = _worst(before, after)
-        if max_rel <= tolerance:
-            agreed.add(name)
-            grown = None if same_shape else grown
+        if max_rel > tolerance:
+            kinds = kind if kind == child_kind else f"{kind} in the parent, {child_kind} in the child"
+            amount = f"by {max_rel:.1e} of its largest value" if max_rel < float("inf") else "beyond measure"
+            finding = (
+                f"The first layer whose output differs is {name!r} ({kinds}): {amount}, after {len(agreed - {name})} layers"
+                f" that agree. Remedy: {remedy}."
+            )
+            suspects.append(_Suspect(name, not same_shape, finding))
             continue
-        found = _Differing(name, kind, child_kind, max_rel, len(agreed - {name}))
+        agreed.add(name)
         if same_shape:
-            return _told(grown or found, dtype == torch.float64)
-        grown = grown or found
-    return _told(grown, dtype == torch.float64)
+            suspects = [one for one in suspects if not (one.grown or one.name.startswith(f"{name}."))]
+    if suspects:
+        return suspects[0].finding
+    return (
+        "No layer that both models have differs so: look at what runs outside of layers, such as a forward that reads"
+        " a layer's weights or sizes."
+    )
 
 
 def _worst(before: list[Tensor], after: list[Tensor]) -> tuple[float, bool]:
@@ -59,18 +67,3 @@ def _worst(before: list[Tensor], after: list[Tensor]) -> tuple[float, bool]:
             new = new[tuple(slice(size) for size in old.shape)]
         worst = max(worst, difference(old, new)[1])
     return worst, same_shape
-
-
-def _told(found: _Differing | None, exact: bool) -> str:
-    if found is None:
-        return (
-            "No layer that both models have differs so: look at what runs outside of layers, such as a forward that reads"
-            " a layer's weights or sizes."
-        )
-    kinds = found.parent if found.parent == found.child else f"{found.parent} in the parent, {found.child} in the child"
-    amount = f"by {found.max_rel:.1e} of its largest value" if found.max_rel < float("inf") else "beyond measure"
-    remedy = "leave it out of the plan, or solve it in float64" if exact else "run it in a finer dtype, or pass a tolerance"
-    return (
-        f"The first layer whose output differs is {found.name!r} ({kinds}): {amount}, after {found.before} layers that agree."
-        f" Remedy: {remedy}."
-    )

@@ -1,8 +1,8 @@
-"""What a model computes, told without a copy of it: for a parent that is gone when its child is there."""
+"""The certificate of a child whose parent is consumed: the parent's outputs are recorded before, and compared after."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, coarsest_dtype, compare, dtype_name, with_noise
-from fastmorph.certify.outputs import Outputs
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import as_call
+from fastmorph.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recorded:
 
 
 def record(model: nn.Module, example_inputs: Any) -> Recorded:
-    """Run the model itself, in eval mode and its own dtype. `example_inputs` as in `morph`.
+    """Run the model in eval mode and its own dtype, on `example_inputs` as `morph` takes them.
 
     A model that computes a part of itself in fewer bits runs twice, to measure its rounding. Raises `MorphError`
     if it cannot run.
@@ -56,6 +56,6 @@ def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certific
         rows = tuple(with_noise(rows, before.outputs, before.shaken, dtype, judge=True))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")
+    gone = "The parent is gone, so no layer can be named: morph without consume=True to learn which."
     certificate = Certificate(rows, dtype, ("eval",), tolerance)
-    gone = "" if certificate else "The parent is gone, so no layer can be named: morph without consume=True to learn which."
-    return Certificate(rows, dtype, ("eval",), tolerance, gone)
+    return certificate if certificate else replace(certificate, where=gone)

@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmorph.certify.arithmetic import Arithmetic, WeightsChanged
-from fastmorph.certify.outputs import Outputs, copied, flatten, widened
+from fastmorph.certify.outputs import copied, widened
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
+from fastmorph.outputs import Outputs, flatten
 
 # PyTorch's generators, Python's and numpy's are the process's, and so is cuDNN's precision: one run at a time has them.
 _ALONE = threading.RLock()
@@ -32,10 +33,14 @@ LayerOutputs = dict[tuple[str, int], tuple[str, list[Tensor]]]  # a layer's name
 
 @dataclass(frozen=True)
 class Run:
-    """What a model returned, flat, and whether it computed some of it in fewer bits than it was asked to."""
+    """What a model returned, flat, and whether it computed some of it in fewer bits than it was asked to.
+
+    `layers` has the outputs of each layer, the model itself excepted, where they were kept.
+    """
 
     outputs: Outputs
     islands: bool
+    layers: LayerOutputs
 
 
 def run(
@@ -46,13 +51,13 @@ def run(
     dtype: torch.dtype,
     *,
     shaken: bool = False,
-    layers: LayerOutputs | None = None,
+    keep_layers: bool = False,
 ) -> Run:
     """Run the model in `mode` on copies of the inputs: in float64 if `dtype` is that, else as it is.
 
     The modules that run are copies that share the parameters and have buffers and attributes of their own. A weight is cast
     to float64 as it is used. A model that writes into its parameters, and one with TorchScript inside or with tensor
-    subclasses for parameters, runs on copies of them instead. `layers` is filled with the outputs of each layer.
+    subclasses for parameters, runs on copies of them instead.
 
     Values that enter arithmetic coarser than `dtype` are moved by their rounding where `shaken`. Raises `MorphError` where the
     model cannot be run, and on the meta device.
@@ -69,13 +74,12 @@ def run(
     def once(share: bool) -> Run:
         twin = _twin(model, exact, share)
         twin.train(mode == "train")
-        if layers is not None:
-            _keep(layers, twin)
+        layers = _kept_layers(twin) if keep_layers else {}
         # Copies of the inputs too: a model that works in place must not change what the next run sees.
         args, kwargs = pytree.tree_map(lambda leaf: copied(leaf, exact), tuple(call))
         with isolated(devices), Arithmetic(twin.parameters() if share else (), dtype, shaken=shaken) as arithmetic:
             outputs = dict(flatten(twin(*args, **kwargs)))  # walked inside, where iterators still compute
-        return Run(outputs, bool(arithmetic.islands))
+        return Run(outputs, bool(arithmetic.islands), layers)
 
     try:
         with isolated(devices):
@@ -112,9 +116,9 @@ def _twin(model: nn.Module, exact: bool, share: bool) -> nn.Module:
     return twin
 
 
-def _keep(layers: LayerOutputs, model: nn.Module) -> None:
-    """Have every layer of the model, itself excepted, leave copies of its outputs in `layers`."""
-    layers.clear()
+def _kept_layers(model: nn.Module) -> LayerOutputs:
+    """Where every layer of the model, itself excepted, will leave copies of its outputs when it runs."""
+    layers: LayerOutputs = {}
     calls: Counter[str] = Counter()
 
     def leave(name: str, module: nn.Module, output: Any) -> None:
@@ -126,6 +130,7 @@ def _keep(layers: LayerOutputs, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             module.register_forward_hook(lambda module, _, output, name=name: leave(name, module, output))
+    return layers
 
 
 def _can_share(model: nn.Module) -> bool:
@@ -136,14 +141,9 @@ def _can_share(model: nn.Module) -> bool:
 
 def bare(model: nn.Module) -> nn.Module:
     """The network inside a data-parallel wrapper or a compiled module, which computes the same."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            inner: Any = model.module
-        else:
-            inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    parallel = isinstance(model, (DataParallel, DistributedDataParallel))
+    inner = getattr(model, "module" if parallel else "_orig_mod", None)
+    return bare(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager

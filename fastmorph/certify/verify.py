@@ -22,6 +22,7 @@ from fastmorph.certify.layers import first_difference
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
+from fastmorph.outputs import Outputs
 
 
 def verify(
@@ -84,28 +85,27 @@ def verify(
         raise MorphError(f"tolerance is a finite number, 0 or more, not {tolerance}.")
     own_tolerance, exact_tolerance = TOLERANCES[dtype] if tolerance is None else (tolerance, tolerance)
 
-    precisions = [(dtype, own_tolerance), (torch.float64, exact_tolerance)][: 2 if exact and dtype != torch.float64 else 1]
     judge = tolerance is None
+
+    def compare_in(precision: torch.dtype, mode: str, bound: float) -> tuple[list[Comparison], Outputs]:
+        before, after = (run(m, who, mode, call, precision) for who, m in (("parent", parent), ("child", child)))
+        found = list(compare(before.outputs, after.outputs, mode, precision, bound))
+        if judge and before.islands and not all(row.holds for row in found):
+            shaken = run(parent, "parent", mode, call, precision, shaken=True)
+            found = list(with_noise(found, before.outputs, shaken.outputs, precision, judge=True))
+        return found, before.outputs
+
     rows: list[Comparison] = []
     for mode in modes:
-        measured = []
-        for precision, bound in precisions:
-            before, after = (run(m, who, mode, call, precision) for who, m in (("parent", parent), ("child", child)))
-            found = list(compare(before.outputs, after.outputs, mode, precision, bound))
-            if judge and before.islands and not all(row.holds for row in found):
-                shaken = run(parent, "parent", mode, call, precision, shaken=True)
-                found = list(with_noise(found, before.outputs, shaken.outputs, precision, judge=True))
-            measured.append((found, before.outputs))
-        (own, outputs), *in_float64 = measured
-        for found, exact_outputs in in_float64:
-            own = [*with_noise(own, outputs, exact_outputs, dtype, judge=judge), *found]
+        own, outputs = compare_in(dtype, mode, own_tolerance)
+        if exact and dtype != torch.float64:
+            in_float64, exact_outputs = compare_in(torch.float64, mode, exact_tolerance)
+            own = [*with_noise(own, outputs, exact_outputs, dtype, judge=judge), *in_float64]
         rows += own
     if not rows:
         raise MorphError("The models returned no tensor, so there is nothing to compare.")
-    certificate = Certificate(tuple(rows), dtype, modes, float(own_tolerance))
-    failed = [row for row in rows if not row.holds and not row.opaque]
-    if not failed:
-        return certificate
-    row = next((row for row in failed if row.precision == "float64"), failed[0])
-    where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
+    failed, where = [row for row in rows if not row.holds and not row.opaque], ""
+    if failed:
+        row = next((row for row in failed if row.precision == "float64"), failed[0])
+        where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
     return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastmorph.certify.certificate import Certificate
+    from fastmorph.inputs import Inputs
     from fastmorph.plan.plan import Plan
     from fastmorph.plan.step import Step
 
@@ -26,6 +27,13 @@ class NetworkCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     options: tuple[str, ...]
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """The call as `morph` takes it; None for one without arguments."""
+        from fastmorph.inputs import Inputs
+
+        return Inputs(self.args, self.kwargs) if self.args or self.kwargs else None
 
 
 def write_child(
@@ -50,7 +58,7 @@ def write_child(
     import fastmorph as fm
 
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    grown = fm.morph(parent, plan, example_inputs=call.args or None, verify=False, generator=generator, progress=progress)
+    grown = fm.morph(parent, plan, example_inputs=call.inputs, verify=False, generator=generator, progress=progress)
     print_steps(grown.steps)
     before, after = (sum(p.numel() for p in network.parameters()) for network in (parent, grown.model))
     print(f"Parameters: {before:,} before, {after:,} after.")
@@ -61,7 +69,8 @@ def write_child(
         return grown.model, None
     certificate = fm.verify(parent, grown.model, *call.args, modes=modes, tolerance=tolerance, kwargs=call.kwargs)
     (out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
-    print(f"\nCertificate: child against parent, on {_described(call)}\n{certificate}")
+    shapes = ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))
+    print(f"\nCertificate: child against parent, on {shapes}\n{certificate}")
     return grown.model, certificate
 
 
@@ -108,7 +117,3 @@ def _program() -> list[str]:
         return ["fastmorph"]
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     return [os.path.relpath(sys.executable) if inside else sys.executable, "-m", "fastmorph"]
-
-
-def _described(call: NetworkCall) -> str:
-    return ", ".join(shape_text(t.shape) for t in (*call.args, *call.kwargs.values()))

@@ -38,15 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, MorphError) as error:
         message = str(error)
     except BaseException as error:  # of the network's code, which may exit, of the keyboard, or a fault of this program
-        message = f"{told(error)} ({_place(error)})."
+        *_, last = traceback.extract_tb(error.__traceback__)
+        message = f"{told(error)} ({last.filename}, line {last.lineno})."
     print(f"fastmorph {arguments.command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _place(error: BaseException) -> str:
-    """Where an error was raised."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{last.filename}, line {last.lineno}"
 
 
 # --- commands -----------------------------------------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     parent, plan = _parent_and_plan(arguments, arguments.parent)
     call = _call(arguments, parent)
-    child = fm.restructure(parent, plan, example_inputs=call.args or None)
+    child = fm.restructure(parent, plan, example_inputs=call.inputs)
     load_weights(child, arguments.child)
     certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
     print(certificate)
@@ -205,16 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     _common(demo)
 
     morph = command("morph", _morph, "apply a plan to a network and write the child")
-    _network(morph)
-    morph.add_argument("--weights", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    _network(morph, "--weights")
     morph.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the morphs, in TOML")
     morph.add_argument("--out", type=_path, required=True, metavar="DIR", help="where to write")
     _inputs(morph)
     _common(morph, default=None)
 
     verify = command("verify", _verify, "check that a child on disk computes what its parent computes")
-    _network(verify)
-    verify.add_argument("--parent", type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    _network(verify, "--parent")
     verify.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the plan that made the child, in TOML")
     verify.add_argument("--child", type=_path, required=True, metavar="FILE", help="the child's state dict")
     _inputs(verify)
@@ -230,8 +223,9 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _network(parser: argparse.ArgumentParser) -> None:
+def _network(parser: argparse.ArgumentParser, weights: str) -> None:
     parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+    parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
     parser.add_argument(
         "--import",
         dest="imports",

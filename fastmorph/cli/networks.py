@@ -54,7 +54,7 @@ def make_network(spec: str) -> nn.Module:
 
 @contextmanager
 def others_code(what: str) -> Iterator[None]:
-    """Run code that the command line names, the current directory searched last; raise CommandError if it fails or exits."""
+    """Run code that the command line names, searching the current directory last. Raises CommandError if it fails or exits."""
     if os.getcwd() not in sys.path:  # python -m has it there, the installed command has not
         sys.path.append(os.getcwd())
     try:
@@ -70,6 +70,8 @@ def told(error: BaseException) -> str:
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Set all parameters and buffers of a network from a file; tied ones may be stored once."""
+    import torch
+
     found, own = read_tensors(path), network.state_dict()
     there = {tensor.data_ptr() for name, tensor in own.items() if name in found} - {0}
     faults = [f"it lacks {name}" for name, tensor in own.items() if name not in found and tensor.data_ptr() not in there]
@@ -78,18 +80,12 @@ def load_weights(network: nn.Module, path: Path) -> None:
         held, wanted = found[name], own[name]
         if held.shape != wanted.shape:
             faults.append(f"{name} is {shape_text(held.shape)} there and {shape_text(wanted.shape)} in the network")
-        elif not _casts_exactly(held, wanted):
+        elif torch.promote_types(held.dtype, wanted.dtype) != wanted.dtype:
             faults.append(f"{name} is {held.dtype} there and would be rounded to {wanted.dtype}")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CommandError(f"{path} does not fit the network: {', '.join(faults[:3])}{more}.")
     network.load_state_dict(found, strict=False)  # what it may lack is tied to what it has
-
-
-def _casts_exactly(held: Tensor, wanted: Tensor) -> bool:
-    import torch
-
-    return torch.promote_types(held.dtype, wanted.dtype) == wanted.dtype
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

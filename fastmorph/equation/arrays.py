@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +43,9 @@ def to_tensor(array: Any, name: str) -> tuple[Tensor, Restore]:
 
     Raises MorphError if it is neither a tensor, a numpy array nor a DLPack exporter, or not of a real floating dtype.
     """
+    restore: Restore
     if isinstance(array, Tensor):
-        tensor, restore = array, cast(Restore, _unchanged)
+        tensor, restore = array, lambda tensor: tensor
     elif isinstance(array, np.ndarray):
         # torch takes neither read-only memory, nor negative strides, nor foreign byte order: those are copied.
         plain = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
@@ -66,10 +67,6 @@ def to_tensor(array: Any, name: str) -> tuple[Tensor, Restore]:
 
 def _wrong_dtype(name: str, dtype: str) -> MorphError:
     return MorphError(f"{name} has dtype {dtype}; convert it to float64, float32, bfloat16 or float16.")
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _to_numpy(tensor: Tensor) -> Any:

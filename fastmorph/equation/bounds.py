@@ -30,10 +30,10 @@ def tolerance(dtype: torch.dtype) -> float:
 def half_step_is_exact(frame: Frame, co: int, ci: int, hidden: int, *, side: Side = "second") -> bool:
     """Whether one half-step for F2 (side "second") or F1 has loss 0 for random noise in the other kernel.
 
-    Claim 1 of the paper: it has when C_hid * |K2| >= C_in * |K1 + K2 - 1|. That counts rows as independent, and they are, but
-    for the few-channel layers (depthwise ones above all) that have two or more spatial dimensions: there, determinants of
-    C_in + 1 hidden channels compose to zero as soon as kernels of size C_in * (K1 - 1) + 1 fit into K2. In that case alone the
-    rank is computed, for noise, so that the answer is right there too.
+    Claim 1 of the paper: it has when C_hid * |K2| >= C_in * |K1 + K2 - 1|. That takes rows to be independent. They are not in
+    some layers of few channels (depthwise ones above all) with two or more spatial dimensions: determinants of C_in + 1 hidden
+    channels compose to zero there, as soon as kernels of size C_in * (K1 - 1) + 1 fit into K2. In that case alone the rank is
+    computed, for noise.
     """
     if side == "first":
         return half_step_is_exact(frame.transposed, ci, co, hidden)
@@ -98,6 +98,17 @@ def smallest_direct(frame: Frame, co: int, ci: int) -> int | None:
     taps = tap_count(frame.kernel)
     options = [min(co, ci * taps)] * frame.fits(within_first=True) + [min(ci, co * taps)] * frame.fits(within_first=False)
     return min(options, default=None)
+
+
+def smallest_dense(frame: Frame, co: int, ci: int) -> int:
+    """The smallest C_hid that takes no iteration and leaves both kernels without zeros; the weight in F1 where that fits.
+
+    A closed form is dense from two pairs of cancelling channels on. A half-step always is.
+    """
+    for within_first, channels in ((True, co), (False, ci)):
+        if frame.fits(within_first=within_first):
+            return channels + 4
+    return smallest_half_step(frame, co, ci)
 
 
 def smallest_exact(frame: Frame, co: int, ci: int) -> int:

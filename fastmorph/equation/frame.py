@@ -47,18 +47,13 @@ class Frame:
         """The frame of the transposed equation, in which the two kernels change places."""
         return Frame(self.kernel, self.second, self.first)
 
-    def with_second(self, second: Size) -> Frame:
-        """The same weight and first kernel with another second kernel."""
-        return Frame(self.kernel, self.first, second)
-
     def shrinking(self) -> Iterator[Frame]:
         """The frames of Algorithm 2: K2, K2 - 1, ... down to 1 in every dimension, while the weight still fits."""
-        frame = self
-        while all(n >= k for n, k in zip(frame.size, frame.kernel, strict=True)):
-            yield frame
-            if all(k == 1 for k in frame.second):
+        for less in range(max(self.second, default=1)):
+            frame = Frame(self.kernel, self.first, tuple(max(1, k - less) for k in self.second))
+            if any(n < k for n, k in zip(frame.size, frame.kernel, strict=True)):
                 break
-            frame = frame.with_second(tuple(max(1, k - 1) for k in frame.second))
+            yield frame
 
     def second_padding(self, inner: Frame) -> list[tuple[int, int]]:
         """Zeros before and after the second kernel of `inner` (this frame, shrunken) that bring it to this frame."""

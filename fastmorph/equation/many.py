@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
@@ -40,11 +39,8 @@ def decompose_many(
 
     Args:
         problems: what to solve.
-        solver: see `decompose`; `Auto` chooses for each problem.
-        backend: see `decompose`.
-        precision: see `decompose`.
-        generator: see `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
-        allow_inexact: see `decompose`.
+        solver, backend, precision, allow_inexact: as in `decompose`; `Auto` chooses for each problem.
+        generator: as in `decompose`; one seed is drawn for each problem, in order. Or a list of their seeds.
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
         progress: show a progress bar; None: where standard error is a terminal.
@@ -58,8 +54,12 @@ def decompose_many(
     """
     if not isinstance(problems, Sequence):
         raise MorphError(f"problems is a {type(problems).__name__}; pass a list of fm.Problem, [problem] for one.")
-    options: _Options = {"solver": solver, "backend": backend, "precision": precision, "allow_inexact": allow_inexact}
-    checked = [_check(index, problem, options) for index, problem in enumerate(problems)]
+    checked: list[Checked] = []
+    for index, problem in enumerate(problems):
+        try:
+            checked.append(check(problem, solver=solver, backend=backend, precision=precision, allow_inexact=allow_inexact))
+        except MorphError as error:
+            raise error.of_problem(index) from None
     seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
@@ -73,20 +73,6 @@ def decompose_many(
                         raise error.of_problem(index) from None
                 bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]
-
-
-class _Options(TypedDict):
-    solver: Solver
-    backend: str | None
-    precision: str | None
-    allow_inexact: bool
-
-
-def _check(index: int, problem: Problem[Any], options: _Options) -> Checked:
-    try:
-        return check(problem, **options)
-    except MorphError as error:
-        raise error.of_problem(index) from None
 
 
 def _together(chunks: list[list[int]], problems: Sequence[Checked], memory_budget: int) -> Iterator[list[list[int]]]:

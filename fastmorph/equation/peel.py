@@ -28,7 +28,7 @@ class Peeling:
         frames: of the equations, one fewer than kernels.
         reach: size of the composed kernel, sum(Ki - 1) + 1.
         share: size of the share, the weight's own or, where the row reaches less far, as far as it reaches.
-        offset: where the share starts in the weight, whose middle it is.
+        offset: where the share, the middle of the weight, starts there.
         before: where the weight's first tap stands in the composed kernel; negative where that reaches less far.
     """
 
@@ -40,22 +40,25 @@ class Peeling:
     offset: Size
     before: Size
 
+    @property
+    def share_before(self) -> Size:
+        """Where the share's first tap stands in the composed kernel."""
+        return tuple(b + o for b, o in zip(self.before, self.offset, strict=True))
+
     def problem(self, index: int, rest: Tensor) -> Problem[Tensor]:
         """The equation of kernel `index`, for what the kernels before it have left of the share."""
         frame = self.frames[index]
         return Problem(rest, self.hidden[index], (frame.first, frame.second), len(self.reach))
 
     def single(self, share: Tensor) -> Tensor:
-        """The only kernel of a row of one: the share, (*B, Co, Ci, *share), with zeros around it."""
-        flat = share.reshape(-1, *share.shape[share.ndim - len(self.share) - 2 :])
-        padded = pad(flat, Frame(self.share, self.reach, (1,) * len(self.reach)).before, self.reach)
-        return padded.reshape(*share.shape[: share.ndim - len(self.share)], *self.reach)
+        """The only kernel of a row of one: the share, (B, Co, Ci, *share), with zeros around it."""
+        return pad(share, self.share_before, self.reach)
 
 
 def plan_peeling(
     kernel: Size, co: int, ci: int, hidden_channels: Sequence[int], kernel_sizes: Sequence[int | Sequence[int]]
 ) -> Peeling:
-    """Size a row of kernels for a weight of co x ci channels. Raises MorphError for numbers that are none."""
+    """Size a row of kernels for a weight of co x ci channels. Raises MorphError for unusable sizes and channels."""
     if len(kernel_sizes) != len(hidden_channels) + 1:
         raise MorphError(
             f"{len(kernel_sizes)} kernels in a row have {len(kernel_sizes) - 1} numbers of hidden channels between them; got "
@@ -72,7 +75,7 @@ def plan_peeling(
         second = after[0] if len(after) == 1 else _left_over(rest, co, ci, channels, sizes[index], _reach(after))
         frames.append(make_frame(rest, (sizes[index], second)))
         rest, ci = second, channels
-    placed = [frame.before for frame in frames] or [Frame(share, reach, (1,) * len(kernel)).before]
+    placed = [frame.before for frame in frames or [Frame(share, reach, (1,) * len(reach))]]
     before = tuple(sum(widths) - start for start, *widths in zip(offset, *placed, strict=True))
     return Peeling(sizes, hidden, tuple(frames), reach, share, offset, before)
 
@@ -111,7 +114,7 @@ def _reach(sizes: Sequence[Size]) -> Size:
 def _left_over(rest: Size, co: int, ci: int, hidden: int, first: Size, reach: Size) -> Size:
     """Size of what is left for the next kernels after one of size `first`: the smallest, which makes their equations easy.
 
-    But where the closed form needs the whole weight in what is left (few hidden channels), that is what is left.
+    With few hidden channels the closed form needs room for the whole weight there: then it is as large as that.
     """
     smallest = tuple(max(1, k - n + 1) for k, n in zip(rest, first, strict=True))
     fits = all(n >= k for n, k in zip(reach, rest, strict=True))

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from fastmorph.equation.solvers import Choice, Solver
 from fastmorph.errors import MorphError
 
 # Weights up to 2 to this power, or its inverse, are solved as they are: their squares and fourth powers stay in range.
-_LARGEST_EXPONENT = {torch.float64: 200}
-_LARGEST_EXPONENT_SHORT = 24
+_LARGEST_EXPONENT, _LARGEST_IN_FLOAT32 = 200, 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,31 +40,53 @@ class Problem(Generic[Array]):
 
 
 @dataclass(frozen=True, eq=False)
-class Checked:
-    """A problem that passed its checks.
+class CheckedWeight:
+    """A weight that passed its checks, as one to compute with, and the way back to the caller's.
 
     Attributes:
         weight: (B, Co, Ci, *K), with one batch dimension.
+        batch_shape: *B, as the caller has it.
+        dtype: the caller's.
         exponents: powers of two by which the items were divided, so that no square leaves the range; None: by none.
-        measured: whether entries are known to be finite and in range. Where to know it the host would have to wait, and the
-            choice does not depend on them, that is found out with the residual: `in_range` then says what is to be solved.
-        choice: the solver that will run, and what was found out on the way to it.
+        restore: turns a tensor into the caller's kind of array.
     """
 
     weight: Tensor
     batch_shape: torch.Size
+    dtype: torch.dtype
+    exponents: tuple[int, ...] | None
+    restore: Restore
+
+    def in_range(self) -> Self:
+        """The same weight near 1, by powers of two. Raises MorphError for entries that are NaN or infinite."""
+        weight, exponents = _in_range(self.weight)
+        return replace(self, weight=weight, exponents=exponents)
+
+    def restore_kernel(self, kernel: Tensor, index: int, count: int) -> Any:
+        """Kernel `index` of `count` in a row, (B, ...) -> (*B, ...), times its part of what the weight was divided by."""
+        if self.exponents is not None:
+            kernel = times_power_of_two(kernel, [e * (index + 1) // count - e * index // count for e in self.exponents])
+        return self.restore(kernel.reshape(*self.batch_shape, *kernel.shape[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Checked(CheckedWeight):
+    """A problem that passed its checks.
+
+    Attributes:
+        hidden: C_hid.
+        frame: the kernel sizes.
+        backend: the linear maps.
+        choice: the solver that will run, and what was found out on the way to it.
+        measured: whether entries are known to be finite and in range. Where to know it the host would have to wait, and the
+            choice does not depend on them, that is found out with the residual: `in_range` then says what is to be solved.
+    """
+
     hidden: int
     frame: Frame
-    restore: Restore
     backend: Backend
-    exponents: tuple[int, ...] | None
     choice: Choice
     measured: bool = True
-
-    def in_range(self) -> Checked:
-        """The same problem with its entries measured. Raises MorphError where they are NaN or infinite."""
-        weight, exponents = in_range(self.weight)
-        return replace(self, weight=weight, exponents=exponents, measured=True)
 
 
 def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool) -> Checked:
@@ -75,37 +96,44 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     """
     if not isinstance(problem, Problem):
         raise MorphError(f"a {type(problem).__name__} is not a problem; pass fm.Problem(weight, hidden_channels, ...).")
-    weight, restore, dims = check_weight(problem.weight, problem.spatial_dims)
-    hidden = check_hidden(problem.hidden_channels)
+    given = _check_shape(problem.weight, problem.spatial_dims, None)
+    weight, hidden = given.weight, check_hidden(problem.hidden_channels)
     if not isinstance(solver, Solver):
         raise MorphError(
             f"solver={solver!r} is not a solver; pass fm.Auto(), fm.Direct(), fm.General() or fm.Practical(), or an fm.Solver "
             "of your own."
         )
-    cut = weight.ndim - dims - 2
-    frame = make_frame(weight.shape[cut + 2 :], problem.kernel_sizes)
-    _check_memory(weight, cut, hidden, frame)
-    flat, exponents = weight.reshape(-1, *weight.shape[cut:]), None
-    measured = not (host_waits(weight.device) and solver.chooses_by_sizes(flat.shape[1], flat.shape[2], hidden, frame))
-    if measured:
-        flat, exponents = in_range(flat)
+    frame = make_frame(weight.shape[3:], problem.kernel_sizes)
+    batch, co, ci = weight.shape[:3]
+    entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * batch
+    kernels = f"hidden_channels={hidden}: two kernels of sizes {frame.first} and {frame.second}"
+    check_memory(kernels, entries * weight.element_size(), weight.device, "ask for fewer channels or smaller kernels")
+    measured = not (host_waits(weight.device) and solver.chooses_by_sizes(co, ci, hidden, frame))
+    given = given.in_range() if measured else given
     chosen = find_backend(backend, weight, precision)
-    choice = solver.choose(flat, hidden, frame, allow_inexact=allow_inexact)
-    return Checked(flat, weight.shape[:cut], hidden, frame, restore, chosen, exponents, choice, measured)
+    choice = solver.choose(given.weight, hidden, frame, allow_inexact=allow_inexact)
+    return Checked(**vars(given), hidden=hidden, frame=frame, backend=chosen, choice=choice, measured=measured)
 
 
-def check_weight(weight: Any, spatial_dims: int) -> tuple[Tensor, Restore, int]:
-    """A weight (*B, Co, Ci, *K) as a detached tensor, the way back to its kind, and its number of spatial dimensions.
+def check_weight(weight: Any, spatial_dims: int, work: torch.dtype | None = None) -> CheckedWeight:
+    """A weight (*B, Co, Ci, *K), detached, near 1, and in the dtype `work` if one is given.
 
-    Raises MorphError for what is no weight, or none that has entries.
+    Raises MorphError for what is no weight, for none that has entries, and for entries that are NaN or infinite.
     """
+    return _check_shape(weight, spatial_dims, work).in_range()
+
+
+def _check_shape(weight: Any, spatial_dims: int, work: torch.dtype | None) -> CheckedWeight:
+    """The same, without a look at its entries."""
     dims = check_dims(spatial_dims)
     tensor, restore = to_tensor(weight, "weight")
     refuse_transforms(tensor, "decompose")
     check_rank(tensor, dims, "weight", "(*B, C_out, C_in, *K)")
-    if 0 in tensor.shape[tensor.ndim - dims - 2 :]:
+    cut = tensor.ndim - dims - 2
+    if 0 in tensor.shape[cut:]:
         raise MorphError(f"weight has shape {tuple(tensor.shape)}: it has no entries to compose.")
-    return tensor.detach(), restore, dims
+    flat = tensor.detach().to(work or tensor.dtype).reshape(-1, *tensor.shape[cut:])
+    return CheckedWeight(flat, tensor.shape[:cut], tensor.dtype, None, restore)
 
 
 def check_hidden(hidden: Any) -> int:
@@ -115,8 +143,8 @@ def check_hidden(hidden: Any) -> int:
     return hidden
 
 
-def in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Items of (B, ...) near 1: very small and very large ones times a power of two, exactly, whose exponents come second.
+def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    """(B, ...) with very small and very large items divided by powers of two, exactly, and the exponents of these powers.
 
     Raises MorphError for entries that are NaN or infinite.
     """
@@ -132,29 +160,26 @@ def in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
 
 def are_in_range(largest: Sequence[float], dtype: torch.dtype) -> bool:
     """Whether items of `dtype` whose largest magnitudes these are can be solved as they are."""
-    most = _LARGEST_EXPONENT.get(dtype, _LARGEST_EXPONENT_SHORT)
+    most = _LARGEST_EXPONENT if dtype == torch.float64 else _LARGEST_IN_FLOAT32
     return all(math.isfinite(value) and abs(math.frexp(value)[1]) <= most for value in largest)
 
 
-def _check_memory(weight: Tensor, cut: int, hidden: int, frame: Frame) -> None:
-    """Raise MorphError where the two kernels alone would not fit into the device's memory."""
-    co, ci = weight.shape[cut : cut + 2]
-    entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * weight.shape[:cut].numel()
-    needed, there = entries * weight.element_size(), _memory(weight.device)
-    if needed > there:
-        raise MorphError(
-            f"hidden_channels={hidden} and kernel sizes {frame.first} and {frame.second} make kernels of {needed / 2**30:.3g} "
-            f"GiB, more than the {there / 2**30:.3g} GiB that {weight.device} has; ask for fewer channels or smaller kernels."
-        )
+def check_memory(what: str, size: int, device: torch.device | None, remedy: str) -> None:
+    """Raise MorphError for what takes more bytes than a device has."""
+    limit = memory_of(device)
+    if size > limit:
+        asked = min(size, 10**300) / 1e9  # floats end at 1e308
+        raise MorphError(f"{what} would take {asked:,.4g} GB, and there are {limit / 1e9:,.4g} GB in all; {remedy}.")
 
 
-def _memory(device: torch.device) -> float:
-    """Bytes of memory that a device has; infinite where that is not known."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return math.inf
+def memory_of(device: torch.device | None) -> int:
+    """Bytes of memory that a device has: a CUDA device its own, any other one, the meta device and None the CPU's."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no POSIX system
+        return 2**40
 
 
 def check_dims(spatial_dims: int) -> int:

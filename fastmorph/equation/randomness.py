@@ -1,8 +1,8 @@
 """Noise from a counter: a value follows from its stream's key and its index alone, in whatever order and part it is drawn.
 
-It is uniform, of 16 bits, mean 0 and variance 1: what noise is made of does not matter here, only that it is full. A stream of
-values is one of words of 32 bits, the low half of word i being value 2 i, the high half value 2 i + 1. With (k1, k0) the high
-and low half of mix(key + (i >> 32) * G), word i is
+It is uniform, of 16 bits, mean 0 and variance 1: its distribution does not matter here, only that matrices of it have full
+rank. A stream consists of words of 32 bits. The low half of word i is value 2 i, the high half value 2 i + 1. With (k1, k0) the
+high and low half of mix(key + (i >> 32) * G), word i is
 
     x = i * 0x9E3779B1 + k0
     x = (x ^ x >> 16) * 0x7FEB352D ^ k1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def _outcomes(solved: Solved, residual: list[float], iterations: list[int], larg
 def _in_range(problem: Checked, seed: int) -> Outcome:
     """What becomes of a problem whose entries were out of range."""
     try:
-        ((outcome,),) = look_at([solve_alike([problem.in_range()], [seed])])
+        ((outcome,),) = look_at([solve_alike([replace(problem.in_range(), measured=True)], [seed])])
     except MorphError as error:
         return None, error
     return outcome

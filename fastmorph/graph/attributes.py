@@ -13,7 +13,8 @@ from fastmorph.graph.growth import Growth
 
 # Layers whose numbers are known: they follow from the tensors.
 _REFRESHED = (
-    *(_ConvNd, _NormBase, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(_ConvNd, _NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm),
+    nn.RMSNorm,
 )
 
 
@@ -22,11 +23,11 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
     record = growth.coupling.record
     for module_name, rows in record.depthwise:
         _set(model.get_submodule(module_name), "groups", len(rows), growth.total(rows))
-    for choice in record.choices:
-        if choice.attribute and not growth.coupling.is_wider(choice):
-            groups = choice.groups * growth.total(choice.channels) // len(choice.channels)
-            _set(model.get_submodule(choice.module), choice.attribute, choice.groups, groups)
-    for module_name, atoms in record.norms:
+    for grouping in record.groupings:
+        if grouping.attribute and not growth.coupling.is_wider(grouping):
+            groups = grouping.groups * growth.total(grouping.channels) // len(grouping.channels)
+            _set(model.get_submodule(grouping.module), grouping.attribute, grouping.groups, groups)
+    for module_name, atoms in dict(reversed(record.norms)).items():  # the first of a module that runs several times
         module = model.get_submodule(module_name)
         for attribute in ("num_features", "num_channels"):
             old = getattr(module, attribute, None)
@@ -91,6 +92,8 @@ def _refresh(module: nn.Module) -> None:
         module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = shape
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.num_embeddings, module.embedding_dim = shape
     elif isinstance(module, nn.PReLU):

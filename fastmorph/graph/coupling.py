@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fastmorph.graph.ragged import first_alike, positions
-from fastmorph.graph.record import Bools, Choice, Edges, Ints, Record, unique
+from fastmorph.graph.record import Bools, Edges, Grouping, Ints, Record, unique
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -28,13 +28,13 @@ class Coupling:
     def __init__(self, record: Record, wider: frozenset[str]) -> None:
         self.record = record
         self.wider = wider
-        chosen = [choice.inside if self.is_wider(choice) else choice.more for choice in record.choices]
+        chosen = [grouping.inside if self.is_wider(grouping) else grouping.more for grouping in record.groupings]
         self.edges: Edges = unique(np.concatenate([record.edges, *chosen]))
         self.classes = _components(record.count, self.edges)
 
-    def is_wider(self, choice: Choice) -> bool:
-        """Whether the choice's groups get wider, or are no groups that could be more."""
-        return choice.attribute in self.wider or not choice.attribute
+    def is_wider(self, grouping: Grouping) -> bool:
+        """Whether the grouping's groups get wider, or are no groups that could be more."""
+        return grouping.attribute in self.wider or not grouping.attribute
 
     def of(self, atoms: Tensor) -> Ints:
         """The classes of atoms."""
@@ -87,8 +87,8 @@ class Coupling:
     @cached_property
     def normalised(self) -> list[tuple[str, Ints]]:
         """Sets of classes that can only be copied all together, equally often, each with the module that normalises them."""
-        lines = [choice for choice in self.record.choices if len(choice.lines) and self.is_wider(choice)]
-        return [(choice.module, np.unique(self.classes[choice.lines[:, 0]])) for choice in lines]
+        lines = [grouping for grouping in self.record.groupings if len(grouping.lines) and self.is_wider(grouping)]
+        return [(grouping.module, np.unique(self.classes[grouping.lines[:, 0]])) for grouping in lines]
 
     @cached_property
     def norms(self) -> Ints:
@@ -153,8 +153,8 @@ class Coupling:
     def signatures(self) -> Ints:
         """See `Record.signatures`."""
         found = self.record.signatures
-        for choice in self.record.choices:
-            for role in choice.roles if self.is_wider(choice) else ():
+        for grouping in self.record.groupings:
+            for role in grouping.roles if self.is_wider(grouping) else ():
                 role.add_to(found)
         return found
 

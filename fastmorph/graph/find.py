@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,11 +16,6 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     tensor = getattr(model.get_submodule(path), key)
     assert isinstance(tensor, Tensor)
     return tensor
-
-
-def as_inputs(example_inputs: Any) -> tuple[Any, ...] | None:
-    """Positional arguments, from a tuple of them or a single one."""
-    return example_inputs if example_inputs is None or isinstance(example_inputs, tuple) else (example_inputs,)
 
 
 def weights_of(model: nn.Module, record: Record) -> dict[int, str]:

@@ -150,7 +150,7 @@ class Growth:
             return Difference("the model would run other operators")
         if parent.result != child.result:
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
-        if len(parent.axes) != len(child.axes) or len(parent.choices) != len(child.choices):
+        if len(parent.axes) != len(child.axes) or len(parent.groupings) != len(child.groupings):
             return Difference("the model would run other operators")
         source, copy, key = (np.zeros(child.count, np.int64) for _ in range(3))
         for old, new in zip(parent.axes, child.axes, strict=True):
@@ -202,10 +202,14 @@ class Growth:
         return None
 
     def _other_lines(self, child: Record, source: Ints) -> str | None:
-        """What is normalised together stays together."""
-        for old, new in zip(self.coupling.record.choices, child.choices, strict=True):
+        """What is normalised together stays together, and is copied equally often."""
+        for old, new in zip(self.coupling.record.groupings, child.groupings, strict=True):
             if self.coupling.is_wider(old) and len(old.lines):
-                expected = np.repeat(old.lines, 1 + self.copies[old.lines[:, 0]].astype(np.int64), axis=0)
+                copies = self.copies[old.lines[:, 0]].astype(np.int64)
+                order = np.argsort(old.lines[:, 1], kind="stable")
+                if ((np.diff(copies[order]) != 0) & (np.diff(old.lines[order, 1]) == 0)).any():
+                    return f"module {old.module!r} normalises over them and over others that would not be copied as often"
+                expected = np.repeat(old.lines, 1 + copies, axis=0)
                 found = np.stack([source[new.lines[:, 0]], new.lines[:, 1]], 1)
                 if not np.array_equal(expected[np.lexsort(expected.T)], found[np.lexsort(found.T)]):
                     return f"module {old.module!r} would normalise over other channels"

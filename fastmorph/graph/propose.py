@@ -57,7 +57,7 @@ class Proposals:
     def __init__(self, structure: Structure, layer: str) -> None:
         self._structure, self._record, self.layer = structure, structure.record, layer
         self.atoms = structure.channels(layer)
-        grouped = any(choice.attribute == "groups" for choice in self._record.choices)
+        grouped = any(grouping.attribute == "groups" for grouping in self._record.groupings)
         self._couplings = [structure.coupling(wider) for wider in (_WAYS if grouped else _WAYS[:1])]
 
     def first(self, width: int) -> Growth | None:
@@ -109,8 +109,10 @@ class Proposals:
             if not len(free):
                 yield Refusal(coupling.cause(int(sequence[-1])))
                 continue
-            if coupling.norms[free[-1]] >= 0:
-                yield Refusal(f"{coupling.normalised[int(coupling.norms[free[-1]])][0]!r} normalises over them")
+            normalised = coupling.norms[free]
+            free = free[normalised < 0]
+            if not len(free):
+                yield Refusal(f"{coupling.normalised[int(normalised[-1])][0]!r} normalises over them")
                 continue
             tried: list[Copies] = []
             for classes, counts in self._selections(coupling, sequence, free, more):
@@ -128,7 +130,7 @@ class Proposals:
     def _selections(self, coupling: Coupling, sequence: Ints, free: Ints, more: int) -> Iterator[Copies]:
         """Classes to copy, each selection sorted by class; `more` channels are wanted."""
         yield free[-1:], np.ones(1, np.int64)
-        families = _families(coupling, sequence, free[coupling.norms[free] < 0])
+        families = _families(coupling, sequence, free)
         yield _sorted(families)
         yield _sorted(_with_partners(coupling, families))
         for cls in families[0][-_KINDS - 1 : -1]:
@@ -182,6 +184,13 @@ class Proposals:
 
 def tried(structure: Structure, growth: Growth) -> Found | Refusal:
     """The growth, with modules to be cautious about, if the model can follow."""
+    stranger = structure.untouched(growth)
+    if stranger is not None:
+        return Refusal(
+            f"the model did not use {stranger!r} when it was run, which is as wide as something that would grow: whether it "
+            "shares these channels is not known",
+            remedy="pass example_inputs= under which the model uses it, or take it out of the model",
+        )
     try:
         child = structure.grown(growth)
     except MorphError as error:
@@ -265,7 +274,8 @@ def _with_partners(coupling: Coupling, families: Copies) -> Copies:
         made = coupling.of(atoms)
         held = _counts(made, families[0]) * families[1]
         if held.any():
-            for cls in _families(coupling, made, _free(coupling, made))[0].tolist():
+            others = _free(coupling, made)
+            for cls in _families(coupling, made, others[coupling.norms[others] < 0])[0].tolist():
                 if int(coupling.kinds[cls]) not in kinds:
                     kinds.add(int(coupling.kinds[cls]))
                     copies[cls] = max(1, int(held.max()) // int((made == cls).sum()))

@@ -1,8 +1,8 @@
 """What a traced run found: which channels must grow together, which cannot grow, and where they are read.
 
-Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. A grouped operator leaves a choice, of which one is
-made later: its groups may get wider or more. Two runs are compared by all that is recorded here. Labels are noted as they are
-while the model runs, and gathered, all in one, when they are asked for.
+Atoms (see `fastmorph.graph`) that meet in an operator are tied: an edge. An operator in groups leaves a grouping: whether its
+groups get wider, or there will be more of them, is decided later. Two runs are compared by all that is recorded here. Labels
+are noted as they are while the model runs, and gathered, all in one, when they are asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmorph.graph.flow import line
 from fastmorph.graph.ragged import scrambled
+from fastmorph.inputs import Inputs
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -78,7 +79,7 @@ class Role:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Grouping:
     """An operator in groups. Its groups may get wider (`inside`) or more (`more`).
 
     Attributes:
@@ -104,6 +105,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One run of a model.
+
+    Attributes:
+        inputs: its arguments; of tensors, shapes and dtypes alone matter.
+        train: whether in train mode.
+        turned: places in the model's code where a comparison of sizes comes out the other way.
+        option: an optional argument that the example does not give.
+    """
+
+    inputs: Inputs
+    train: bool = False
+    turned: frozenset[tuple[str, int, int]] = frozenset()
+    option: str = ""
+
+    def turn(self, place: tuple[str, int, int]) -> Run:
+        """The same with a further comparison the other way."""
+        return replace(self, turned=self.turned | {place})
+
+
+@dataclass(frozen=True)
 class Block:
     """Atoms that cannot get copies, and why: a clause that names the module."""
 
@@ -117,17 +139,17 @@ class Record:
     def __init__(self) -> None:
         self.axes: list[Axis] = []
         self.count = 0
-        self.choices: list[Choice] = []
+        self.groupings: list[Grouping] = []
         self.blocks: list[Block] = []
         self.outputs: dict[str, Tensor] = {}  # weight's name -> atoms of the channels that it produces, in order
         self.norms: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
-        self.trained = False  # whether a run in train mode is part of it
+        self.runs: list[Run] = []  # whatever was found was found in these
         self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module
         self.used: set[str] = set()  # parameters and buffers that some operator took
-        self.result: list[tuple[int, ...]] = []  # shapes of the model's outputs
+        self.result: list[Any] = []  # shapes of the model's outputs, and what else is in these
         self._parameters: dict[str, list[Axis]] = {}
         self._edges: list[Edges] = []
         self._ties: list[tuple[Tensor, Tensor]] = []
@@ -241,7 +263,7 @@ class Record:
 
     @cached_property
     def edges(self) -> Edges:
-        """All ties but those of choices, as they were found."""
+        """All ties but those of groupings, as they were found."""
         sides = [tie if tie[0].shape == tie[1].shape else torch.broadcast_tensors(*tie) for tie in self._ties]
         one, two = (_joined(side[place] for side in sides) for place in (0, 1))
         return np.concatenate([_pairs(one, two), *self._edges])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
-from fastmorph.graph.record import Record
+from fastmorph.graph.options import with_options, without_options
+from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
-from fastmorph.graph.tracer import Tracer
+from fastmorph.graph.tracer import Tracer, Watcher
+from fastmorph.inputs import Inputs
+from fastmorph.outputs import PLAIN, Path, flatten
+
+_BRANCHES = 16  # comparisons of sizes that are tried the other way
 
 
 class ForwardError(Exception):
@@ -73,9 +80,9 @@ class Skeleton:
             fake.requires_grad = like.requires_grad
         return fake
 
-    def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def inputs(self, inputs: Inputs) -> Inputs:
         """A model's arguments with fake tensors in the place of tensors."""
-        fakes: tuple[Any, ...] = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
+        fakes: Inputs = pytree.tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
         return fakes
 
     def copy(self) -> Skeleton:
@@ -95,62 +102,125 @@ class Skeleton:
             tensors[key] = new
         self._values.pop(name, None)
 
-    def trace(self, inputs: tuple[Any, ...], *, train: bool | None = None) -> Record:
+    def trace(self, inputs: Inputs, *, also: Sequence[Inputs] = (), runs: Sequence[Run] = ()) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
-        Where parameters are not used in eval mode (auxiliary heads), what is tied in train mode counts too: train=None tries
-        that.
+        Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
+        runs on them; with more and with fewer optional arguments; with comparisons of sizes the other way (see
+        `fastmorph.graph.branches`); and in train mode, where eval mode does not use all parameters (auxiliary heads). With
+        `runs`, exactly these are made instead.
+
+        Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
         record = Record()
         tensors = dict(_tensors(self.model))
         for name in self.names:
             record.add_parameter(name, tuple(tensors[name].shape))
-        self._run(inputs, record, train=False)
-        unused = any(name not in record.used for name, _ in self.model.named_parameters())
-        if train or (train is None and unused):
-            return self._with_train(inputs, record, required=bool(train))
+        if runs:
+            for run in runs:
+                self._run(run, record)
+            return record
+        first, shapes = Run(self.inputs(inputs)), dict[tuple[int, ...], None]()
+        places = self._run(first, record, shapes)
+        fewer = without_options(self.model, first.inputs)
+        further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
+        for name, calls in with_options(self.model, first.inputs, shapes):
+            for call in calls:
+                more, _ = self._tried(Run(self.inputs(call), option=name), record)
+                if more is not record:  # it runs on that shape
+                    record = more
+                    break
+        for run in further:  # it grows: there may be more comparisons in another branch
+            record, found = self._tried(run, record)
+            further += [run.turn(place) for place in found if place not in places][: max(0, _BRANCHES - len(further))]
+            places |= found
+        if any(name not in record.used for name, _ in self.model.named_parameters()):
+            record, _ = self._tried(replace(first, train=True), record)
         return record
 
-    def _with_train(self, inputs: tuple[Any, ...], record: Record, *, required: bool) -> Record:
-        both = record.copy()
-        both.trained = True
-        blocks = len(both.blocks)
-        try:
-            self._run(inputs, both, train=True)
-        except ForwardError:
-            if required:
-                raise
-            return record  # e.g. a batch norm that refuses a single value: then eval mode is all there is to know
-        del both.blocks[blocks:]  # exact it must be in eval mode
-        return both
+    def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
+        """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
 
-    def _run(self, inputs: tuple[Any, ...], record: Record, *, train: bool) -> None:
-        tracer = Tracer(rule_of, record)
+        So it is e.g. where a comparison turned is an assertion, or where a batch norm refuses a single value in train mode.
+        """
+        both = record.copy()
+        try:
+            return both, self._run(run, both)
+        except ForwardError:
+            return record, {}
+        except MorphError:
+            if run.train:
+                raise
+            return record, {}
+
+    def _run(self, run: Run, record: Record, shapes: dict[tuple[int, ...], None] | None = None) -> dict[Place, None]:
+        """Follow one run; returns the places where code compares sizes. `shapes` gets those of what modules return."""
+        tracer, blocks = Tracer(rule_of, record), len(record.blocks)
+        comparisons = Comparisons(tracer, run.turned)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self._values.get(name))
+        leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
+        for path, leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise MorphError(
+                    f"the model cannot be traced: its output{''.join(f'[{key!r}]' for key in path)} is a "
+                    f"{type(leaf).__name__}, and which channels that holds cannot be seen; return tensors, or objects of them."
+                )
+            if not isinstance(leaf, Tensor):
+                record.result.append(leaf)
+                continue
+            number = tracer.value(leaf)
+            record.result.append(tuple(leaf.shape) if number is None else number.tolist())
+            record.block(tracer.flow(leaf).slots, "they are the model's output")
+        if run.train:
+            del record.blocks[blocks:]  # exact it must be in eval mode
+        elif run.option:
+            told = f"where {run.option!r} is given, which example_inputs= does not give, "
+            record.blocks[blocks:] = [replace(block, cause=told + block.cause) for block in record.blocks[blocks:]]
+        record.runs.append(run)
+        return comparisons.found
+
+    def first_names(self) -> dict[int, str]:
+        """The first name of each parameter and buffer of the copy, by the tensor's id."""
+        tensors = dict(_tensors(self.model))
+        return {id(tensors[name]): name for name in self.names}
+
+    def run(
+        self,
+        inputs: Inputs,
+        watcher: Watcher,
+        *inner: AbstractContextManager[Any],
+        train: bool,
+        shapes: dict[tuple[int, ...], None] | None = None,
+    ) -> list[tuple[Path, Any]]:
+        """The leaves of what the model returns for inputs of these shapes; the watcher sees every operator.
+
+        `shapes` gets those of what modules return.
+
+        Raises ForwardError where the model does not run, and MorphError where it branches on values.
+        """
         self.model.train(train)
         use_plain_modules(self.model)
-        hooks = _follow_modules(self.model, tracer.stack)
+        hooks = _follow_modules(self.model, watcher.stack, shapes)
         try:
-            with plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, tracer:
-                result = self.model(*self.inputs(inputs))
+            with ExitStack() as stack:
+                for manager in (plain_kernels(self._device), _silent_errors(), torch.no_grad(), self._mode, watcher, *inner):
+                    stack.enter_context(manager)
+                args, kwargs = self.inputs(inputs)
+                return list(flatten(self.model(*args, **kwargs)))  # inside, for what is computed when it is looked at
         except MorphError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise MorphError(
-                f"the model cannot be traced: module {tracer.module} branches on the values of a tensor ({error.func}); "
+                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
                 "rewrite that part so that it depends on shapes alone."
             ) from error
         except Exception as error:
-            raise ForwardError(tracer.stack[-1], f"{tracer.module} fails with {type(error).__name__}: {error}") from error
+            raise ForwardError(watcher.stack[-1], f"{watcher.module} fails with {type(error).__name__}: {error}") from error
         finally:
             for hook in hooks:
                 hook.remove()
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                record.result.append(tuple(leaf.shape))
-                record.block(tracer.flow(leaf).slots, "they are the model's output")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -171,15 +241,18 @@ def _get(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _follow_modules(model: nn.Module, stack: list[str]) -> list[Any]:
-    """Hooks that keep the name of the module that runs on top of the stack."""
+def _follow_modules(model: nn.Module, stack: list[str], shapes: dict[tuple[int, ...], None] | None = None) -> list[Any]:
+    """Hooks that keep the name of the module that runs on top of the stack, and put the shapes of results in `shapes`."""
 
-    def leave(*_: Any) -> None:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
+        if shapes is not None and isinstance(output, Tensor):
+            shapes.setdefault(tuple(output.shape))
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        # First of all, so that what other hooks compute counts for the module as well.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name), prepend=True))
         hooks.append(module.register_forward_hook(leave))
     return hooks
 

@@ -11,11 +11,12 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import as_inputs, channels_of, weights_of
+from fastmorph.graph.find import channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
-from fastmorph.graph.record import Record
+from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import Skeleton
+from fastmorph.inputs import Inputs, as_call
 
 
 class Structure:
@@ -25,7 +26,7 @@ class Structure:
     whoever is given both compares them first (`check`).
     """
 
-    def __init__(self, skeleton: Skeleton, record: Record, inputs: tuple[Any, ...], known: dict[str, Any]) -> None:
+    def __init__(self, skeleton: Skeleton, record: Record, inputs: Inputs, known: dict[str, Any]) -> None:
         self.skeleton, self.record, self.inputs = skeleton, record, inputs
         self._known = known  # the model's fingerprint
         self._couplings: dict[frozenset[str], Coupling] = {}
@@ -50,7 +51,7 @@ class Structure:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
         known = fingerprint(skeleton.model)
-        return Structure(skeleton, skeleton.trace(self.inputs, train=self.record.trained), self.inputs, known)
+        return Structure(skeleton, skeleton.trace(self.inputs, runs=self.record.runs), self.inputs, known)
 
     def check(self, model: nn.Module) -> None:
         """Raise MorphError if this is not the structure of `model` as it stands."""
@@ -61,6 +62,16 @@ class Structure:
                     f"the structure given is not this model's: {_named(name)} is another since it was followed, or another "
                     "model's; follow the model anew with fm.follow(model, example_inputs)."
                 )
+
+    def untouched(self, growth: Growth) -> str | None:
+        """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
+        sizes = {axis.size for axis in growth.layouts}
+        return next((axis.name for axis in self._untouched if axis.size in sizes), None)
+
+    @cached_property
+    def _untouched(self) -> list[Axis]:
+        unused = {name for name, _ in self.skeleton.model.named_parameters()} - self.record.used
+        return [axis for name in sorted(unused) for axis in self.record.parameter(name) if axis.size > 1]
 
     @cached_property
     def _weights(self) -> dict[int, str]:
@@ -105,14 +116,14 @@ def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
 
     Args:
         model: the model; it is not touched, and may be changed or let go afterwards.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer. They are
-            not kept: only their shapes and dtypes matter.
+        example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer. They are not kept:
+            only their shapes and dtypes matter.
 
     Raises:
         MorphError: the model does not run on them, or its forward cannot be followed.
     """
     skeleton, known = Skeleton(model), fingerprint(model)
-    inputs, record = traced(skeleton, as_inputs(example_inputs))
+    inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
     return Structure(skeleton, record, skeleton.inputs(inputs), known)
 
 
@@ -122,7 +133,7 @@ def coupled(model: nn.Module, layer: str, example_inputs: Any = None, structure:
     Args:
         model: the model; it is not touched.
         layer: dotted name of a layer with a weight, or of the weight itself.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; None: guessed from its first layer.
+        example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer.
         structure: what `follow` found in the model, instead of following it again.
 
     Raises:

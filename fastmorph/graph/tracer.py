@@ -63,17 +63,37 @@ class Call:
         return tuple(_plain(value) for value in self.args.values() if not isinstance(value, Tensor))
 
 
+class NoSuchDimension(IndexError):
+    """The model's forward asks for a dimension that its tensor does not have."""
+
+
 _NOTED = 64  # elements of a constant that two runs are compared by
 Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
 
 
-class Tracer(TorchDispatchMode):
-    """Follows channels while it is the innermost mode; `module` is the name of the module that runs."""
+class Watcher(TorchDispatchMode):
+    """Sees every operator of a run; `stack` has the names of the modules that run, the innermost last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = [""]
+
+    @property
+    def module(self) -> str:
+        """The module that runs, as errors name it."""
+        return repr(self.stack[-1]) if self.stack[-1] else "the model itself"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator."""
+        return func(*args, **(kwargs or {}))
+
+
+class Tracer(Watcher):
+    """Follows channels while it is the innermost mode."""
 
     def __init__(self, rule_of: Callable[[Any], Rule], record: Record) -> None:
         super().__init__()
         self.record = record
-        self.stack: list[str] = [""]
         self._rule_of = rule_of
         self._flows: dict[int, Flow] = {}
         self._names: dict[int, str] = {}
@@ -82,11 +102,6 @@ class Tracer(TorchDispatchMode):
         self._kept: list[Tensor] = []  # so that no id is used twice
         self._views: dict[int, dict[int, Tensor]] = {}  # the tensors of each memory, as far as `_views_of` has seen them
         self._seen = 0
-
-    @property
-    def module(self) -> str:
-        """The module that runs, as errors name it."""
-        return repr(self.stack[-1]) if self.stack[-1] else "the model itself"
 
     def add_leaf(self, name: str, tensor: Tensor, value: Tensor | None) -> None:
         """Follow a parameter or buffer of this name, with what it holds where that is known."""
@@ -155,6 +170,8 @@ class Tracer(TorchDispatchMode):
         entries, held = len(self.record.journal), [self.flow(tensor).slots for tensor in call.tensors]
         try:
             flows = self._rule_of(func)(self, call)
+        except NoSuchDimension:
+            raise
         except Exception as error:
             raise MorphError(f"the model cannot be traced: {self.module} calls {func} in a way that is not known.") from error
         if isinstance(flows, Flow):

@@ -9,11 +9,12 @@ dilation is the same in both; the bias is the second layer's. Groups are indepen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Unpack
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Unpack
 
-from fastmorph.equation.bounds import smallest_direct, smallest_half_step
+from fastmorph.equation.bounds import smallest_dense
 from fastmorph.equation.frame import Frame, make_frame
 from fastmorph.errors import MorphError
 from fastmorph.morphs.rows import build_row, check_hidden, make_row, solve_row
@@ -23,6 +24,7 @@ from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
 
+_MULTIPLE = 8
 _NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "layer1": "second"}
 
 
@@ -30,6 +32,7 @@ _NAMES = {"layer0": "first", "norm0": "norm", "activation0": "activation", "laye
 class Deepen:
     """Replace a layer by nn.Sequential(first, norm, activation, second), as data (the arguments of `deepen`)."""
 
+    local: ClassVar[bool] = True
     layer: str
     hidden_channels: int | None = None
     kernel_sizes: Any = None
@@ -54,6 +57,8 @@ class Deepen:
         """Replace the layer by two, whose weights solve one equation, a batch of groups."""
         layer = transaction.find_layer(self.layer)
         frame, hidden = self._sizes(layer)
+        sizes = (frame.first, frame.second) if layer.dims else self.kernel_sizes
+        transaction.resolve(replace(self, hidden_channels=hidden, kernel_sizes=sizes))
         if self.norm not in (None, "batch"):
             raise MorphError(f"layer {layer.name!r}: norm={self.norm!r} must be None or 'batch'.")
         first = LayerSpec(hidden, frame.first, self.activation, self.norm)
@@ -71,10 +76,13 @@ class Deepen:
             raise MorphError(f"layer {layer.name!r}: {error}") from None
         if self.hidden_channels is not None:
             return frame, check_hidden(layer, self.hidden_channels)
-        if frame.fits(within_first=True):
-            return frame, co
-        per_group = co // groups, ci // groups
-        return frame, groups * (smallest_direct(frame, *per_group) or smallest_half_step(frame, *per_group))
+        return frame, _round_up(groups * smallest_dense(frame, co // groups, ci // groups), groups)
+
+
+def _round_up(channels: int, groups: int) -> int:
+    """To a multiple of 8 and of the groups, which devices like; of the groups alone where they are many."""
+    step = groups if groups > _MULTIPLE else math.lcm(_MULTIPLE, groups)
+    return -(-channels // step) * step
 
 
 def deepen(
@@ -93,8 +101,9 @@ def deepen(
         model: the parent; it is not touched.
         layer: dotted name of an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d, any stride, dilation, groups and padding, or of a
             class that `register_layer` knows, whose effective weight is then split.
-        hidden_channels: C_hid, channels between the two, of all groups together; None: C_out, or where the weight does not
-            fit into the first kernel, the smallest number that takes no iteration.
+        hidden_channels: C_hid, channels between the two, of all groups together; None: the smallest number for which both
+            kernels are dense and no iteration is needed, rounded up to a multiple of 8. That is C_out + 4 where the weight fits
+            into the first kernel, C_in + 4 where it fits into the second alone (both in each group).
         kernel_sizes: (K1, K2), each an int or one int per spatial dimension; None: the layer's own and 3 (1 where it has 1).
         activation: inserted between the two as its P-activation with a = 1 (see `fastmorph.nn.PActivation`); None: none.
         norm: "batch" inserts a BatchNorm between the two that is the identity in eval mode; None: none.

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -34,6 +34,7 @@ from fastmorph.plan.transaction import Transaction
 class GrowKernel:
     """Enlarge the kernel of a convolution, as data: its name and the new size, an int or one int per spatial dimension."""
 
+    local: ClassVar[bool] = True
     layer: str
     kernel_size: Any
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from fastmorph.plan.transaction import Transaction
 class InsertSubnet:
     """Replace a layer by a subnet, as data: its name and an `fm.Sequential`, `fm.Stacked` or `fm.Residual`."""
 
+    local: ClassVar[bool] = True
     layer: str
     subnet: Subnet
 

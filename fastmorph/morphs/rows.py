@@ -16,11 +16,19 @@ from fastmorph.equation.peel import Peeling, plan_peeling
 from fastmorph.errors import MorphError
 from fastmorph.morphs.padding import frame_padding
 from fastmorph.morphs.subnet import LayerSpec, Sequential
-from fastmorph.nn import BatchNormLast, PActivation, Replacement, identity_batch_norm
+from fastmorph.nn import (
+    BatchNormLast,
+    BatchNormMap1d,
+    BatchNormMap2d,
+    BatchNormMap3d,
+    PActivation,
+    Replacement,
+    identity_batch_norm,
+)
 from fastmorph.plan.layers import Layer
 from fastmorph.plan.transaction import Transaction
 
-_NORMS = (BatchNormLast, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial dimensions
+_NORMS = (BatchNormLast, BatchNormMap1d, BatchNormMap2d, BatchNormMap3d)  # by spatial dimensions
 CONVS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

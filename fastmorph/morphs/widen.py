@@ -12,14 +12,15 @@ from time import perf_counter
 from typing import Unpack
 
 import torch
+from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.structure import follow
-from fastmorph.graph.widths import Width, find_stages
-from fastmorph.morphs.widen_fill import FILLS, Filling
+from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
@@ -60,34 +61,16 @@ class Widen:
                 raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
         if transaction.structure is None:
             transaction.structure = follow(transaction.model, transaction.example_inputs)
+        used = transaction.structure.record.used
+        unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
+        transaction.untouched = transaction.untouched or unused
         widths = [Width(operator.layer, operator.channels, operator._check_fill) for operator in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:
-            for growth in stage.growths:
-                operator = next(left)
-                with transaction.step(operator) as step:
-                    step.milliseconds += share
-                    if growth is not None:
-                        operator._fill(growth, transaction)
-            if stage.growth is not None:
-                update_attributes(transaction.model, stage.growth)
+            _grow(stage, [next(left) for _ in stage.growths], transaction, share)
         transaction.structure = structure
-
-    def _fill(self, growth: Growth, transaction: Transaction) -> None:
-        """Put grown tensors in the place of old ones."""
-        if transaction.with_weights:
-            transaction.settle()
-        filling = Filling(growth, self.fill, transaction.noise("widen", self.layer)) if transaction.with_weights else None
-        for name in growth.names:
-            old = tensor_of(transaction.model, name)
-            if filling is None:
-                transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
-            else:
-                with torch.no_grad():
-                    new, linear, square = filling.tensor(name, old.detach())
-                transaction.replace(old, new, linear=linear, square=square)
 
     def _check_fill(self, growth: Growth) -> None:
         record = growth.coupling.record
@@ -102,6 +85,44 @@ class Widen:
                 f"layer {self.layer!r}: the model shuffles its channels, and some new ones take ways that no old one takes, so "
                 "that they have none to duplicate; use fill='pair' or 'zero'."
             )
+
+
+def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, share: float) -> None:
+    """Put grown tensors in the place of old ones: each once, when the last operator that it grows by has its turn."""
+    whole = stage.growth
+    if whole is not None and transaction.with_weights:
+        transaction.settle()
+    marks = Marks(whole.coupling.record) if whole is not None and transaction.with_weights else None
+    fillings: dict[str, list[Filling]] = {name: [] for name in ([] if whole is None else whole.names)}
+    last = {name: at for at, growth in enumerate(stage.growths) if growth is not None for name in growth.names}
+    steps = []
+    for at, (operator, growth) in enumerate(zip(operators, stage.growths, strict=True)):
+        with transaction.step(operator) as step:
+            step.milliseconds += share
+            steps.append(step)
+            if whole is None or growth is None:
+                continue
+            if marks is not None:
+                filling = Filling(growth, operator.fill, transaction.noise("widen", operator.layer), marks)
+                for name in growth.names:
+                    fillings[name].append(filling)
+            for name in growth.names:
+                if last[name] == at:
+                    old = tensor_of(transaction.model, name)
+                    _replace(transaction, old, name, whole, fillings.pop(name))
+    for step in steps:
+        step.after = transaction.kernel_shapes(step.layer)
+    if whole is not None:
+        update_attributes(transaction.model, whole)
+
+
+@torch.no_grad()
+def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
+    if fillings:
+        new, linear, square = fill_tensor(fillings, name, old.detach())
+        transaction.replace(old, new, linear=linear, square=square)
+    else:  # without weights
+        transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
 
 def widen(

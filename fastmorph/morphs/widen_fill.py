@@ -16,7 +16,8 @@ that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,27 @@ from torch import Tensor
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
-from fastmorph.graph.record import Axis, Ints
+from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_write import Side, write
+from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
-Map = Callable[[Tensor], Tensor]
 _SAMPLE, _LINES = 2**15, 64  # entries, and indices of a dimension, from which the size of a tensor's entries is taken
+
+
+class Marks:
+    """What operators do with the parameters of a record: found once for all that grows on it."""
+
+    def __init__(self, record: Record) -> None:
+        kinds: tuple[Kind, ...] = ("reads", "shifts", "standardised")
+        self._counts = {kind: np.append(0, np.cumsum(record.mask(kind))) for kind in kinds}
+        self.makes_of_zero = record.mask("makes_of_zero")
+        self.reading = {axis.name for axis in record.axes if axis.parameter and self.has("reads", axis)}
+
+    def has(self, kind: Kind, axis: Axis) -> bool:
+        """Whether some of an axis is marked so."""
+        counts = self._counts[kind]
+        return bool(counts[axis.start + axis.size] > counts[axis.start])
 
 
 class Filling:
@@ -39,42 +55,48 @@ class Filling:
     Args:
         growth: what grows.
         fill: "pair", "zero" or "duplicate".
-        noise: what noise is drawn from; each tensor has a stream of its own under it.
+        noise: what noise is drawn from; each dimension of each tensor has a stream of its own under it.
+        marks: of the growth's record.
     """
 
-    def __init__(self, growth: Growth, fill: str, noise: Stream) -> None:
-        self._growth, self._fill, self._noise = growth, fill, noise
-        self._record, self._coupling = growth.coupling.record, growth.coupling
-        self._reads, self._shifts = self._record.mask("reads"), self._record.mask("shifts")
-        self._standardised = self._record.mask("standardised")
-        self._reading = {axis.name for axis in self._record.axes if axis.parameter and self._marked(self._reads, axis)}
+    def __init__(self, growth: Growth, fill: str, noise: Stream, marks: Marks) -> None:
+        self.growth = growth
+        self._fill, self._noise, self._marks, self._record = fill, noise, marks, growth.coupling.record
         self._copied = growth.even or fill == "duplicate"  # whether columns are shared out among copies
         self._donors = _Donors(growth, noise.of("donors")) if growth.given is None and not growth.even else None
         self._zero_rows = fill == "zero" and not growth.even and self._rows_are_fewer() and self._rows_may_be_zero()
 
-    def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
-        """The new parameter or buffer, and the maps that take its first and its squared moments to the new shape."""
-        axes = [axis for axis in self._growth.layouts if axis.parameter and axis.name == name]
-        axes.sort(key=lambda axis: not self._marked(self._reads, axis))  # columns first: copies of a row have the same noise
-        sides = [self._side(axis, old.ndim) for axis in axes]
-        noise = self._noise.of(name)
-        drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
-        new = write(old, sides, noise, _root_mean_square(old) if drawn else 0.0)
-        return new, lambda moment: self._moment(moment, axes, noise, 1), lambda moment: self._moment(moment, axes, noise, 2)
+    def sides(self, name: str) -> list[Side]:
+        """How each dimension of a parameter or buffer that grows is filled."""
+        return [self._side(axis) for axis in self._grown(name)]
 
-    def _side(self, axis: Axis, ndim: int) -> Side:
-        layout, reads = self._growth.layouts[axis], self._marked(self._reads, axis)
-        makes = axis.name in self._record.outputs and (axis.name in self._reading or ndim == 2)
+    def moment_sides(self, name: str, moment: Tensor, power: int) -> list[Side]:
+        """The same for its first or second moments: gradients as they are at birth.
+
+        Old entries keep theirs, equal copies share the gradient of what they copy.
+        """
+        # A squared moment of zero would make the first steps too long.
+        value = 0.0 if self._copied or power == 1 else float(moment.float().mean())
+        return [self._moment_side(axis, power, value) for axis in self._grown(name)]
+
+    def _grown(self, name: str) -> list[Axis]:
+        return [axis for axis in self._record.parameter(name) if axis in self.growth.layouts]
+
+    def _side(self, axis: Axis) -> Side:
+        layout, reads = self.growth.layouts[axis], self._marks.has("reads", axis)
+        makes = axis.name in self._record.outputs and (
+            axis.name in self._marks.reading or len(self._record.parameter(axis.name)) == 2
+        )
         noisy = (reads or makes) and not self._copied
         zero = self._fill == "zero" and (
-            ((not reads and makes) or self._marked(self._shifts, axis)) if self._zero_rows else reads
+            ((not reads and makes) or self._marks.has("shifts", axis)) if self._zero_rows else reads
         )
         given = self._given(axis, reads)
         if zero:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
             first, second, alone = _twins(layout)
-            standard = reads and self._marked(self._standardised, axis)
+            standard = reads and self._marks.has("standardised", axis)
             if reads and not standard:
                 return Side(**given, drawn=first, mirror=second, rest=alone, paired=True)
             return Side(**given, drawn=np.append(first, alone), mirror=second, paired=True, standard=standard)
@@ -82,53 +104,66 @@ class Filling:
             return Side(**given, drawn=given["fresh"])
         source, shares = self._source(axis, layout)
         shared = reads and self._copied and self._fill != "zero"
-        balanced = _places_of_copies(layout) if reads and self._growth.even and self._fill == "pair" else None
+        balanced = _places_of_copies(layout) if reads and self.growth.even and self._fill == "pair" else None
         return Side(**given, source=source[given["fresh"]], divisor=shares if shared else None, balanced=balanced)
 
     def _given(self, axis: Axis, reads: bool) -> dict[str, Any]:
-        layout = self._growth.layouts[axis]
-        to = np.flatnonzero(layout.copy == 0)
-        return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": np.flatnonzero(layout.copy)}
-
-    def _marked(self, mask: np.ndarray, axis: Axis) -> bool:
-        return bool(mask[axis.start : axis.start + axis.size].any())
+        layout = self.growth.layouts[axis]
+        to, fresh = np.flatnonzero(layout.copy == 0), np.flatnonzero(layout.copy)
+        noise = self._noise.of(axis.name, axis.dim)
+        return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": fresh, "noise": noise}
 
     def _source(self, axis: Axis, layout: Layout) -> tuple[Ints, Ints]:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
-        if self._fill == "pair" and not self._growth.even:
+        if self._fill == "pair" and not self.growth.even:
             first, second, _ = _twins(layout)
             source[second] = source[first]
         return source, np.bincount(source)[source]
 
     def _rows_may_be_zero(self) -> bool:
-        return not (self._record.mask("makes_of_zero") & (self._growth.copies > 0)).any()
+        return not self._marks.makes_of_zero[self.growth.atoms].any()
 
     def _rows_are_fewer(self) -> bool:
         rows = columns = 0
-        for axis, layout in self._growth.layouts.items():
-            if axis.parameter and axis.name in self._reading:
-                sizes = [other.size for other in self._record.axes if other.name == axis.name and other.parameter]
-                entries = int((layout.copy > 0).sum()) * int(np.prod(sizes)) // axis.size
-                if self._marked(self._reads, axis):
+        for axis, layout in self.growth.layouts.items():
+            if axis.parameter and axis.name in self._marks.reading:
+                sizes = [other.size for other in self._record.parameter(axis.name)]
+                entries = int((layout.copy > 0).sum()) * math.prod(sizes) // axis.size
+                if self._marks.has("reads", axis):
                     columns += entries
                 else:
                     rows += entries
         return rows < columns
 
-    def _moment(self, moment: Tensor, axes: list[Axis], noise: Stream, power: int) -> Tensor:
-        """Gradients as they are at birth: old entries keep theirs, equal copies share the gradient of what they copy."""
-        # A squared moment of zero would make the first steps too long.
-        value = 0.0 if self._copied or power == 1 else float(moment.float().mean())
-        return write(moment, [self._moment_side(axis, power, value) for axis in axes], noise, 0.0)
-
     def _moment_side(self, axis: Axis, power: int, value: float) -> Side:
-        reads = self._marked(self._reads, axis)
+        reads = self._marks.has("reads", axis)
         given = self._given(axis, reads)
         if not self._copied:
             return Side(**given, rest=given["fresh"], value=value)
-        source, shares = self._source(axis, self._growth.layouts[axis])
+        source, shares = self._source(axis, self.growth.layouts[axis])
         return Side(**given, source=source[given["fresh"]], divisor=None if reads else shares**power)
+
+
+def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
+    """A parameter or buffer that grows by all of these, each along other dimensions, written once.
+
+    Returns:
+        The new tensor, and the maps that take its first and its squared moments to the new shape.
+    """
+    sides = _ordered(side for filling in fillings for side in filling.sides(name))
+    drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+
+    def moment(given: Tensor, power: int) -> Tensor:
+        return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
+
+    new = write(old, sides, _root_mean_square(old) if drawn else 0.0)
+    return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
+
+
+def _ordered(sides: Iterable[Side]) -> list[Side]:
+    """Columns first: copies of a row have the same noise in new columns."""
+    return sorted(sides, key=lambda side: not side.reads)
 
 
 class _Donors:
@@ -185,8 +220,9 @@ def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
 
 
 def _places_of_copies(layout: Layout) -> Ints:
-    """(copies + 1, old size): where each old index is, and where its copies are."""
-    order = np.lexsort((layout.copy, layout.origin))
+    """(copies + 1, n): where each old index that has copies is, and where these are; all have equally many."""
+    held = np.flatnonzero(np.isin(layout.origin, layout.origin[layout.copy > 0]))
+    order = held[np.lexsort((layout.copy[held], layout.origin[held]))]
     return order.reshape(-1, int(layout.copy.max()) + 1).T
 
 

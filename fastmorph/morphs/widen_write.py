@@ -36,6 +36,7 @@ class Side:
         to: (old size,), where old entries go, and
         of: (old size,), their indices before.
         fresh: all other indices.
+        noise: what noise is drawn from; an entry gets the same whatever the blocks are.
         source: (len(fresh),), the old indices whose entries they get; None: they get noise or `value`.
         drawn: those of `fresh` that get noise of their own.
         mirror: those that get the noise of `drawn`, from its first on, negated where the dimension is read.
@@ -43,7 +44,7 @@ class Side:
         value: see `rest`.
         paired: whether `mirror` and `rest` hold for noise that comes with another dimension, too.
         divisor: (new size,), what entries are divided by; None: nothing.
-        balanced: (copies + 1, old size), indices that get noise on top that sums to zero over each column; None: none do.
+        balanced: (copies + 1, n), indices that get noise on top that sums to zero over each column; None: none do.
         standard: whether `drawn` and `mirror` get mean + noise and mean - noise of each row's old entries, in their size.
     """
 
@@ -52,6 +53,7 @@ class Side:
     to: Ints
     of: Ints
     fresh: Ints
+    noise: Stream
     source: Ints | None = None
     drawn: Ints = field(default_factory=_none)
     mirror: Ints = field(default_factory=_none)
@@ -68,13 +70,12 @@ class Side:
         return len(self.to) + len(self.fresh)
 
 
-def write(old: Tensor, sides: Sequence[Side], noise: Stream, scale: float) -> Tensor:
+def write(old: Tensor, sides: Sequence[Side], scale: float) -> Tensor:
     """The new tensor, contiguous, of the dtype and on the device of `old`.
 
     Args:
         old: the old one, any shape.
         sides: those that are read first. Where they meet, the last one decides.
-        noise: an entry gets the same of it whatever the blocks are.
         scale: root mean square of the noise.
     """
     new = old.new_empty([{side.dim: side.size for side in sides}.get(dim, size) for dim, size in enumerate(old.shape)])
@@ -86,14 +87,14 @@ def write(old: Tensor, sides: Sequence[Side], noise: Stream, scale: float) -> Te
     elif not free:
         old, new_view = old[None], new[None]
     before, after = (old, new_view) if first < 0 else (old.movedim(first, 0), new.movedim(first, 0))
-    inner = [_Inner(side, side.dim + (side.dim < first or first < 0), noise, scale, old) for side in sides if side is not lead]
+    inner = [_Inner(side, side.dim + (side.dim < first or first < 0), scale, old) for side in sides if side is not lead]
     step = max(1, _BLOCK // max(1, after[0].numel())) if old.device.type == "cpu" else max(1, len(after))
     if lead is None:
         for rows in _ranges(len(after), step):
             _spread(before[rows], after[rows], inner, rows.start)
     else:
         _write_kept(before, after, lead, inner, step)
-        _write_fresh(after, lead, inner, step, noise.of(lead.dim), scale)
+        _write_fresh(after, lead, inner, step, scale)
     return new
 
 
@@ -107,7 +108,7 @@ def _write_kept(before: Tensor, after: Tensor, lead: Side, inner: Sequence[_Inne
         _put(after, to, out)
 
 
-def _write_fresh(after: Tensor, lead: Side, inner: Sequence[_Inner], step: int, noise: Stream, scale: float) -> None:
+def _write_fresh(after: Tensor, lead: Side, inner: Sequence[_Inner], step: int, scale: float) -> None:
     if lead.source is not None:
         where = np.empty_like(lead.to)
         where[lead.of] = lead.to
@@ -116,7 +117,7 @@ def _write_fresh(after: Tensor, lead: Side, inner: Sequence[_Inner], step: int, 
             _put(after, _place(lead.fresh[rows], after), copied)
     for rows in _ranges(len(lead.drawn), step):
         to = _place(lead.drawn[rows], after)
-        out = noise.fill(_target(after, to), scale, rows.start * math.prod(after.shape[1:]))
+        out = lead.noise.fill(_target(after, to), scale, rows.start * math.prod(after.shape[1:]))
         for side in inner:
             side.cancel(out)
         _put(after, to, out)
@@ -140,8 +141,8 @@ def _spread(given: Tensor, out: Tensor, inner: Sequence[_Inner], row: int) -> No
 class _Inner:
     """A side inside blocks, with its moves on their device."""
 
-    def __init__(self, side: Side, dim: int, noise: Stream, scale: float, like: Tensor) -> None:
-        self.side, self.dim, self._noise, self._scale = side, dim, noise.of(side.dim), scale
+    def __init__(self, side: Side, dim: int, scale: float, like: Tensor) -> None:
+        self.side, self.dim, self._scale = side, dim, scale
         numbers = np.arange(side.size)
         self._kept = _moves(side.to, side.of, like)
         self._copied = [] if side.source is None else _moves(side.fresh, side.source, like)
@@ -156,7 +157,7 @@ class _Inner:
         _move(given, out, self.dim, self._copied, divisor)
         if self._balanced:
             count = len(self._balanced)
-            noise = self._noise.tensor((len(given), count, *given.shape[1:]), given, self._scale / count, row)
+            noise = self.side.noise.tensor((len(given), count, *given.shape[1:]), given, self._scale / count, row)
             noise -= noise.mean(1, keepdim=True)
             for number, moves in enumerate(self._balanced):
                 _add(noise[:, number], out, self.dim, moves)
@@ -170,8 +171,8 @@ class _Inner:
         to, _ = self._drawn[0]
         shape = [len(self.side.drawn) if dim == self.dim else size for dim, size in enumerate(out.shape)]
         if len(self._drawn) == 1 and isinstance(to, slice):
-            return self._noise.fill(_take(out, self.dim, to), self._scale, row * math.prod(shape[1:]))
-        noise = self._noise.tensor(shape, out, self._scale, row)
+            return self.side.noise.fill(_take(out, self.dim, to), self._scale, row * math.prod(shape[1:]))
+        noise = self.side.noise.tensor(shape, out, self._scale, row)
         _move(noise, out, self.dim, self._drawn)
         return noise
 

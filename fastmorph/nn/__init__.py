@@ -3,13 +3,16 @@
 from fastmorph.nn.activation import PActivation, PReLU
 from fastmorph.nn.branches import Branches
 from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
-from fastmorph.nn.norm import BatchNormLast, identity_batch_norm
+from fastmorph.nn.norm import BatchNormLast, BatchNormMap1d, BatchNormMap2d, BatchNormMap3d, identity_batch_norm
 from fastmorph.nn.replacement import Replacement
 from fastmorph.nn.same_pad import SamePad
 
 __all__ = [
     "ActivationSchedule",
     "BatchNormLast",
+    "BatchNormMap1d",
+    "BatchNormMap2d",
+    "BatchNormMap3d",
     "Branches",
     "PActivation",
     "PReLU",

@@ -25,6 +25,34 @@ class BatchNormLast(nn.BatchNorm1d):
         return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
 
 
+class _BatchNormMap(_BatchNorm):
+    """Batch norm over maps with a batch dimension, (N, C, *), or without one, (C, *), as convolutions take them."""
+
+    dims: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel; a map without a batch dimension is a batch of one."""
+        return super().forward(input[None])[0] if input.ndim == self.dims + 1 else super().forward(input)
+
+
+class BatchNormMap1d(_BatchNormMap, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` for (N, C, L) and (C, L); two dimensions are a map, never features (N, C)."""
+
+    dims = 1
+
+
+class BatchNormMap2d(_BatchNormMap, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` for (N, C, H, W) and (C, H, W)."""
+
+    dims = 2
+
+
+class BatchNormMap3d(_BatchNormMap, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` for (N, C, D, H, W) and (C, D, H, W)."""
+
+    dims = 3
+
+
 def identity_batch_norm(norm: _Norm, mean: Tensor | float = 0.0, var: Tensor | float = 1.0) -> _Norm:
     """Make a batch norm the identity in eval mode, up to its own rounding, and return it.
 

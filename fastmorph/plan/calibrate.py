@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmorph.certify.outputs import eval_mode
 from fastmorph.errors import MorphError
+from fastmorph.inputs import as_call
 from fastmorph.nn import BatchNormLast, identity_batch_norm
 
 
@@ -21,16 +22,15 @@ class _Moments:
         self.mean: Any = 0.0
         self.deviations: Any = 0.0
 
-    def add(self, norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def add(self, norm: Any, arguments: tuple[Tensor, ...]) -> None:
         """Take in one input of the norm; registered as its forward pre-hook."""
-        dim = -1 if isinstance(norm, BatchNormLast) else 1
+        dim = -1 if isinstance(norm, BatchNormLast) else arguments[0].ndim - norm.dims - 1
         values = arguments[0].double().movedim(dim, 0).flatten(1)  # (C, count)
         count, mean = values.shape[1], values.mean(1)
         shift, total = mean - self.mean, self.count + count
-        self.mean = self.mean + shift * (count / total)
-        self.deviations = (
-            self.deviations + (values - mean[:, None]).square().sum(1) + shift.square() * (self.count * count / total)
-        )
+        self.mean += shift * (count / total)
+        self.deviations += (values - mean[:, None]).square().sum(1)
+        self.deviations += shift.square() * (self.count * count / total)
         self.count = total
 
 
@@ -44,7 +44,7 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
     Args:
         model: runs in eval mode; its modes are restored.
         norms: BatchNorms in it.
-        batches: each a tensor, or a tuple of the model's positional arguments.
+        batches: each one call's arguments, as `morph` takes them.
 
     Raises:
         MorphError: there are no norms, or no batch reached one of them.
@@ -56,7 +56,8 @@ def calibrate_norms(model: nn.Module, norms: Sequence[nn.Module], batches: Itera
     try:
         with eval_mode(model):
             for batch in batches:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+                call = as_call(batch, model)
+                model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -62,9 +62,14 @@ class Layer:
         return self.rule.cls is self.rule.plain and not computed
 
     @property
+    def origins(self) -> list[nn.Parameter]:
+        """The parameters that its weight is, or is computed from."""
+        return _origins(self.module)
+
+    @property
     def origin(self) -> nn.Parameter:
         """The parameter that its weight is, or is computed from: one of the weight's size, where there is one."""
-        parameters = _origins(self.module)
+        parameters = self.origins
         size = max(parameter.numel() for parameter in parameters)
         return next(parameter for parameter in parameters if parameter.numel() == size)
 
@@ -222,6 +227,16 @@ def _owners(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, str, nn.
         for attribute, child in owner._modules.items():
             if child is module:
                 yield owner_name, attribute, owner
+
+
+def unhooked(module: nn.Module) -> nn.Module:
+    """The same module, its tensors and parts shared, without the hooks that others put on it."""
+    bare = module.__new__(type(module))
+    vars(bare).update(vars(module))
+    for hooks in _HOOKS:
+        setattr(bare, hooks, getattr(nn.Module(), hooks))
+    bare._forward_pre_hooks.update(weight_hooks(module))
+    return bare
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:

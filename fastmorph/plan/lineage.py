@@ -37,9 +37,12 @@ class Lineage:
         # The parent's parameters, with their places among its `parameters()`.
         self.ancestors = {past.ancestor: place for place, past in enumerate(self._of.values())}
 
-    def __getitem__(self, parameter: nn.Parameter) -> Ancestry | None:
-        """The ancestry of a parameter; None for one that is not of this model."""
-        return self._of.get(parameter)
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._of
+
+    def __getitem__(self, parameter: nn.Parameter) -> Ancestry:
+        """The ancestry of a parameter. Raises KeyError for one that is not of this model."""
+        return self._of[parameter]
 
     def replaced(self, old: nn.Parameter, new: nn.Parameter, linear: Map | None, square: Map | None) -> None:
         """Let `new` take the place of `old`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from math import prod
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastmorph.errors import MorphError
+from fastmorph.equation import problem
 
 _CHANNELS, _KERNELS = ("channels", "hidden_channels"), ("kernel_size", "kernel_sizes")
 _CHANNEL_BYTES = 64  # a new channel takes more than this with its indices, its noise and the weights that read it
@@ -23,10 +22,7 @@ def check_memory(what: str, size: int, device: torch.device | None) -> None:
 
     Raises MorphError that says how much it would take.
     """
-    limit = _bytes_on(device)
-    if size > limit:
-        asked = min(size, 10**300) / 1e9  # floats end at 1e308
-        raise MorphError(f"{what} would take {asked:,.4g} GB, and there are {limit / 1e9:,.4g} GB in all; give smaller sizes.")
+    problem.check_memory(what, size, device, "give smaller sizes")
 
 
 def check_sizes(operator: object, name: str, module: nn.Module | None) -> None:
@@ -68,12 +64,3 @@ def _taps(size: Any, dims: int) -> int:
             return prod(size)
         return max((_taps(item, dims) for item in size), default=1)
     return size**dims if isinstance(size, int) and size > 0 else 1
-
-
-def _bytes_on(device: torch.device | None) -> int:
-    if device is not None and device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # no POSIX system
-        return 2**40

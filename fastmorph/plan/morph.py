@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -17,17 +18,19 @@ from fastmorph.certify.verify import verify as verify_models
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
-from fastmorph.graph.find import as_inputs
 from fastmorph.graph.structure import Structure
+from fastmorph.graph.trail import guess_call
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
+from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.step import Step
 from fastmorph.plan.transaction import Operator, Transaction
+from fastmorph.plan.watch import with_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,10 +59,15 @@ class Morphed(Generic[M]):
     Attributes:
         model: the child, of the parent's class unless a plan replaces the model itself (the layer "").
         optimizer: a new optimizer for the child that goes on where the one given stood; None unless one was given.
-        certificate: what `verify` found on `example_inputs`; None if there were none or `verify=False`.
-        history: the plan with its seed and the shapes of `example_inputs`: `morph(parent, history)` gives the same bits, at the
-            same settings on the same machine, but for what `calibrate` batches decided.
+        certificate: what was found on `example_inputs`, or where there were none (`certificate.on` says which), on random
+            values of guessed shapes, if an operator follows the whole network; else for each new part and the layer that it
+            replaces, on a random input of its own, as for layers that the inputs do not reach. None if nothing could be
+            compared, or `verify=False`.
+        history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same
+            bits, at the same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
+        untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed:
+            what is computed with them was not compared.
     """
 
     model: M
@@ -67,6 +75,7 @@ class Morphed(Generic[M]):
     certificate: Certificate | None
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
+    untouched: tuple[str, ...] = ()
     _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
 
     def rebind(self, scheduler: Any) -> Any:
@@ -102,8 +111,8 @@ def morph(
     Args:
         model: the parent. It is not touched, unless it is consumed.
         plan: morphs, in order, or a single one; each names layers as those before it left them.
-        example_inputs: a tensor, or a tuple of the model's positional arguments, to verify the child on and for operators that
-            follow channels through the model.
+        example_inputs: the arguments of one call, to verify the child on and for operators that follow channels through the
+            model: a tensor, a tuple of positional arguments, a dict of keywords, or a pair of such a tuple and such a dict.
         structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
             carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the
@@ -111,8 +120,8 @@ def morph(
             none, a new last group without it is made for the `a` of P-activations.
         calibrate: batches (each as `example_inputs`) whose statistics inserted BatchNorms take; needed for the child to be
             nearly exact in train mode, where a BatchNorm uses the batch's own.
-        verify: whether to compare parent and child on `example_inputs`: True in their own dtype and in float64, "outputs" in
-            their own dtype alone, for half of the cost or less.
+        verify: whether to compare parent and child, see `Morphed.certificate`: True in their own dtype and in float64,
+            "outputs" in their own dtype alone, for half of the cost or less.
         consume: make the child out of the parent itself, layer by layer, each old tensor freed as soon as its successor is
             there, so that no more than the child and one layer's old weights and solver are held at a time. Whatever fails
             then leaves the parent half done, and of `optimizer` only what does not change. The child is compared with the
@@ -134,17 +143,26 @@ def morph(
         structure.check(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
-    given = as_inputs(example_inputs)
+    given = None if example_inputs is None else as_call(example_inputs, model)
     if verify not in (True, False, "outputs"):
         raise MorphError(f'verify takes True, False or "outputs", not {verify!r}.')
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
-    before = record(model, example_inputs) if consume and verify and given is not None else None
+    known = plan.example_inputs(model) if given is None else given
+    guessed = None if known is not None else guess_call(model) if structure is None else structure.inputs
+    # Local operators answer for their layers by themselves, for less than a run of the whole model costs.
+    local = all(getattr(type(operator), "local", False) for operator in plan)
+    call, compared = known or guessed, given if verify else None
+    if verify and given is None and call is not None and not local:
+        compared = random_values(call, model)
+    before = record(model, compared) if consume and compared is not None else None
     transaction = Transaction(
         *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
         seed=seed,
-        example_inputs=plan.example_inputs(model) if given is None else given,
+        example_inputs=known,
+        guessed=guessed,
         consume=consume,
         structure=structure,
+        watches=None if not verify else "all" if compared is None else "untouched",
         solving={
             "solver": solver,
             "backend": backend,
@@ -161,19 +179,21 @@ def morph(
         there = set(child.modules())
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
-    if verify and given is not None:
-        if before is not None:
-            certificate = certify(before, child, example_inputs)
-        else:
-            call = as_call(example_inputs, model)
-            certificate = verify_models(model, child, *call.args, kwargs=call.kwargs, exact=verify is True)
-        if not certificate and not allow_inexact:
-            raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
+    if before is not None:
+        certificate = certify(before, child, compared)
+    elif compared is not None:
+        certificate = verify_models(model, child, *compared.args, kwargs=compared.kwargs, exact=verify is True)
+    if certificate is not None and compared is not None and given is None:
+        certificate = replace(certificate, on=described(compared))
+    certificate = with_layers(certificate, transaction.compared, child)
+    if certificate is not None and not certificate and not allow_inexact:
+        raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
     carried: Optimizer | None = None
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    return Morphed(cast(M, child), carried, certificate, plan.recorded(seed, given), tuple(transaction.steps), twins)
+    history = plan.recorded(transaction.resolved(plan), seed, given)
+    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
@@ -184,7 +204,9 @@ def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
 
 
 def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example_inputs: Any = None) -> M:
-    """The child's architecture alone, for a saved child's `load_state_dict`: the weights of new layers are not set.
+    """The child's architecture alone, for a saved child's `load_state_dict`: no weights are set, nor the parent's copied.
+
+    Buffers are: one may be no part of a `state_dict`.
 
     Args:
         model: the parent, or any network of its architecture, on the meta device too; it is not touched.
@@ -196,15 +218,18 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
         MorphError: a layer cannot be morphed.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
-    given = as_inputs(example_inputs)
+    given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given
-    transaction = Transaction(*_copied(model), example_inputs=inputs, with_weights=False)
+    transaction = Transaction(*_copied(model, with_weights=False), example_inputs=inputs, with_weights=False)
     transaction.run(plan)
     return cast(M, transaction.model)
 
 
-def _copied(model: nn.Module) -> tuple[nn.Module, Lineage]:
+def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, Lineage]:
     memo = computed_copies(model)
+    if not with_weights:
+        plain = (parameter for parameter in model.parameters() if type(parameter) is nn.Parameter)
+        memo |= {id(old): nn.Parameter(torch.empty_like(old), old.requires_grad) for old in plain}
     computed = [
         (name, key)
         for name, module in model.named_modules()

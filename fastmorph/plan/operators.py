@@ -28,13 +28,15 @@ and the remedy.
 `apply` changes `transaction.model`, in place, into one that computes the same, and the transaction offers
 
 - model: the child in the making; noise(*names): a `Stream` of noise for a purpose, the same for the same seed and plan.
-- example_inputs: what to trace the model on, or None; structure: what `fm.follow` found there, or None.
+- example_inputs: the call that was given, or None; call: what to follow the model on, by `fm.follow`, or None; structure: what
+  that found, or None.
 - find_layer(name): a layer that can be morphed, its weights there to be read, or a refusal.
 - settle(module): let the weights that a module waits for be solved, before they are read; without a module, all of them.
 - replace(old, new, linear=, square=): a parameter or buffer by other values, with the maps of its optimizer's moments.
 - replace_module(old, new, near=): a module by another; new parameters join the optimizer's group of the parameter `near`.
 - solve(problem, assign, layer=, modules=): an equation, solved with those of the whole plan; `assign` gets the answer. The new
   modules stand on the meta device until then, and `fill(module, value)` sets a weight there.
+- resolve(operator): the same operator with its defaults decided, for the history, so that a later default changes no replay.
 - norms: a list to which an inserted BatchNorm is added, so that `calibrate=` batches set its statistics.
 
 In `restructure`, `transaction.with_weights` is False and the model may be on the meta device: the same calls are made, nothing

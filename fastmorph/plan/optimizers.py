@@ -84,6 +84,9 @@ def carry_over(
     """
     rule = find_optimizer_rule(optimizer)
     names = {parameter: name for name, parameter in child.named_parameters()}
+    for parameter, name in names.items():
+        if parameter not in lineage:
+            raise MorphError(f"the child's {name!r} has no ancestor in the parent, and so no parameter group.")
     state, lost = _carried_state(optimizer, names, lineage, rule, consume)
     if lost:
         keys = ", ".join(sorted({str(key) for found in lost.values() for key in found}))
@@ -118,8 +121,6 @@ def _carried_groups(
     twins: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter, name in names.items():
         past = lineage[parameter]
-        if past is None:
-            raise MorphError(f"the child's {name!r} has no ancestor in the parent, and so no parameter group.")
         index = home.get(past.ancestor)
         if index is None:  # the optimizer does not train it
             continue
@@ -133,12 +134,10 @@ def _carried_groups(
                 f"a Muon trains matrices alone, and the child's {name!r} of shape {tuple(parameter.shape)} would join them; "
                 "leave out the activation and norm, or leave optimizer= out and make new optimizers for the child."
             )
-    groups = []
-    for index, group in enumerate(old_groups):
-        params = _in_order(group["params"], members[index], lineage)
-        groups.append(_group(group, params, names))
-    for index, params in sorted(twins.items()):
-        groups.append({**_group(old_groups[index], params, names), "weight_decay": 0.0})
+    groups = [
+        _group(group, _in_order(group["params"], members[index], lineage), names) for index, group in enumerate(old_groups)
+    ]
+    groups += [{**_group(old_groups[index], twins[index], names), "weight_decay": 0.0} for index in sorted(twins)]
     return groups, tuple(sorted(twins))
 
 
@@ -161,8 +160,7 @@ def _in_order(old: list[nn.Parameter], new: list[nn.Parameter], lineage: Lineage
     ranks = [lineage.ancestors[parameter] for parameter in old if parameter in lineage.ancestors]
     if ranks != sorted(ranks):
         places = {parameter: place for place, parameter in enumerate(old)}
-        pasts = {parameter: lineage[parameter] for parameter in new}
-        new = sorted(new, key=lambda p: places.get(past.ancestor, len(old)) if (past := pasts[p]) else len(old))
+        new = sorted(new, key=lambda parameter: places.get(lineage[parameter].ancestor, len(old)))
     first = next((place for place, parameter in enumerate(old) if parameter in lineage.ancestors), len(old))
     return [*old[:first], *new, *(parameter for parameter in old[first:] if parameter not in lineage.ancestors)]
 
@@ -187,7 +185,7 @@ def _carried_state(
     lost: dict[str, set[str]] = {}
     for parameter, name in names.items():
         past = lineage[parameter]
-        if past is None or (past.linear is None and past.square is None):
+        if past.linear is None and past.square is None:
             continue
         before = optimizer.state.pop(past.ancestor, {}) if consume else optimizer.state.get(past.ancestor, {})
         if past.linear == past.square == ():

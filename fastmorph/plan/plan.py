@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fastmorph.equation.randomness import VERSION
 from fastmorph.errors import MorphError
+from fastmorph.inputs import Inputs
 from fastmorph.plan.memory import check_memory
 from fastmorph.plan.operators import check_operator
 from fastmorph.plan.tables import operator_lines, read_operator
 from fastmorph.plan.transaction import Operator
 
-Inputs = tuple[tuple[tuple[int, ...], str], ...]
+Recorded = tuple[tuple[int, ...], str] | tuple[tuple[int, ...], str, str]  # shape, dtype, and a keyword's name
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Plan:
         operators: `Deepen`, `Widen`, `GrowKernel`, `InsertSubnet`, or of a class known to `register_operator`; given as a
             sequence, or a single one.
         seed: of all noise; None: drawn when the plan is run.
-        inputs: (shape, dtype) of each positional argument of the model, for operators that follow channels through it; None:
-            not known. The dtype is PyTorch's name, "float32".
+        inputs: (shape, dtype) of each positional argument of the model and (shape, dtype, name) of each keyword, for operators
+            that follow channels through it; None: not known. The dtype is PyTorch's name, "float32".
         noise: version of the noise that a seed stands for; this fastmorph's own.
 
     Raises MorphError for anything else.
@@ -40,14 +41,14 @@ class Plan:
 
     operators: tuple[Operator, ...]
     seed: int | None = None
-    inputs: Inputs | None = None
+    inputs: tuple[Recorded, ...] | None = None
     noise: int = VERSION
 
     def __init__(
         self,
         operators: Sequence[Operator] | Operator,
         seed: int | None = None,
-        inputs: Sequence[tuple[Sequence[int], str]] | None = None,
+        inputs: Sequence[Sequence[Any]] | None = None,
         noise: int = VERSION,
     ) -> None:
         operators = tuple(operators) if isinstance(operators, Iterable) and not isinstance(operators, str) else (operators,)
@@ -61,14 +62,13 @@ class Plan:
                 f"{VERSION}, and would give another child; run it with the fastmorph that recorded it, or leave noise out to "
                 "have another child."
             )
-        for shape, dtype in inputs or ():
-            sizes = all(type(size) is int and size >= 0 for size in shape)
-            if not sizes or not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise MorphError(f"{(shape, dtype)!r} in the plan's inputs is no shape and dtype, such as ([8, 3], 'float32').")
+        recorded = tuple(_check_input(entry) for entry in inputs or ())
+        if len({entry[2:] for entry in recorded if entry[2:]}) < sum(bool(entry[2:]) for entry in recorded):
+            raise MorphError("two of the plan's inputs have one name; each keyword is recorded once.")
         object.__setattr__(self, "operators", operators)
         object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "noise", noise)
-        object.__setattr__(self, "inputs", tuple((tuple(shape), dtype) for shape, dtype in inputs or ()) or None)
+        object.__setattr__(self, "inputs", recorded or None)
 
     def __iter__(self) -> Iterator[Operator]:
         return iter(self.operators)
@@ -76,21 +76,27 @@ class Plan:
     def __len__(self) -> int:
         return len(self.operators)
 
-    def recorded(self, seed: int, inputs: tuple[Any, ...] | None) -> Plan:
-        """This plan as it was run: with the seed, and the shapes of the inputs where all of them are tensors."""
-        shapes = self.inputs
-        if inputs is not None and all(isinstance(value, Tensor) for value in inputs):
-            shapes = tuple((tuple(value.shape), str(value.dtype).removeprefix("torch.")) for value in inputs)
-        return Plan(self.operators, seed, shapes)
+    def recorded(self, operators: Sequence[Operator], seed: int, call: Inputs | None) -> Plan:
+        """This plan as it was run: its operators with all sizes, the seed, and the shapes of a call where all are tensors."""
+        inputs: Sequence[Sequence[Any]] | None = self.inputs
+        tensors = call is not None and all(isinstance(value, Tensor) for value in (*call.args, *call.kwargs.values()))
+        if call is not None and tensors and all(map(str.isidentifier, call.kwargs)):
+            named = [*((value,) for value in call.args), *((value, name) for name, value in call.kwargs.items())]
+            inputs = [(tuple(value.shape), str(value.dtype).removeprefix("torch."), *name) for value, *name in named]
+        return Plan(operators, seed, inputs)
 
-    def example_inputs(self, model: nn.Module) -> tuple[Tensor, ...] | None:
-        """Zeros of the recorded shapes and dtypes, where the model is; None if none were recorded."""
-        device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+    def example_inputs(self, model: nn.Module) -> Inputs | None:
+        """A call on zeros of the recorded shapes and dtypes, where the model is; None if none were recorded."""
         if self.inputs is None:
             return None
-        for shape, dtype in self.inputs:
-            check_memory(f"the plan's input of shape {shape}", math.prod(shape) * getattr(torch, dtype).itemsize, device)
-        return tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in self.inputs)
+        device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+        call = Inputs((), {})
+        for shape, dtype, *name in self.inputs:
+            kind = getattr(torch, dtype)
+            check_memory(f"the plan's input of shape {shape}", math.prod(shape) * kind.itemsize, device)
+            value = torch.zeros(shape, dtype=kind, device=device)
+            call = Inputs(call.args, {**call.kwargs, name[0]: value}) if name else Inputs((*call.args, value), call.kwargs)
+        return call
 
     # --- TOML -----------------------------------------------------------------------------------------------------------------
 
@@ -100,8 +106,8 @@ class Plan:
         Raises MorphError for what no file can hold: an activation that is not given by name, an infinity.
         """
         lines = [] if self.seed is None else [f"seed = {self.seed}", f"noise = {self.noise}", ""]
-        for shape, dtype in self.inputs or ():
-            lines += ["[[inputs]]", f"shape = {list(shape)}", f'dtype = "{dtype}"', ""]
+        for shape, dtype, *name in self.inputs or ():
+            lines += ["[[inputs]]", f"shape = {list(shape)}", f'dtype = "{dtype}"', *(f'name = "{text}"' for text in name), ""]
         for operator in self.operators:
             lines += [*operator_lines(operator), ""]
         return "\n".join(lines)
@@ -128,9 +134,12 @@ class Plan:
             )
         morphs, inputs = arrays
         for entry in inputs:
-            if set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
-                raise MorphError(f"an [[inputs]] table of a plan has a shape and a dtype; got {entry}.")
-        shapes = [(tuple(entry["shape"]), entry["dtype"]) for entry in inputs] if "inputs" in tables else None
+            if not {"shape", "dtype"} <= set(entry) <= {"shape", "dtype", "name"} or not isinstance(entry["shape"], list):
+                raise MorphError(
+                    f"an [[inputs]] table of a plan has a shape and a dtype, and a name for a keyword; got {entry}."
+                )
+        keys = ("shape", "dtype", "name")
+        shapes = [tuple(entry[key] for key in keys if key in entry) for entry in inputs] if "inputs" in tables else None
         return cls([read_operator(entry) for entry in morphs], tables.get("seed"), shapes, tables.get("noise", VERSION))
 
     @classmethod
@@ -140,3 +149,15 @@ class Plan:
             return cls.from_toml(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise MorphError(f"{path} is not a plan: it is not UTF-8 text.") from None
+
+
+def _check_input(entry: Sequence[Any]) -> Recorded:
+    """A recorded input, frozen. Raises MorphError for what is none."""
+    match entry:
+        case (list() | tuple() as shape, str() as dtype, *name) if all(type(size) is int and size >= 0 for size in shape):
+            named = not name or (len(name) == 1 and isinstance(name[0], str) and name[0].isidentifier())
+            if named and isinstance(getattr(torch, dtype, None), torch.dtype):
+                return (tuple(shape), dtype, *name)
+    raise MorphError(
+        f"{entry!r} in the plan's inputs is no shape and dtype, such as ([8, 3], 'float32'), with a keyword's name."
+    )

@@ -12,10 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastmorph.errors import MorphError
 
 # What PyTorch's schedulers, and timm's (base_values), keep a list of, one entry a parameter group.
-_PER_GROUP = (
-    *("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs"),
-    *("base_momentums", "max_momentums", "base_values"),
-)
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values")
 
 
 class _StepCounter(LRScheduler):
@@ -31,7 +28,7 @@ def rebound(scheduler: Any, optimizer: Optimizer, sources: Sequence[int] = ()) -
     Args:
         scheduler: of the parent's optimizer.
         optimizer: that one carried over.
-        sources: for each last group that `optimizer` has and the parent's had not, the group whose schedule it follows.
+        sources: for each group at the end of `optimizer` that the parent's has not, the group whose schedule it follows.
 
     Raises MorphError if the scheduler was made for another number of parameter groups.
     """

@@ -13,23 +13,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastmorph.certify.compare import Comparison
 from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
+from fastmorph.inputs import Inputs
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
+from fastmorph.plan.watch import Piece, Surroundings
 
 Assign = Callable[[Decomposition[Tensor]], None]
 
@@ -38,7 +41,9 @@ class Operator(Protocol):
     """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do.
 
     A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
-    together, and it notes what each of them did (`Transaction.step`).
+    together, and it notes what each of them did (`Transaction.step`). A class attribute local = True says that an operator
+    changes what stands under its target's name alone, found by `find_layer`, and keeps what that computes: then the code around
+    the layer is watched, see `fastmorph.plan.watch`.
     """
 
     @property
@@ -76,30 +81,48 @@ class Transaction:
             the model itself.
         lineage: where its parameters come from.
         seed: of all noise; the same seed, plan, parent and settings give the same bits.
-        example_inputs: positional arguments of the model, for operators that trace it; None where none were given.
+        example_inputs: a call of the model, for operators that trace it; None where none was given.
+        guessed: shapes and dtypes, on the meta device, of a call on which the model runs, where none was given.
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
         structure: the structure of `model` as it stands, where it has been followed; None: whoever needs it follows it.
+        watches: which local operators' layers are compared by themselves, before and after: "all", or "untouched", those
+            that the run on `call` does not reach; None: none.
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
+        untouched: parameters that the model does not use in eval mode, as far as it was followed.
+        compared: what was found where layers were compared by themselves.
     """
 
     model: nn.Module
     lineage: Lineage
     seed: int = 0
-    example_inputs: tuple[Any, ...] | None = None
+    example_inputs: Inputs | None = None
+    guessed: Inputs | None = None
     with_weights: bool = True
     consume: bool = False
     structure: Structure | None = None
+    watches: Literal["all", "untouched"] | None = None
     solving: dict[str, Any] = field(default_factory=dict)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
+    untouched: tuple[str, ...] = field(default=(), init=False)
+    compared: list[Comparison] = field(default_factory=list, init=False)
+    _around: Surroundings | None = field(default=None, init=False)
+    _pieces: list[Piece] = field(default_factory=list, init=False)
+    _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
     _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
+    _operator: Operator | None = field(default=None, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
+
+    @property
+    def call(self) -> Inputs | None:
+        """What to follow the network on: shapes and dtypes alone are of a meaning there. None: not known."""
+        return self.guessed if self.example_inputs is None else self.example_inputs
 
     def noise(self, *names: str) -> Stream:
         """Noise for a purpose of these names (an operator, a layer, ...); every call with the same names gives other noise."""
@@ -112,6 +135,8 @@ class Transaction:
         Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
         """
         for kind, neighbours in groupby(operators, type):
+            if not getattr(kind, "local", False):
+                self._leave()
             together = getattr(kind, "apply_together", None)
             if together is not None:
                 group = list(neighbours)
@@ -125,6 +150,45 @@ class Transaction:
                 with self.step(operator):
                     operator.apply(self)
                 self.structure = None
+        self._leave()
+
+    def _watch(self, layer: Layer, plain: Layer) -> None:
+        """Note what the network does with a layer that a local operator is about to change, and what the layer does."""
+        if not getattr(type(self._operator), "local", False) or not self.with_weights:
+            return
+        if self._around is None:
+            self._around = Surroundings(self.model, self.call)
+            self.untouched = self.untouched or self._around.untouched
+        new = self._around.check(self.model, layer)
+        if not new and not self.consume:  # a piece of what is compared in the end
+            return
+        wanted = self.watches == "all" or (self.watches == "untouched" and not self._around.touches(layer))
+        if wanted and plain.origin.device.type != "meta":
+            self._pieces.append(Piece(layer, plain, exact=not self.consume))
+
+    def _leave(self) -> None:
+        """End a stretch of local operators: compare what is around their layers, and the layers where that is asked for."""
+        if self._around is not None:
+            self._around.compare(self.model)
+            self._around = None
+        self._compare_pieces()
+
+    def _compare_pieces(self) -> None:
+        if self._pieces:
+            self.settle()
+        for piece in self._pieces:
+            self.compared += piece.compare(self.model)
+        self._pieces.clear()
+
+    def resolve(self, operator: Operator) -> None:
+        """Say what the operator that is being applied comes to with its defaults decided: histories hold that."""
+        if self._operator is not None:
+            self._resolved.append((self._operator, operator))
+
+    def resolved(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
+        """Operators that were run, in their order, each as `resolve` has it."""
+        left = list(self._resolved)
+        return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in operators)
 
     def _check(self, operator: Operator) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -139,16 +203,19 @@ class Transaction:
     def step(self, operator: Operator) -> Iterator[Step]:
         """Note what an operator does inside."""
         began, target = perf_counter(), operator.target
-        self._step = step = Step(target, next(iter(self._kernel_shapes(target)), ()))
+        self._step = step = Step(target, next(iter(self.kernel_shapes(target)), ()))
         self.steps.append(step)
+        self._operator = operator
         yield step
-        step.after = self._kernel_shapes(target)
-        self._step = None
+        step.after = self.kernel_shapes(target)
+        self._step = self._operator = None
         step.milliseconds += 1e3 * (perf_counter() - began)
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
+            self._compare_pieces()
 
-    def _kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+    def kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the weights, of two or more dimensions, that stand under a name; none where that is no module's."""
         try:
             module = self.model.get_submodule(name)
         except AttributeError:  # no layer: the operator says so
@@ -166,8 +233,10 @@ class Transaction:
         layer = find_layer(self.model, name, transposed=transposed)
         self.settle(layer.module)
         if layer.is_plain or (stays and isinstance(layer.module, layer.rule.plain)):
+            self._watch(layer, layer)
             return layer
         plain, whole = make_plain(layer)
+        self._watch(layer, plain)
         self.replace_module(layer.module, whole, near=layer.origin)
         return plain
 

@@ -48,10 +48,10 @@ def transfer_optimizer(optimizer: Optimizer, new_model: nn.Module, mapping: Mapp
     olds = {name: named[old] if isinstance(old, str) else old for name, old in mapping.items()}
     lineage = Lineage((parameters[name], old) for name, old in olds.items())
     lineage.ancestors = {old: place for place, old in enumerate([*held, *olds.values()])}
-    fresh = [name for name, old in olds.items() if optimizer.state.get(old) and old.shape != parameters[name].shape]
-    for name, old in olds.items():
-        if old.shape != parameters[name].shape:
-            lineage.replaced(parameters[name], parameters[name], None, None)
+    resized = [name for name, old in olds.items() if old.shape != parameters[name].shape]
+    for name in resized:
+        lineage.replaced(parameters[name], parameters[name], None, None)
+    fresh = [name for name in resized if optimizer.state.get(olds[name])]
     if fresh:
         warnings.warn(
             f"the state of a {type(optimizer).__name__} starts afresh for {', '.join(fresh)}: the shapes are others.",

@@ -116,8 +116,8 @@ def test_to_wait_only_at_the_end_changes_no_answer(monkeypatch, solver, shape, h
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**90])
 def test_weights_out_of_range_are_solved_in_range_after_all(queued, monkeypatch, scale):
     measured = []
-    in_range = problem.in_range
-    monkeypatch.setattr(problem, "in_range", lambda w: measured.append(len(w)) or in_range(w))
+    in_range = problem._in_range
+    monkeypatch.setattr(problem, "_in_range", lambda w: measured.append(len(w)) or in_range(w))
     problems = [fm.Problem(weight(6, 5, 3, 3) * s, 9) for s in (1.0, scale)] * 2
     found = fm.decompose_many(problems, generator=0, progress=False)
     assert measured == [1, 1]  # those two alone

@@ -16,8 +16,8 @@ import torch
 from pairs import Apply, X, returning
 from torch import Tensor
 
-from fastmorph.certify.outputs import flatten
 from fastmorph.certify.verify import verify
+from fastmorph.outputs import flatten
 
 
 class Held:

@@ -159,6 +159,17 @@ def test_grown_channels_are_compared_on_the_old_ones() -> None:
     assert "is '0' (Linear)" in verify(parent, child, x).where
 
 
+def test_a_layer_inside_of_one_that_agrees_is_not_named() -> None:
+    """Hidden channels in another order are read in that order; what differs after that is what is wrong."""
+    torch.manual_seed(0)
+    inner = Island()
+    parent = nn.Sequential(inner, nn.Linear(7, 3)).double()
+    child = nn.Sequential(permuted(inner), deepened(nn.Sequential(parent[1]), "0", 1e-1)[0]).double()
+    certificate = verify(parent, child, torch.randn(8, 24).double())
+    assert not certificate
+    assert "is '1' (Linear in the parent, Sequential in the child)" in certificate.where
+
+
 def test_what_differs_outside_of_layers_is_said_to() -> None:
     certificate = verify(Apply(lambda y: y * 2, nn.Tanh()), Apply(lambda y: y * 3, nn.Tanh()), torch.randn(4))
     assert not certificate

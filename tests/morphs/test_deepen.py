@@ -190,14 +190,47 @@ def test_dtype_is_kept(network, dtype):
     assert {parameter.dtype for parameter in child.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize(("channels", "first"), [(12, (8, 8)), (None, (8, 8))])
-def test_defaults(channels, first):
+@pytest.mark.parametrize("channels", [12, None])
+def test_defaults(channels):
     child = fm.deepen(nn.Conv2d(4, 8, 7, padding=3), "", hidden_channels=channels)
-    assert child.first.out_channels == (channels or 8)
+    assert child.first.out_channels == (channels or 16)
     assert (child.first.kernel_size, child.second.kernel_size) == ((7, 7), (3, 3))
     depthwise = fm.deepen(nn.Conv2d(8, 8, 3, groups=8), "", kernel_sizes=(2, 2))
     assert depthwise.first.out_channels % 8 == 0
     assert depthwise.second.groups == 8
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes", "hidden"),
+    [
+        (nn.Conv2d(4, 8, 3), None, 16),  # C_out + 4 = 12
+        (nn.Conv2d(4, 12, 3), None, 16),
+        (nn.Conv2d(4, 13, 3), None, 24),
+        (nn.Conv2d(4, 12, 3), (1, 3), 8),  # the weight is in the second kernel: C_in + 4
+        (nn.Conv2d(64, 64, 3), None, 72),
+        (nn.Conv2d(8, 16, 3, groups=2), None, 24),  # 2 (8 + 4)
+        (nn.Conv2d(6, 9, 3, groups=3), None, 24),  # 3 (3 + 4) = 21, a multiple of 8 and of 3
+        (nn.Conv2d(11, 11, 3, groups=11), None, 55),  # 11 (1 + 4), of many groups alone
+        (nn.Linear(64, 64), None, 72),
+        (nn.Conv2d(64, 64, 1), None, 72),
+    ],
+)
+def test_the_default_is_the_smallest_that_is_dense(layer, sizes, hidden):
+    child = fm.deepen(layer, "", kernel_sizes=sizes, generator=0)
+    assert len(child.first.weight) == hidden
+    assert all(bool((part.weight != 0).all()) for part in (child.first, child.second))
+
+
+def test_the_history_has_the_sizes_that_the_default_came_to():
+    parent = nn.Sequential(nn.Conv2d(4, 8, 5), nn.Flatten(), nn.Linear(8, 8))
+    grown = fm.morph(parent, [fm.Deepen("0", activation="relu"), fm.Deepen("2", 12)])
+    assert grown.history.operators == (
+        fm.Deepen("0", 16, ((5, 5), (3, 3)), activation="relu"),
+        fm.Deepen("2", 12),
+    )
+    again = fm.morph(parent, fm.Plan.from_toml(grown.history.to_toml()))
+    assert all(torch.equal(a, b) for a, b in zip(grown.model.parameters(), again.model.parameters(), strict=True))
+    assert again.history == grown.history
 
 
 def test_an_activation_module_is_copied_into_each_child():

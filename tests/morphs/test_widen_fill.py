@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,73 @@ def test_zero_rows_through_a_batch_norm():
     child = widened(trained(nn.Sequential(*layers)), {"0": 7}, randn(2, 2, 4, 4), fill="zero")
     assert child[0].weight[4:].abs().max() == child[1].running_mean[4:].abs().max() == child[1].bias[4:].abs().max() == 0
     assert child[1].running_var[4:].min() > 0
+
+
+def tokens(between, **modules):
+    """Channels of a narrow layer, something between, and a wide layer that reads them: fewer rows than columns."""
+
+    def forward(m, x):
+        return m.two(between(m, m.one(x)))
+
+    return trained(Net(forward, one=nn.Linear(3, 4), two=nn.Linear(4, 9), **modules))
+
+
+MAKES_OF_ZERO = {
+    "constant padding": lambda m, h: nn.functional.pad(h, (0, 0, 1, 1), value=0.5),
+    "ones like it": lambda m, h: h + torch.ones_like(h),
+    "a position's parameter": lambda m, h: h + m.position,
+    "a number": lambda m, h: h + 1,
+    "one channel for all": lambda m, h: h + m.single(h),
+    "a bias that mixes positions": lambda m, h: m.mix(h.transpose(1, 2)).transpose(1, 2),
+    "a token of ones": lambda m, h: torch.cat([h, torch.ones_like(h[:, :1])], 1),
+    "a chosen constant": lambda m, h: torch.where(h > 0, h, 0.5),
+    "a softmax over positions": lambda m, h: h.softmax(1),
+    "a power": lambda m, h: (h + 1e-3).abs() ** -0.5,
+    "a layer norm of positions": lambda m, h: m.norm(h.transpose(1, 2)).transpose(1, 2),
+}
+KEEPS_ZERO = {
+    "a gate": lambda m, h: h * torch.sigmoid(m.single(h)),
+    "padding": lambda m, h: nn.functional.pad(h, (0, 0, 1, 1)),
+    "a class token": lambda m, h: torch.cat([m.token.expand(len(h), 1, -1), h], 1),
+    "a channel's parameter": lambda m, h: h + m.channel,
+    "two branches": lambda m, h: torch.relu(h) + torch.tanh(h) * m.position,
+    "a mean": lambda m, h: h - h.mean(1, keepdim=True),
+    "mixed positions": lambda m, h: m.unbiased(h.transpose(1, 2)).transpose(1, 2),
+    "a square": lambda m, h: h**2,
+    "zeros like it": lambda m, h: torch.cat([h, torch.zeros_like(h[:, :1])], 1),
+}
+
+
+def parts():
+    one = {"position": (5, 1), "channel": (4,), "token": (1, 1, 4)}
+    layers = {
+        "single": nn.Linear(4, 1),
+        "mix": nn.Linear(5, 5),
+        "unbiased": nn.Linear(5, 5, bias=False),
+        "norm": nn.LayerNorm(5),
+    }
+    return {**{name: nn.Parameter(torch.ones(shape)) for name, shape in one.items()}, **layers}
+
+
+def used(between):
+    """The parts that the code names; what no run uses would not be widened past."""
+    return {name: part for name, part in parts().items() if name in between.__code__.co_names}
+
+
+@pytest.mark.parametrize("name", MAKES_OF_ZERO)
+def test_zeros_that_become_something_are_read_by_zeros(name):
+    between = MAKES_OF_ZERO[name]
+    child = widened(tokens(between, **used(between)), {"one": 6}, randn(2, 5, 3), fill="zero")
+    assert child.two.weight[:, 4:].abs().max() == 0
+    assert child.one.weight[4:].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", KEEPS_ZERO)
+def test_zeros_that_stay_zeros_are_made_by_zeros(name):
+    between = KEEPS_ZERO[name]
+    child = widened(tokens(between, **used(between)), {"one": 6}, randn(2, 5, 3), fill="zero")
+    assert child.one.weight[4:].abs().max() == child.one.bias[4:].abs().max() == 0
+    assert child.two.weight[:, 4:].abs().min() > 0
 
 
 def test_duplicates():
@@ -97,3 +166,28 @@ def test_moments_of_duplicates_are_the_childs_own():
     for parameter in done.model.parameters():
         expected = 0.1 * parameter.grad
         torch.testing.assert_close(done.optimizer.state[parameter]["exp_avg"], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [("0", "3"), ("3", "0")])
+@pytest.mark.parametrize("fills", list(itertools.product(FILLS, FILLS)))
+def test_widths_on_both_sides_of_a_layer(order, fills):
+    """Layer 3 gets rows by one operator and columns by the other; so do its moments, and its shape without weights."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+    model, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    widths = {"0": 9, "3": 13}
+    plan = [fm.Widen(name, widths[name], fill) for name, fill in zip(order, fills, strict=True)]
+    done = fm.morph(model, plan, example_inputs=x, optimizer=optimizer)
+    old, new = model[3].weight, done.model[3].weight
+    assert new.shape == (13, 9, 3, 3)
+    assert [step.after for step in done.steps] == [(tuple(done.model.get_submodule(op.layer).weight.shape),) for op in plan]
+    assert fm.restructure(model, plan, example_inputs=x)[3].weight.shape == new.shape
+    for key in ("exp_avg", "exp_avg_sq"):
+        before, after = optimizer.state[old][key], done.optimizer.state[new][key]
+        assert after.shape == new.shape
+        if "duplicate" not in fills:
+            assert torch.equal(after[:8, :6], before)
+            assert torch.equal(new[:8, :6], old)

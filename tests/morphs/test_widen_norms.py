@@ -104,3 +104,62 @@ def test_standardised_weights_take_twins():
         fm.widen(model, {"0": 9}, example_inputs=randn(2, 3, 6, 6))
     with pytest.raises(fm.MorphError, match=r"'2.weight' is standardised row by row, .*; use fill='pair'"):
         fm.widen(model, {"0": 10}, example_inputs=randn(2, 3, 6, 6), fill="zero")
+
+
+# --- norms over a mixture of what grows and what stays ------------------------------------------------------------------------
+
+OVER_CHANNELS = {
+    "layer": lambda: nn.LayerNorm(9),
+    "rms": lambda: nn.RMSNorm(9),
+    "group": lambda: nn.GroupNorm(1, 9),
+    "groups": lambda: nn.GroupNorm(3, 9),
+    "mean": lambda: Net(lambda m, x: x - x.mean(1, keepdim=True)),
+    "written": lambda: Net(
+        lambda m, x: (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(1, keepdim=True, correction=0) + 1e-5)
+    ),
+    "grouped": lambda: Net(lambda m, x: (x.unflatten(1, (3, 3)) - x.unflatten(1, (3, 3)).mean(2, keepdim=True)).flatten(1)),
+}
+
+
+def mixture(norm, other):
+    """A norm over 5 channels of a layer and 4 others."""
+
+    def forward(m, x):
+        return m.head(torch.tanh(m.norm(torch.cat([torch.relu(m.one(x)), other(m, x)], 1))))
+
+    return trained(Net(forward, one=nn.Linear(4, 5), two=nn.Linear(4, 4), norm=OVER_CHANNELS[norm](), head=nn.Linear(9, 3)))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("norm", OVER_CHANNELS)
+@pytest.mark.parametrize("others", ["the input", "a constant"])
+def test_a_norm_over_channels_that_stay_is_refused(norm, others, fill):
+    other = {"the input": lambda m, x: x, "a constant": lambda m, x: x.new_full((len(x), 4), 0.5)}[others]
+    model = mixture(norm, other)
+    causes = "they come in steps of 3" if "group" in norm and norm != "group" else "together with others that stay as they are"
+    with pytest.raises(fm.MorphError, match=causes):  # groups of 3 that hold no others may be more
+        fm.widen(model, {"one": 10}, example_inputs=randn(6, 4), fill=fill)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("norm", ["layer", "rms", "group", "mean"])
+def test_a_norm_over_two_layers_doubles_both(norm, fill):
+    child = widened(mixture(norm, lambda m, x: m.two(x)), {"one": 10}, randn(6, 4), fill=fill)
+    assert (child.one.out_features, child.two.out_features, child.head.in_features) == (10, 8, 18)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("norm", ["layer", "rms", "mean"])
+def test_a_norm_over_a_chunk_of_a_layers_channels(norm, fill):
+    """Those of the chunk come in multiples, and so do all; or the others grow alone."""
+
+    def forward(m, x):
+        a, b = m.one(x).chunk(2, 1)
+        return m.head(torch.tanh(torch.cat([m.norm(a), b], 1)))
+
+    norms = {"layer": nn.LayerNorm(4), "rms": nn.RMSNorm(4), "mean": Net(lambda m, x: x - x.mean(1, keepdim=True))}
+    model = trained(Net(forward, one=nn.Linear(3, 8), norm=norms[norm], head=nn.Linear(8, 3)))
+    for channels in (16, 24):
+        widened(model, {"one": channels}, randn(6, 3), fill=fill)
+    with pytest.raises(fm.MorphError, match="layer 'one' cannot"):
+        fm.widen(model, {"one": 10}, example_inputs=randn(6, 3), fill=fill)

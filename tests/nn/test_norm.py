@@ -13,6 +13,9 @@ from torch import nn
 from fastmorph.errors import MorphError
 from fastmorph.nn import (
     BatchNormLast,
+    BatchNormMap1d,
+    BatchNormMap2d,
+    BatchNormMap3d,
     identity_batch_norm,
 )
 
@@ -79,3 +82,15 @@ def test_identity_batch_norm_refuses(norm, statistics, cause):
     with pytest.raises(MorphError, match=cause):
         identity_batch_norm(norm, **statistics)
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize(("norm", "dims"), [(BatchNormMap1d(3), 1), (BatchNormMap2d(3), 2), (BatchNormMap3d(3), 3)])
+def test_a_map_without_a_batch_is_a_batch_of_one(norm, dims):
+    plain = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims](3).double()
+    norm = norm.double()
+    x = torch.randn(2, 3, *[4] * dims, dtype=torch.float64)
+    for mode in (True, False):
+        norm.train(mode), plain.train(mode)
+        assert torch.equal(norm(x), plain(x))
+        assert torch.equal(norm(x[0]), plain(x[:1])[0])
+        assert torch.equal(norm.running_var, plain.running_var)

@@ -93,7 +93,9 @@ def test_no_more_is_held_than_the_child_and_its_largest_layer(parent, measured, 
     child = grown.model
     largest = max(parameter.nbytes for parameter in child.parameters())
     scalars = 1024
-    assert least <= size(child) + largest + scalars
+    # Each layer is compared on a map of 4 x 4: the input twice, the output of before and after, two maps of 6 x 6 between.
+    maps = 8 * (4 * 16 * 4 * 4 + 2 * 20 * 6 * 6)
+    assert least <= size(child) + largest + scalars + maps
     assert beside > size(child) + 5 * largest, "without consume the parent stays"
 
 

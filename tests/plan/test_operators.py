@@ -13,7 +13,8 @@ from outside.morphs import Between, Factor, Reorder
 from torch import nn
 
 import fastmorph as fm
-from fastmorph.plan import memory, operators, transaction
+from fastmorph.equation import problem
+from fastmorph.plan import operators, transaction
 from fastmorph.plan.operators import OPERATORS, PARTS
 
 PLAN = fm.Plan([Reorder("0", "2"), Factor("2", Between(12), 0.5), fm.Deepen("0", 9, activation="relu")])
@@ -244,7 +245,7 @@ def test_sizes_beyond_all_memory_are_refused_before_anything_is_made(operator):
 
 
 def test_new_modules_are_weighed_before_their_weights_are_made(model, monkeypatch):
-    monkeypatch.setattr(memory, "_bytes_on", lambda device: 8 * (500 * 5 + 8 * 500 + 9))  # the bias, of 8, was there
+    monkeypatch.setattr(problem, "memory_of", lambda device: 8 * (500 * 5 + 8 * 500 + 9))  # the bias, of 8, was there
     fm.deepen(model, "0", hidden_channels=500)
     with pytest.raises(fm.MorphError, match="layer '0': the Replacement for it would take"):
         fm.deepen(model, "0", hidden_channels=501)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastmorph as fm
+from fastmorph.inputs import Inputs
 
 ROW = fm.Sequential([(8, (3, 5), "relu", "batch"), (None, 1)])
 OPERATORS = [
@@ -72,10 +73,23 @@ def test_an_empty_plan():
     assert fm.Plan.from_toml(fm.Plan([]).to_toml()) == fm.Plan([])
 
 
+def test_keywords_are_recorded_by_name():
+    x, mask = torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)
+    plan = fm.Plan(OPERATORS).recorded(OPERATORS, 7, Inputs((x,), {"mask": mask}))
+    assert plan.inputs == (((2, 3), "float32"), ((2,), "bool", "mask"))
+    again = fm.Plan.from_toml(plan.to_toml())
+    assert again == plan
+    args, kwargs = again.example_inputs(nn.Linear(3, 3))
+    assert [args[0].shape, list(kwargs), kwargs["mask"].dtype] == [(2, 3), ["mask"], torch.bool]
+    unknown = fm.Plan([]).recorded([], 7, Inputs((x,), {"flag": True}))
+    assert unknown.inputs is None, "what is no tensor has no shape to record"
+
+
 def test_inputs_are_made_where_the_model_is():
     plan = fm.Plan([], inputs=[((2, 3), "float64"), ((4,), "int64")])
     with torch.device("meta"):
-        x, i = plan.example_inputs(nn.Linear(3, 3))
+        (x, i), keywords = plan.example_inputs(nn.Linear(3, 3))
+    assert keywords == {}
     assert (x.device.type, x.shape, x.dtype, i.dtype) == ("meta", (2, 3), torch.float64, torch.int64)
     assert fm.Plan([]).example_inputs(nn.Linear(3, 3)) is None
 
@@ -108,6 +122,10 @@ SUBNET = '[[morph]]\noperator = "insert_subnet"\nlayer = "0"\n'
         ('[[inputs]]\nshape = [1]\ndtype = "float31"', "float31"),
         ('[[inputs]]\nshape = [1]\ndtype = "nn"', "nn"),
         ("[[inputs]]\nshape = [1]", "shape and a dtype"),
+        ('[[inputs]]\nshape = [1]\ndtype = "float32"\nname = 3', "keyword's name"),
+        ('[[inputs]]\nshape = [1]\ndtype = "float32"\nname = "a b"', "keyword's name"),
+        ('[[inputs]]\nshape = [1]\ndtype = "float32"\nkey = "a"', "a name for a keyword"),
+        ('[[inputs]]\nshape = [1]\ndtype = "bool"\nname = "a"\n' * 2, "have one name"),
         (SUBNET + 'subnet = {kind = "os"}', "kind = 'os'"),
         (SUBNET + 'subnet = {kind = "skip", branches = []}', "skip in the plan takes nothing"),
         (SUBNET + 'subnet = {kind = "sequential"}', "layers"),

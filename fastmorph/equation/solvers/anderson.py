@@ -23,7 +23,7 @@ MEMORY = 20
 _GROWTH = 1.5
 
 
-class _State(NamedTuple):
+class _Sweep(NamedTuple):
     """The items that are still being solved, one row each."""
 
     items: Tensor  # which of the batch they are
@@ -35,8 +35,8 @@ class _State(NamedTuple):
     residual: Tensor  # of the last sweep, infinite where the memory was cleared
     used: Tensor  # half-steps
 
-    def at(self, rows: Tensor) -> _State:
-        return _State(*(x[rows] for x in self))
+    def at(self, rows: Tensor) -> _Sweep:
+        return _Sweep(*(x[rows] for x in self))
 
 
 def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
@@ -46,7 +46,7 @@ def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) ->
     memory = noise.new_zeros(b, MEMORY, noise[0].numel() if b else 0)
     items, never = torch.arange(b, device=weight.device), torch.full_like(scale, torch.inf)
     first = unit(noise)
-    state = _State(items, first, first, torch.zeros_like(first).flatten(1), memory, memory, never, torch.zeros_like(items))
+    state = _Sweep(items, first, first, torch.zeros_like(first).flatten(1), memory, memory, never, torch.zeros_like(items))
     best_first, best_second = first.clone(), weight.new_zeros(b, co, equation.hidden, *frame.second)
     best, used = never.clone(), torch.zeros_like(items)
     while len(state.items):
@@ -65,12 +65,12 @@ def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) ->
         state = _forget(state, worse)
         rows = (~worse).nonzero().flatten()
         if len(rows):
-            swept = _sweep(equation, state.at(rows), second[rows], residual[rows])
-            state = _State(*(whole.index_copy(0, rows, part) for whole, part in zip(state, swept, strict=True)))
+            swept = _swept(equation, state.at(rows), second[rows], residual[rows])
+            state = _Sweep(*(whole.index_copy(0, rows, part) for whole, part in zip(state, swept, strict=True)))
     return Solution(best_first, best_second, history.stacked(), used)
 
 
-def _forget(state: _State, worse: Tensor) -> _State:
+def _forget(state: _Sweep, worse: Tensor) -> _Sweep:
     """Send items back to their last image, with an empty memory and no residual to compare with."""
     return state._replace(
         first=per_item(worse, state.image, state.first),
@@ -80,8 +80,8 @@ def _forget(state: _State, worse: Tensor) -> _State:
     )
 
 
-def _sweep(equation: Equation, state: _State, second: Tensor, residual: Tensor) -> _State:
-    """The half-step for F1, and the next F1 from it and from the memory."""
+def _swept(equation: Equation, state: _Sweep, second: Tensor, residual: Tensor) -> _Sweep:
+    """After the half-step for F1, with the next F1 from it and from the memory."""
     target, frame = equation.weight[state.items].transpose(1, 2), equation.frame.transposed
     step = HalfStep(second.transpose(1, 2), frame.second, equation.backend)
     image = unit(step.solve(target, frame.before).transpose(1, 2))

@@ -83,9 +83,8 @@ class Equation:
 
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
-        ci = self.weight.shape[2]
-        fan_in = ci * tap_count(self.frame.first)
-        return self.noise(self.hidden, ci, *self.frame.first).to(self.weight.dtype) / fan_in**0.5
+        ci, k1 = self.weight.shape[2], self.frame.first
+        return self.noise(self.hidden, ci, *k1).to(self.weight.dtype) / (ci * tap_count(k1)) ** 0.5
 
     @cached_property
     def norm(self) -> Tensor:
@@ -148,8 +147,8 @@ class Solver(ABC):
                 return Solution.without_steps(torch.cat([g, g], 1), second.repeat(len(g), 1, 1, 1, 1))
 
     Attributes:
-        closed_form: no system is solved, the kernels may be rounded as they come, and to compose them costs more than to find
-            them: the weight is given in its own dtype, and the residual of wide layers is estimated.
+        closed_form: for a solver that solves no system, so that its kernels may be rounded as they come, and to compose them
+            costs more than to find them. The weight is then given in its own dtype, and a wide layer's residual is estimated.
     """
 
     closed_form: ClassVar[bool] = False

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad as pad_tensor
 
 from fastmorph.equation import reference
+from fastmorph.equation.backends.torch_backend import pad
 from fastmorph.equation.frame import Frame
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.general import General
@@ -44,15 +44,12 @@ class Practical(Solver):
         iterations = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         sweep = General(self.max_iter, tol, acceleration=None)
         for inner in frame.shrinking():
-            part = equation.subset(open_items, inner)
-            found = sweep.run(part, noise[open_items])
-            first[open_items] = found.first
-            widths = [w for pair in reversed(frame.second_padding(inner)) for w in pair]
-            second[open_items] = pad_tensor(found.second, widths) if widths else found.second
+            found = sweep.run(equation.subset(open_items, inner), noise[open_items])
+            before = tuple(widths[0] for widths in frame.second_padding(inner))
+            first[open_items], second[open_items] = found.first, pad(found.second, before, frame.second)
             iterations[open_items] += found.iterations
-            trace = found.trace.new_full((len(found.trace), batch), torch.nan)
-            trace[:, open_items] = found.trace
-            traces.append(trace)
+            idle = found.trace.new_full((len(found.trace), batch), torch.nan)
+            traces.append(idle.index_copy(1, open_items, found.trace))
             open_items = open_items[~(found.final_residual() <= tol)]
             if len(open_items) == 0:
                 break

@@ -29,8 +29,8 @@ class Whitened(NamedTuple):
 def whiten(weight: Tensor, roundoff: float, *, passes: int = _PASSES) -> Whitened:
     """G = Lo G' Li, (B, Co, Ci, *K), with nearly white channels; `passes=0` takes the norm out and no more.
 
-    Directions with less than sqrt(roundoff) of the power of the strongest are left weak: of what is weak on both sides, the
-    rounding errors of a G of low rank, say, at most half the digits are lost to noise that is solved for like a signal.
+    Directions with less than sqrt(roundoff) of the power of the strongest are left weak. What is weak on both sides (the
+    rounding errors of a G of low rank, say) is solved for like a signal, and so costs half the digits at most.
     """
     floor = roundoff**0.5
     b, co, ci = weight.shape[:3]

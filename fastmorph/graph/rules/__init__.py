@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.flow import DATA, UNIFORM, Flow
-from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduce, spatial
+from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduce, spatial, zero
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
 _RULES: dict[str, Rule] = {}
@@ -31,8 +31,8 @@ def rule(*operators: Any, replace: bool = False) -> Callable[[Rule], Rule]:
     - `tracer.record.mark("reads", labels)` and the other kinds of `fastmorph.graph.record.Kind`;
     - `tracer.block(labels, "does this with them")`: that they cannot be copied; the module that runs is named before it.
 
-    An operator that works elementwise over channels, say, returns `tracer.flow(call["x"])` after `tracer.note(call.name)` and
-    `tracer.record.mark("makes_of_zero", flow.slots)`, unless it leaves zeros as they are.
+    An operator that works elementwise over channels, say, returns `tracer.flow(call["x"])` after `tracer.note(call.name)`. What
+    it makes of channels of zeros counts as unknown: fill="zero" then sets the columns that read them to zero.
 
     Args:
         operators: as in `torch.ops` (`torch.ops.mylib.op`, or one overload: all overloads have one rule), or qualified names,
@@ -75,7 +75,20 @@ def _register(function: Rule, *names: str) -> None:
 
 @cache
 def rule_of(func: Any) -> Rule:
-    """The rule of an operator."""
+    """The rule of an operator, which also marks the channels of which it may make something of zero."""
+    rule, mark = _rule_of(func), zero.mark
+    if _named(func).removeprefix("aten::") in _KEEP_ZERO:
+        mark = zero.mark_uncovered
+
+    def marked(tracer: Tracer, call: Call) -> Any:
+        flows = rule(tracer, call)
+        mark(tracer, call, flows)
+        return flows
+
+    return marked
+
+
+def _rule_of(func: Any) -> Rule:
     name = _named(func)
     if name in _RULES:
         return _RULES[name]
@@ -98,6 +111,7 @@ def _unknown(tracer: Tracer, call: Call) -> list[Flow]:
 
 
 _CONSTANT = ("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
+_KEEP_ZERO = frozenset((*move.KEEP, *move.MOVE, *spatial.SPATIAL, *zero.KEEP))
 _RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "uniform", "normal", "random")
 _NORMS = (
     *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit"),
@@ -118,7 +132,8 @@ _register(norms.layer_norm, "native_layer_norm", "_fused_rms_norm", "rms_norm", 
 _register(norms.group_norm, "native_group_norm")
 _register(index.lookup, "index", "index_select")
 _register(contract.convolution, "convolution")
-_register(contract.embedding, "embedding")
+_register(contract.embedding, "embedding", "_embedding_bag", "_embedding_bag_forward_only")
+_register(contract.bilinear, "_trilinear")
 _register(move.as_strided, "as_strided")
 _register(move.join, "cat")
 _register(move.stack, "stack")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.graph.flow import FIXED, Flow, compress, is_real
-from fastmorph.graph.record import Choice, chain, edges
+from fastmorph.graph.record import Grouping, chain, edges
 from fastmorph.graph.rules.move import merge
 from fastmorph.graph.rules.pointwise import combine
 from fastmorph.graph.rules.reduce import mix
@@ -28,7 +28,7 @@ def matrix_product(tracer: Tracer, call: Call) -> Flow:
         flow = Flow(tuple(_dropped(tracer, flow, 0)), flow.opaque)
     for tensor in added:
         if not tracer.flow(tensor).opaque:
-            tracer.record.mark("shifts", tracer.flow(tensor).varying)
+            tracer.record.mark("shifts", tracer.flow(tensor).slots)
         flow = combine(tracer, [(flow, tuple(call.out.shape)), (tracer.flow(tensor), tuple(tensor.shape))], call.out.ndim)
     return flow
 
@@ -79,7 +79,9 @@ def contracted(tracer: Tracer, x: Flow, y: Flow, size: int) -> Flow:
     if weights != [True, True]:
         for flow_slots, weight, dim in zip(outs, weights, (-3, -2), strict=True):
             for slot in flow_slots if weight else []:
-                if slot.numel() == slot.shape[dim]:
+                if slot.numel() != slot.shape[dim]:  # no rows that could be zero by themselves
+                    tracer.record.mark("makes_of_zero", [slot])
+                else:
                     tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
     if opaque or any(weights):
         tracer.record.mark("writes", slots)
@@ -218,18 +220,39 @@ def _grouped(tracer: Tracer, vector: Tensor, made: Tensor, read: Tensor, call: C
     more = [chain(x), edges(x[:, :1], out[:, :1]), chain(out)]
     roles = (record.roles_of(_ROLES, x), record.roles_of(_ROLES + 1, out))
     sides = np.concatenate(inside), np.concatenate(more)
-    record.choices.append(Choice(tracer.stack[-1], "groups", groups, vector, *sides, roles=roles))
+    record.groupings.append(Grouping(tracer.stack[-1], "groups", groups, vector, *sides, roles=roles))
     return out.reshape(-1)
 
 
-def embedding(tracer: Tracer, call: Call) -> Flow:
-    """weight (V, D), indices (*) -> (*, D)."""
+def bilinear(tracer: Tracer, call: Call) -> Flow:
+    """x (N, I), weight (O, I, J), y (N, J) -> (N, O), as `nn.Bilinear` has it: the weight reads both inputs."""
+    x, weight, y = (call[name] for name in ("i1", "i2", "i3"))
+    tracer.note(call.name)
+    flows = [tracer.flow(tensor) for tensor in (x, weight, y)]
+    ins = [_summed(flow, tensor.shape[-1]) for flow, tensor in ((flows[0], x), (flows[2], y))]
+    held = sum(len(flow.slots) for flow in (flows[0], flows[2]))
+    form = [call[name] for name in ("expand1", "expand2", "expand3", "sumdim")] == [[1, 3], [0], [1, 2], [2, 3]]
+    axes = [_axis(flows[1], weight, dim) for dim in range(3)] if form and flows[1].linear else [None]
+    made = axes[0]
+    if made is None or not (flows[0].opaque and flows[2].opaque) or held > len(ins[0]) + len(ins[1]):
+        tracer.block([slot for flow in flows for slot in flow.slots], _COMPUTED)
+        return Flow()
+    for columns, channels in zip(axes[1:], ins, strict=True):
+        _read(tracer, [] if columns is None else [columns], channels)
+    tracer.record.mark("writes", [made])
+    tracer.record.add_output(made, tracer.record.axis_of(int(made[0])).name)
+    return Flow((compress(made.view(1, -1)),))
+
+
+def embedding(tracer: Tracer, call: Call) -> list[Flow]:
+    """weight (V, D), indices (*) -> (*, D); or a bag of indices a row, with other results behind."""
     weight = call["weight"]
     flow = tracer.flow(weight)
-    tracer.note("embedding")
+    tracer.note(call.name, call.args.get("mode"))
+    out = call.outputs[0]
     tracer.block(flow.along(0), "looks them up by their number")
-    slots = [slot.reshape(-1).view([1] * (call.out.ndim - 1) + [-1]) for slot in flow.along(1) if slot.shape[0] == 1]
+    slots = [slot.reshape(-1).view([1] * (out.ndim - 1) + [-1]) for slot in flow.along(1) if slot.shape[0] == 1]
     tracer.record.mark("writes", slots)
     for slot in slots:
         tracer.record.add_output(slot.reshape(-1), tracer.record.axis_of(int(slot.flatten()[0])).name)
-    return Flow(tuple(slots))
+    return [Flow(tuple(slots)), *[Flow()] * (len(call.outputs) - 1)]

@@ -112,8 +112,9 @@ def stack(tracer: Tracer, call: Call) -> Flow:
 def joined(tracer: Tracer, pairs: list[tuple[tuple[int, ...], Flow]], dim: int) -> Flow:
     """The flow of tensors joined along `dim`, each given as its shape and its flow."""
     ndim, opaque = len(pairs[0][0]), any(flow.opaque for _, flow in pairs)
-    if opaque:
-        tracer.record.mark("writes", (slot for _, flow in pairs if not flow.opaque for slot in flow.varying))
+    if opaque:  # a parameter among data is a shift of nothing
+        for kind in ("writes", "shifts"):
+            tracer.record.mark(kind, (slot for _, flow in pairs if not flow.opaque for slot in flow.slots))
     # Along other dimensions all operands have one size and so, whatever their labels, one meaning.
     slots = merge(tracer, [slot for _, flow in pairs for slot in flow.varying if slot.shape[dim] == 1])
     parts, labelled = [], False
@@ -196,8 +197,6 @@ def pad(tracer: Tracer, call: Call) -> Flow:
             slot = torch.cat([slot, frame] if behind else [frame, slot], dim)
         tracer.record.note_cut(tracer.stack[-1], widths, lines)
         slots.append(compress(slot))
-        if call["value"]:
-            tracer.record.mark("makes_of_zero", lines)
     return Flow(tuple(slots), flow.opaque)
 
 

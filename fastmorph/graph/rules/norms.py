@@ -69,8 +69,7 @@ def group_norm(tracer: Tracer, call: Call) -> list[Flow]:
             continue
         kept.append(slot)
         lines = vector.reshape(groups, -1)
-        note_normalised(tracer, lines, "num_groups", chain(lines))
-    tracer.record.mark("makes_of_zero", kept)
+        note_normalised(tracer, lines, "normalises over them", "num_groups", chain(lines))
     return [Flow(tuple(kept), flow.opaque), Flow(), Flow()]
 
 
@@ -89,6 +88,5 @@ def layer_norm(tracer: Tracer, call: Call) -> list[Flow]:
     dims = range(x.ndim - count, x.ndim)
     for slot in flow.varying:
         mix(tracer, slot, dims, "normalises over them", fair=flow.opaque)
-    tracer.record.mark("makes_of_zero", flow.varying)
     outs = len(call.out) if isinstance(call.out, tuple | list) else 1
     return [flow, *[Flow()] * (outs - 1)]

@@ -15,25 +15,6 @@ EXTRA = (
     *("native_dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "view_as_real", "_assert_tensor_metadata"),
 )
 _RANDOM = ("native_dropout", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu_with_noise")
-# Those that make zero of zero, as far as they take one tensor, or one that is zero.
-_KEEP_ZERO = (
-    *(
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "celu",
-        "selu",
-        "silu",
-        "gelu",
-        "mish",
-        "hardswish",
-        "tanh",
-        "_prelu_kernel",
-        "prelu",
-    ),
-    *("mul", "neg", "abs", "sign", "sqrt", "square", "native_dropout", "softshrink", "hardshrink", "copy", "erf", "sin"),
-)
 
 
 def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
@@ -44,17 +25,9 @@ def pointwise(tracer: Tracer, call: Call) -> Flow | list[Flow]:
     if call.name == "copy":
         tensors = tensors[1:]
     flow = combine(tracer, [(tracer.flow(t), _extent(t)) for t in tensors], out.ndim)
-    zero_bound = call.name in ("hardtanh", "clamp") and _bounds_hold_zero(call)
-    flows = [tracer.flow(tensor) for tensor in tensors]
-    if call.name in ("add", "sub"):
-        tracer.record.mark("shifts", (slot for known in flows if not known.opaque for slot in known.varying))
-        keeps_zero = len(flows) == 2 and all(known.varying for known in flows)
-    elif call.name == "div":
-        keeps_zero = not flows[-1].varying
-    else:
-        keeps_zero = call.name in _KEEP_ZERO or zero_bound
-    if not keeps_zero:
-        tracer.record.mark("makes_of_zero", flow.varying)
+    if call.name in ("add", "sub", "copy"):
+        flows = [tracer.flow(tensor) for tensor in tensors]
+        tracer.record.mark("shifts", (slot for known in flows if not known.opaque for slot in known.slots))
     if _draws(call):
         tracer.block(flow.slots, "draws random numbers for them")
     if _stays_linear(tracer, call, tensors):
@@ -70,11 +43,6 @@ def _draws(call: Call) -> bool:
 def _extent(tensor: Tensor) -> tuple[int, ...]:
     """The tensor's shape, with size 1 where it is expanded."""
     return tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _bounds_hold_zero(call: Call) -> bool:
-    low, high = (call.args.get(a, call.args.get(b)) for a, b in (("min", "min_val"), ("max", "max_val")))
-    return (low is None or low <= 0) and (high is None or high >= 0)
 
 
 def _stays_linear(tracer: Tracer, call: Call, tensors: list[Tensor]) -> bool:

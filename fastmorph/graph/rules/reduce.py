@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmorph.graph.flow import Flow, compress, varying_dims
-from fastmorph.graph.record import NO_EDGES, Choice, Edges, chain
-from fastmorph.graph.tracer import Call, Tracer
+from fastmorph.graph.record import NO_EDGES, Edges, Grouping, chain
+from fastmorph.graph.tracer import Call, NoSuchDimension, Tracer
 
 _ROLES = 62  # a place of the journal's entry beyond any operand's
 _MEANS = ("mean", "amax", "amin", "max", "min")
@@ -61,7 +61,6 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
         left = mix(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
         if left is not None:
             slots.append(slot)
-    tracer.record.mark("makes_of_zero", slots)
     outs = call.out if isinstance(call.out, tuple | list) else [call.out]
     return [Flow(tuple(slots), flow.opaque)] * len(outs)
 
@@ -70,7 +69,10 @@ def _dims(call: Call, ndim: int) -> tuple[int, ...]:
     given = call.args.get("dim", call.args.get("dims"))
     if given is None or given == []:
         return tuple(range(ndim))
-    return tuple(sorted(dim % max(ndim, 1) for dim in ([given] if isinstance(given, int) else given)))
+    dims, count = [given] if isinstance(given, int) else given, max(ndim, 1)
+    if any(not -count <= dim < count for dim in dims):  # fake tensors take any
+        raise NoSuchDimension(f"{call.name} over dimension {given} of a tensor of {ndim}")
+    return tuple(sorted(dim % count for dim in dims))
 
 
 def _without(label: Tensor, dims: Iterable[int]) -> Tensor:
@@ -90,22 +92,33 @@ def mix(tracer: Tracer, slot: Tensor, dims: Iterable[int], does: str, *, fair: b
     outer = [dim for dim in range(slot.ndim) if dim not in inner]
     lines = slot.permute(*outer, *inner).reshape(*(slot.shape[dim] for dim in outer), -1)
     if varying_dims(slot) - set(inner):
+        block_mixed(tracer, lines, does)
         tracer.record.tie_edges(chain(lines))
         tracer.record.note_roles(_ROLES, lines.reshape(-1, lines.shape[-1]).T)
         for dim in inner:
             slot = slot.narrow(dim, 0, 1)
         return compress(slot)
     if fair:
-        note_normalised(tracer, slot.reshape(1, -1), "")
+        note_normalised(tracer, slot.reshape(1, -1), does)
     else:
         tracer.block([slot], does)
     return None
 
 
-def note_normalised(tracer: Tracer, lines: Tensor, attribute: str, more: Edges = NO_EDGES) -> None:
+def block_mixed(tracer: Tracer, lines: Tensor, does: str) -> None:
+    """Block the atoms of (*, n) lines that hold other positions as well: these have no copies, and so the line has none."""
+    others = lines < 0
+    if others.any():
+        tracer.block(
+            [lines[others.any(-1)]], f"{does}, together with others that stay as they are (data of no layer, constants)"
+        )
+
+
+def note_normalised(tracer: Tracer, lines: Tensor, does: str, attribute: str = "", more: Edges = NO_EDGES) -> None:
     """Each row of `lines`, (groups, n) atoms, is normalised by its own mean or the like."""
+    block_mixed(tracer, lines, does)
     groups = torch.arange(len(lines))[:, None].expand_as(lines)
     held = torch.stack([lines, groups], -1).reshape(-1, 2)
     pairs = np.ascontiguousarray(held[held[:, 0] >= 0].numpy())
     name = tracer.stack[-1]
-    tracer.record.choices.append(Choice(name, attribute, len(lines), lines.reshape(-1), NO_EDGES, more, pairs))
+    tracer.record.groupings.append(Grouping(name, attribute, len(lines), lines.reshape(-1), NO_EDGES, more, pairs))

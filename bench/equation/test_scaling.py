@@ -7,6 +7,7 @@ import torch
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.equation.exact import worst_residual
 from bench.race import Contender
 
 ROUNDS = {"C=64": 40, "C=256": 8}
@@ -18,8 +19,7 @@ def test_scaling(race: Race, name: str) -> None:
     weight = torch.randn(channels, channels, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     contender = Contender(
         run=lambda: fm.decompose(weight, channels + 4, backend="torch", generator=torch.Generator().manual_seed(1)),
-        kernels=lambda found: (found.first, found.second),
-        weight=weight,
+        residual=lambda found: worst_residual(weight, found.first, found.second),
         tolerance=fm.tolerance(weight.dtype),
         rounds=ROUNDS[name],
         work=weight.numel(),

@@ -15,6 +15,7 @@ import torch
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.equation.exact import worst_residual
 from bench.race import Contender
 from fastmorph.equation import reference
 from fastmorph.equation.frame import make_frame
@@ -45,8 +46,7 @@ def dense() -> Contender:
     assert np.linalg.norm(found - ours.second.numpy()) <= 1e-10 * np.linalg.norm(found), "two answers from the same noise"
     return Contender(
         run=lambda: reference.half_step(g, start, frame),
-        kernels=lambda solved: (solved.first, solved.second),
-        weight=g,
+        residual=lambda solved: worst_residual(g, solved.first, solved.second),
         tolerance=fm.tolerance(torch.float64),
         rounds=ROUNDS["numpy"],
     )
@@ -55,8 +55,7 @@ def dense() -> Contender:
 def ours(solver: str, dtype: torch.dtype) -> Contender:
     return Contender(
         run=lambda: decompose(dtype, SOLVERS[solver]),
-        kernels=lambda found: (found.first, found.second),
-        weight=weight(dtype),
+        residual=lambda found: worst_residual(weight(dtype), found.first, found.second),
         tolerance=fm.tolerance(dtype),
         rounds=ROUNDS[solver],
     )

@@ -1,0 +1,87 @@
+"""A plan that widens every block of a network: beside one widened block, and, without weights, beside running its structure.
+
+The child of each plan is compared with its parent before it is timed, the architecture of `restructure` with the child's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastmorph as fm
+from bench.conftest import Race
+from bench.networks.exact import TOLERANCE, difference, difference_of_outputs
+from bench.networks.models import NETWORKS, Network, network
+from bench.race import Contender
+
+CONSUMED = ("resnet50", "vgg16")
+WAYS = ("plan", "one", "restructure", "structure")
+
+
+def contender(way: str, chosen: Network) -> Contender:
+    model, inputs, plan = chosen.model, chosen.inputs, chosen.plan
+
+    def morphed(operators: list[fm.Widen]) -> Callable[[], nn.Module]:
+        return lambda: fm.morph(model, operators, example_inputs=inputs, verify=False, generator=0).model
+
+    if way == "plan":
+        return _once(morphed(plan), lambda child: difference(chosen, child))
+    if way == "one":
+        return _once(morphed([plan[len(plan) // 2]]), lambda child: difference_of_outputs(chosen, child))
+    if way == "restructure":
+        expected = {name: value.shape for name, value in morphed(plan)().state_dict().items()}
+        return _once(
+            lambda: fm.restructure(model, plan, example_inputs=inputs),
+            lambda child: 0.0 if {n: v.shape for n, v in child.state_dict().items()} == expected else float("inf"),
+        )
+    if way == "consume":
+        return _once(
+            lambda parent: fm.morph(parent, plan, example_inputs=inputs, verify=False, generator=0, consume=True).model,
+            lambda child: difference(chosen, child),
+            setup=lambda: (copy.deepcopy(model),),
+        )
+    assert way == "structure"
+    fakes, fake_inputs, mode = _on_fake_tensors(chosen)
+
+    def run() -> Any:
+        with mode, torch.no_grad(), _layer_by_layer():
+            return fakes(fake_inputs)
+
+    with torch.no_grad():
+        expected = model(inputs).shape
+    return _once(run, lambda found: 0.0 if found.shape == expected else float("inf"))
+
+
+def _once(run: Callable[..., Any], residual: Callable[[Any], float], setup: Callable[[], tuple[Any, ...]] = tuple) -> Contender:
+    return Contender(run, residual, TOLERANCE, rounds=1, setup=setup, once=True)
+
+
+def _on_fake_tensors(chosen: Network) -> tuple[nn.Module, Tensor, FakeTensorMode]:
+    mode = FakeTensorMode()
+    tensors = [*chosen.model.parameters(), *chosen.model.buffers()]
+    fakes = copy.deepcopy(chosen.model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+    return fakes, mode.from_tensor(chosen.inputs), mode
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """A transformer's own operators: PyTorch's fast path runs a whole encoder layer as one, which has no structure."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@pytest.mark.contenders(*([f"{name} {way}" for way in WAYS + ("consume",) * (name in CONSUMED)] for name in NETWORKS))
+def test_plans(race: Race, name: str) -> None:
+    chosen, _, way = name.partition(" ")
+    race("networks", contender(way, network(chosen)))

@@ -1,0 +1,120 @@
+"""What the code of a model does, operator by operator: which parameters it takes, on behalf of which modules, by what numbers.
+
+That is the light way to look at a model whose channels stay as they are. Nothing is computed: see `Skeleton`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastmorph.errors import MorphError
+from fastmorph.graph.guess import guesses
+from fastmorph.graph.skeleton import ForwardError, Skeleton
+from fastmorph.graph.tracer import Watcher
+from fastmorph.inputs import Inputs
+
+# Where and how data lie in memory may differ between two ways to compute one thing.
+_MEMORY = {"empty", "new_empty", "view", "_unsafe_view", "_reshape_alias", "reshape", "clone", "detach", "alias", "as_strided"}
+
+Stack = tuple[str, ...]  # the modules that run, from the model itself to the innermost
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator: the modules that ran, its name, all that is no tensor among its arguments, and shapes of its results."""
+
+    stack: Stack
+    name: str
+    numbers: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Trail:
+    """What one run did.
+
+    Attributes:
+        operations: in eval mode, in order.
+        uses: by a parameter's or buffer's first name, which modules ran when an operator took it, in either mode.
+        touched: names of those that an operator took in eval mode.
+        result: shapes of the model's outputs in eval mode.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    uses: dict[str, set[Stack]] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+    result: list[tuple[int, ...]] = field(default_factory=list)
+
+    def around(self, layers: set[str]) -> list[Operation]:
+        """The operations that ran outside of these layers."""
+        return [operation for operation in self.operations if layers.isdisjoint(operation.stack)]
+
+
+class _Walker(Watcher):
+    def __init__(self, names: dict[int, str], trail: Trail) -> None:
+        super().__init__()
+        self._names, self._trail = names, trail
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        stack, leaves = tuple(self.stack), pytree.tree_leaves((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and id(leaf) in self._names:
+                self._trail.uses.setdefault(self._names[id(leaf)], set()).add(stack)
+        name = func._schema.name.split("::")[1]
+        if name not in _MEMORY and func.namespace != "prim":
+            numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+            shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
+            self._trail.operations.append(Operation(stack, name, numbers, shapes))
+        return out
+
+
+def bare_skeleton(model: nn.Module) -> Skeleton:
+    """A skeleton without the hooks that others put on the model, but for those of PyTorch, which compute weights."""
+    skeleton = Skeleton(model)
+    for module in skeleton.model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils."):
+                    del hooks[key]
+    return skeleton
+
+
+def walk(skeleton: Skeleton, call: Inputs) -> Trail:
+    """Run a model once in eval mode and, for what it uses then, once in train mode, if it runs in that.
+
+    Raises ForwardError and MorphError as `Skeleton.run` does.
+    """
+    names = skeleton.first_names()
+    trail, trained = Trail(), Trail()
+    leaves = skeleton.run(call, _Walker(names, trail), train=False)
+    trail.result = [tuple(leaf.shape) for _, leaf in leaves if isinstance(leaf, Tensor)]
+    trail.touched = set(trail.uses)
+    try:
+        skeleton.run(call, _Walker(names, trained), train=True)
+    except (ForwardError, MorphError):  # e.g. a batch norm that refuses a single value
+        return trail
+    for name, stacks in trained.uses.items():
+        trail.uses.setdefault(name, set()).update(stacks)
+    return trail
+
+
+def guess_call(model: nn.Module) -> Inputs | None:
+    """A call on which the model runs, guessed from its first layer, on the meta device; None if none is found."""
+    try:
+        skeleton = bare_skeleton(model)
+    except Exception:  # whatever cannot be copied or looked at
+        return None
+    for call in guesses(skeleton.model):
+        try:
+            skeleton.run(call, Watcher(), train=False)
+        except ForwardError:  # wrong shape: the next guess
+            continue
+        except MorphError:  # it branches on values, whatever the shape
+            return None
+        return call
+    return None
