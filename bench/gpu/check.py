@@ -20,8 +20,6 @@ SECTIONS: dict[str, Section] = {
     "streams": check_device.streams,
     "products": check_kernels.products,
     "grams": check_kernels.grams,
-    "factors": check_kernels.factors,
     "anderson": check_kernels.anderson,
-    "moves": check_kernels.moves,
     "equal_bits": check_device.equal_bits,
 }

@@ -65,9 +65,7 @@ def equal_bits(setup: Setup, report: Report) -> None:
     k, before = setup.k, setup.before
     channels = setup.size(512, 2)
     weight, first, second = (setup.random(1, channels, channels, *k, seed=seed) for seed in range(3))
-    half, moves = setup.random(*setup.size((8, 300, 300), (1, 9, 9))), setup.random(*setup.size((8, 20, 2**17), (2, 3, 50)))
-    gram = half @ half.mT + 300 * torch.eye(half.shape[1], device=setup.device)
-    lower = torch.linalg.cholesky(gram)
+    moves = setup.random(*setup.size((8, 20, 2**17), (2, 3, 50)))
     runs: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
         "compose": lambda: kernels.compose(first, second),
         "compose, tf32x3": lambda: kernels.compose(first, second, precision="tf32x3"),
@@ -75,8 +73,6 @@ def equal_bits(setup: Setup, report: Report) -> None:
         "correlate": lambda: kernels.correlate(weight, before, first, k),
         "row_gram": lambda: kernels.row_gram(first, k),
         "column_gram": lambda: kernels.column_gram(first, k),
-        "cholesky": lambda: kernels.cholesky(gram),
-        "cholesky_solve": lambda: kernels.cholesky_solve(lower, half),
         "anderson_gram": lambda: kernels.anderson_gram(moves, moves[:, 0]),
         "anderson_update": lambda: kernels.anderson_update(moves[:, 0], moves, moves[:, :, 0]),
         "direct": lambda: direct(weight, 2 * channels, k, k, before, 7),
@@ -127,12 +123,10 @@ def streams(setup: Setup, report: Report) -> None:
         report.skip("streams")
         return
     channels = 128
-    index = torch.arange(2 * channels) % channels
     runs: dict[str, Callable[[Tensor], Tensor]] = {
         "compose": lambda w: kernels.compose(w, w),
         "column_gram": lambda w: kernels.column_gram(w, k),
         "direct": lambda w: direct(w, 2 * channels, k, k, before, 7)[0],
-        "move": lambda w: kernels.move([w.flatten(3)[0]], [(index, None, None)], [(None, None)])[0],
         "fm.alternate": lambda w: fm.alternate(w.double(), w.double(), k, 1)[1],
     }
     new = setup.random(1, channels, channels, *k, seed=1)

@@ -54,29 +54,6 @@ def grams(setup: Setup, report: Report) -> None:
             del out, exact
 
 
-def factors(setup: Setup, report: Report) -> None:
-    """cholesky with its report of failures, and cholesky_solve."""
-    for batch, size in setup.size([(64, 64), (64, 250), (8, 576), (1, 2304)], [(2, 20)]):
-        for dtype in setup.dtypes:
-            rows = setup.random(batch, size, size, dtype=dtype)
-            matrix = rows @ rows.mT / size + torch.eye(size, dtype=dtype, device=setup.device)
-            right = setup.random(batch, size, 64, dtype=dtype, seed=1)
-            case, bound = f"{batch} of {size} rows, {_name(dtype)}", oracle.rounding(size, dtype)
-            lower, info = kernels.cholesky(matrix)
-            wide = lower.double()
-            # Rounding is relative to the sums of absolute values, which are what is divided by.
-            sums = (wide.abs() @ wide.abs().mT).norm()
-            report.check(f"cholesky, {case}", float((wide @ wide.mT - matrix.double()).norm() / sums), bound)
-            report.hold(f"cholesky's info and upper triangle, {case}", int((info != 0).sum()) + int((lower.triu(1) != 0).sum()))
-            out = kernels.cholesky_solve(lower, right).double()
-            sums = (wide.abs() @ (wide.abs().mT @ out.abs())).norm()
-            left = (wide @ (wide.mT @ out) - right.double()).norm()
-            report.check(f"cholesky_solve, {case}", float(left / sums), 2 * bound)
-            matrix[0, size // 2, size // 2] = -1.0
-            wrong = kernels.cholesky(matrix)[1] != torch.linalg.cholesky_ex(matrix)[1]
-            report.hold(f"cholesky of what is not positive definite, {case}", int(wrong.sum()))
-
-
 def anderson(setup: Setup, report: Report) -> None:
     """The memory of 64 equations of 64 channels and 128 hidden ones."""
     batch, memory, hidden, columns = setup.size((64, 20, 128, 576), (2, 3, 2, 20))
@@ -90,24 +67,6 @@ def anderson(setup: Setup, report: Report) -> None:
         out = kernels.anderson_update(image, images, share)
         exact = image.double() - (images.double().mT @ share.double()[:, :, None])[:, :, 0]
         report.check(f"anderson_update, {_name(dtype)}", oracle.relative(out, exact), oracle.rounding(memory + 1, dtype))
-
-
-def moves(setup: Setup, report: Report) -> None:
-    """Wider layers of three dtypes in one call, to the bit."""
-    size = setup.size(1024, 6)
-    sources = [setup.random(size, size, 9, dtype=dtype) for dtype in (F32, BF16, F64)]
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(-1, size, (2 * size,), generator=generator)
-    scale = setup.random(2 * size, dtype=F32)
-    found = kernels.move(
-        sources, [(index, None, None), (None, index, None), (index, None, None)], [(scale, None)] + [(None, None)] * 2
-    )
-    there = index.to(setup.device)
-    picked = [source.index_select(dim, there.clamp_min(0)) for source, dim in zip(sources, (0, 1, 0), strict=True)]
-    picked[0] = picked[0] * scale[:, None, None]
-    for out, wanted, dim in zip(found, picked, (0, 1, 0), strict=True):
-        absent = (there < 0).view(*(1,) * dim, -1, *(1,) * (2 - dim))
-        report.hold(f"move along dimension {dim}, {_name(out.dtype)}", _differing(out, wanted.masked_fill(absent, 0)))
 
 
 def closed_form(setup: Setup, report: Report) -> None:

@@ -45,7 +45,7 @@ class Case:
 
 def measure(setup: Setup, report: Report, ceilings: Ceilings) -> None:
     """All kernels; the ratio is the time over the floor."""
-    for case in [*_products(setup), *_factors(setup), *_memory(setup)]:
+    for case in [*_products(setup), *_memory(setup)]:
         setup.release()
         inputs = case.make(0)
         size = nbytes(inputs) + nbytes(case.run(*inputs))
@@ -102,31 +102,8 @@ def _products(setup: Setup) -> Iterator[Case]:
             )
 
 
-def _factors(setup: Setup) -> Iterator[Case]:
-    for dtype in (F64, F32):
-        for batch, n in setup.size([(256, 64), (64, 576), (1, 2304)], [(2, 20)]):
-
-            def make(seed: int, batch: int = batch, n: int = n, dtype: torch.dtype = dtype) -> tuple[Tensor, Tensor]:
-                rows = setup.random(batch, n, n, dtype=dtype, seed=seed)
-                matrix = rows @ rows.mT / n + torch.eye(n, dtype=dtype, device=setup.device)
-                return matrix, setup.random(batch, n, 64, dtype=dtype, seed=seed)
-
-            def make_factored(seed: int, make: Callable[[int], tuple[Tensor, Tensor]] = make) -> tuple[Tensor, Tensor]:
-                matrix, right = make(seed)
-                return torch.linalg.cholesky(matrix), right
-
-            products = str(dtype).removeprefix("torch.")
-            label = f"{batch} of {n} rows, {products}"
-            yield Case(
-                f"cholesky, {label}", kernels.cholesky, lambda seed, make=make: make(seed)[:1], batch * n**3 / 3, products
-            )
-            yield Case(
-                f"cholesky_solve, 64 columns, {label}", kernels.cholesky_solve, make_factored, batch * 128.0 * n**2, products
-            )
-
-
 def _memory(setup: Setup) -> Iterator[Case]:
-    """What is bound by memory: the closed form, Anderson's memory, moves."""
+    """What is bound by memory: the closed form, Anderson's memory."""
     k, before = setup.k, setup.before
     for co, hidden, kernel, dtype in setup.size(
         [
@@ -162,13 +139,3 @@ def _memory(setup: Setup) -> Iterator[Case]:
         products, label = str(dtype).removeprefix("torch."), f"{batch} x {memory} x {n}, {str(dtype).removeprefix('torch.')}"
         yield Case(f"anderson_gram, {label}", gram, vectors, 1.0 * batch * memory * (memory + 3) * n, "float64")
         yield Case(f"anderson_update, {label}", kernels.anderson_update, vectors, 2.0 * batch * memory * n, products)
-    c = setup.size(1024, 6)
-    index = torch.randint(0, c, (2 * c,), generator=torch.Generator().manual_seed(0))
-
-    def move(*sources: Tensor) -> list[Tensor]:
-        return kernels.move(sources, [(index, None, None)] * len(sources), [(None, None)] * len(sources))
-
-    def weights(seed: int) -> tuple[Tensor, ...]:
-        return tuple(setup.random(c, c, 9, seed=8 * seed + i) for i in range(8))
-
-    yield Case(f"move, 8 of {c} to {2 * c} channels, float32", move, weights, 0.0, "float32", capture=False)

@@ -56,12 +56,10 @@ def groups(setup: Setup) -> dict[str, list[Trial]]:
     return {
         "direct": [_direct(setup, F32, variant) for variant in ("weight", "delta", "weight_many", "delta_many", "sums")],
         "half_step": [*large, _shifts(setup, F64)],
-        "batch": [*medium, *_factor(setup, F64), *_anderson(setup, F64), *_anderson(setup, F32)],
-        "moves": [_moves(setup, dtype) for dtype in (F32, BF16)],
+        "batch": [*medium, *_anderson(setup, F64), *_anderson(setup, F32)],
         "tf32x3": [_product(setup, kernel, F32, f"{size}_tensor") for size in ("large", "medium") for kernel in _PRODUCTS],
         "float32": [
             *(_product(setup, kernel, F32, "large") for kernel in _PRODUCTS),
-            *_factor(setup, F32),
             _shifts(setup, F32),
         ],
         "bfloat16": [*(_product(setup, kernel, BF16, "large") for kernel in _PRODUCTS), _direct(setup, BF16, "weight")],
@@ -112,29 +110,6 @@ def _direct(setup: Setup, dtype: torch.dtype, variant: str) -> Trial:
     return Trial("direct", dtype, variant, (variant,), make, run, max(1e-5, _limit(dtype)))
 
 
-def _factor(setup: Setup, dtype: torch.dtype) -> list[Trial]:
-    def make(batch: int, size: int) -> tuple[Tensor, Tensor]:
-        rows = setup.random(batch, size, size, dtype=dtype)
-        matrix = rows @ rows.mT / size + torch.eye(size, dtype=dtype, device=setup.device)
-        return matrix, setup.random(batch, size, setup.size(64, 4), dtype=dtype, seed=1)
-
-    def solving() -> tuple[Tensor, Tensor]:
-        matrix, right = make(*setup.size((64, 576), (1, 20)))
-        return torch.linalg.cholesky(matrix), right
-
-    single, spread = (lambda: make(*setup.size((64, 256), (1, 20)))), (lambda: make(*setup.size((64, 1152), (1, 20))))
-    runs = {
-        "single": (single, lambda matrix, right: kernels.cholesky(matrix)),
-        "spread": (spread, lambda matrix, right: kernels.cholesky(matrix)),
-        "solve": (solving, lambda lower, right: kernels.cholesky_solve(lower, right)),
-    }
-    # More than one stage would let loads run ahead of barriers.
-    return [
-        Trial("cholesky", dtype, name, (name,), start, run, _limit(dtype), ("num_stages",))
-        for name, (start, run) in runs.items()
-    ]
-
-
 def _anderson(setup: Setup, dtype: torch.dtype) -> list[Trial]:
     batch, memory, n = setup.size((64, 20, 73728), (1, 3, 40))
 
@@ -147,19 +122,6 @@ def _anderson(setup: Setup, dtype: torch.dtype) -> list[Trial]:
         "update": lambda image, images, share: kernels.anderson_update(image, images, share),
     }
     return [Trial("anderson", dtype, name, (name,), make, run, _limit(dtype)) for name, run in runs.items()]
-
-
-def _moves(setup: Setup, dtype: torch.dtype) -> Trial:
-    channels = setup.size(1024, 6)
-    index = torch.arange(2 * channels) % channels
-
-    def make() -> tuple[Tensor, ...]:
-        return tuple(setup.random(channels, channels, 9, dtype=dtype, seed=seed) for seed in range(8))
-
-    def run(*sources: Tensor) -> list[Tensor]:
-        return kernels.move(sources, [(index, None, None)] * len(sources), [(None, None)] * len(sources))
-
-    return Trial("move", dtype, "tile", ("tile",), make, run, 0.0)
 
 
 def _limit(dtype: torch.dtype) -> float:

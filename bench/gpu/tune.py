@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import fastmorph_kernels as kernels
 import torch
 import triton.testing
 from fastmorph_kernels.configs import lookup
@@ -171,65 +170,7 @@ def _time(setup: Setup, trial: Trial, inputs: tuple[Any, ...]) -> float:
     return float(triton.testing.do_bench(lambda: trial.run(*inputs), warmup=10, rep=40, quantiles=[0.5]))
 
 
-def prefer(setup: Setup, report: Report) -> None:
-    """Where the own factor and solution beat PyTorch's: sizes from, to, and the smallest batch, for `cholesky_preferred`.
-
-    A size counts for a batch if it wins at that batch and at every larger one. Of all batches, the one that gives the most
-    sizes in a row is taken, the smallest of those.
-    """
-    sizes, batches = setup.size(((32, 64, 128, 256, 576, 1152), (1, 4, 16, 64, 256)), ((16,), (1, 2)))
-    for dtype in setup.dtypes:
-        wins: dict[tuple[int, int], bool] = {}
-        for size in sizes:
-            for batch in batches:
-                ours, theirs = _race(setup, size, batch, dtype)
-                wins[size, batch] = _GAIN * ours < theirs
-                report.say(f"factor of {batch} x {size} rows, {dtype}: {1e6 * ours:.0f} us, PyTorch {1e6 * theirs:.0f} us")
-        entry = dict(lookup("cholesky", dtype, "sizes", setup.device))
-        entry.update(range_of(wins, sizes, batches))
-        report.say(f"factor, {dtype}, sizes: {entry}")
-        if not setup.rehearsal:
-            write("cholesky", dtype, "sizes", entry, setup.device)
-
-
-def range_of(wins: dict[tuple[int, int], bool], sizes: Sequence[int], batches: Sequence[int]) -> Config:
-    """`prefer_from`, `prefer_to` and `prefer_batch` from what won, by size and batch."""
-    best: Config = {"prefer_from": 1, "prefer_to": 0, "prefer_batch": 1}
-    most = 0
-    for batch in batches:
-        run: list[int] = []
-        for size in sizes:
-            won = all(wins[size, other] for other in batches if other >= batch)
-            run = [*run, size] if won else []
-            if len(run) > most:
-                most, best = len(run), {"prefer_from": run[0], "prefer_to": run[-1], "prefer_batch": batch}
-    return best
-
-
-def _race(setup: Setup, size: int, batch: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds for factor and solution of as many right-hand sides as there are rows, at most 64."""
-    rows = setup.random(batch, size, size, dtype=dtype)
-    matrix = rows @ rows.mT / size + torch.eye(size, dtype=dtype, device=setup.device)
-    right = setup.random(batch, size, min(size, 64), dtype=dtype, seed=1)
-
-    def ours() -> Tensor:
-        return kernels.cholesky_solve(kernels.cholesky(matrix)[0], right)
-
-    def theirs() -> Tensor:
-        lower = torch.linalg.cholesky_ex(matrix)[0]
-        half = torch.linalg.solve_triangular(lower, right, upper=False)
-        return torch.linalg.solve_triangular(lower.mT, half, upper=True)
-
-    gap = oracle.relative(ours(), theirs().double())
-    if not gap <= size * oracle.rounding(size, dtype):
-        raise ArithmeticError(f"the own solution of {batch} x {size} rows in {dtype} is off by {gap:.1e}")
-    if setup.rehearsal:
-        return 1.0, 1.0
-    return tuple(1e-3 * float(triton.testing.do_bench(f, warmup=5, rep=20, quantiles=[0.5])) for f in (ours, theirs))  # type: ignore[return-value]
-
-
 SECTIONS: dict[str, Callable[[Setup, Report], None]] = {
     **{group: partial(tune, group=group) for group in ("direct", "half_step", "batch")},
-    "prefer": prefer,
-    **{group: partial(tune, group=group) for group in ("moves", "tf32x3", "float32", "bfloat16", "small")},
+    **{group: partial(tune, group=group) for group in ("tf32x3", "float32", "bfloat16", "small")},
 }

@@ -13,6 +13,12 @@ from torch import Tensor
 from fastmorph.errors import MorphError
 
 Restore = Callable[[Tensor], Any]
+_AT_HAND = frozenset({"cpu"})  # devices that have done what they were asked before the next line runs
+
+
+def host_waits(device: torch.device) -> bool:
+    """Whether to read a value on `device` holds the host up until the device has done all that it was asked before."""
+    return device.type not in _AT_HAND
 
 
 def refuse_transforms(tensor: Tensor, function: str) -> None:

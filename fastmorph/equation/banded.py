@@ -26,7 +26,7 @@ class BandedCholesky:
         size = n // count
         grid = matrix.view(b, count, size, count, size)
         self.lower: list[list[Tensor]] = []  # row i holds the blocks (i, i - width) to (i, i)
-        failed = torch.zeros(b, dtype=torch.bool, device=matrix.device)
+        info = []
         for i in range(count):
             row: list[Tensor] = []
             start = max(0, i - width)
@@ -38,11 +38,12 @@ class BandedCholesky:
                 if j < i:
                     row.append(torch.linalg.solve_triangular(self._at(j, j).mT, block, upper=True, left=False))
                 else:
-                    factor, info = torch.linalg.cholesky_ex(block)
-                    failed |= info != 0
+                    factor, wrong = torch.linalg.cholesky_ex(block)
+                    info.append(wrong)
                     row.append(factor)
             self.lower.append(row)
-        self.failed = failed | unsure(self.lower)
+        broken = info[0] if count == 1 else torch.stack(info).amax(0)
+        self.failed = (broken != 0) | unsure(self.lower)
 
     def _at(self, i: int, j: int) -> Tensor:
         return self.lower[i][j - i - 1]  # (i, i) is the last of its row
@@ -79,8 +80,9 @@ class BandedCholesky:
 
 def unsure(lower: list[list[Tensor]]) -> Tensor:
     """Items whose pivots say that no digit of a solution would be sure, (B,)."""
-    pivots = torch.cat([row[-1].diagonal(dim1=-2, dim2=-1) for row in lower], -1)
-    # (smallest / largest pivot)^2 bounds 1 / condition from above. Of a singular matrix the smallest is what rounding left:
-    # n eps times the condition of the rest. In small systems, where the pseudo-inverse costs little, a margin tells it.
-    ratio = (pivots.amin(-1) / pivots.amax(-1)).square()
-    return ~(ratio > max(pivots.shape[-1] * torch.finfo(pivots.dtype).eps, _DOUBT))
+    pivots = [row[-1].diagonal(dim1=-2, dim2=-1) for row in lower]
+    least, most = torch.aminmax(pivots[0] if len(pivots) == 1 else torch.cat(pivots, -1), dim=-1)
+    # (least / most)^2 bounds 1 / condition from above. Of a singular matrix the least is what rounding left, n eps times the
+    # condition of the rest: for small systems, where the pseudo-inverse costs little, it is told with a margin.
+    doubt = max(len(pivots) * pivots[0].shape[-1] * torch.finfo(least.dtype).eps, _DOUBT)
+    return ~(least > doubt**0.5 * most)

@@ -19,7 +19,7 @@ from fastmorph.equation.backends import find_backend
 from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Problem, check, check_dims, check_rank
 from fastmorph.equation.randomness import Generator, draw_seed
-from fastmorph.equation.solve import solve_alike
+from fastmorph.equation.solve import accepted, look_at, solve_alike
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 
@@ -113,7 +113,5 @@ def decompose(
         precision=precision,
         allow_inexact=allow_inexact,
     )
-    found, error = solve_alike([problem], [draw_seed(generator)])[0]
-    if error is not None and not allow_inexact:
-        raise error
-    return found
+    ((outcome,),) = look_at([solve_alike([problem], [draw_seed(generator)])])
+    return accepted(outcome, allow_inexact=allow_inexact)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmorph.equation.arrays import host_waits
+
 # Directions in which a kernel has less than this of its mean power are left as they are: any invertible T is exact, and
 # this one's condition stays far below what float64 can carry.
 _FLOOR = 1e-6
@@ -29,8 +31,10 @@ def balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         The kernels in the new basis.
     """
     rows, columns = first.flatten(2), second.transpose(1, 2).flatten(2)  # (B, Ch, Ci*|K1|), (B, Ch, Co*|K2|)
-    lower = torch.linalg.cholesky(_floored(rows @ rows.mT))
-    power, basis = torch.linalg.eigh(lower.mT @ _floored(columns @ columns.mT) @ lower)  # S^2, V
+    # Without a look at whether it succeeded. Kernels that are no numbers stay so, and are told by the residual: only the
+    # eigenvalues, of other items too, cannot be had of such a matrix.
+    lower, _ = torch.linalg.cholesky_ex(_floored(rows @ rows.mT))
+    power, basis = torch.linalg.eigh(torch.nan_to_num(lower.mT @ _floored(columns @ columns.mT) @ lower))  # S^2, V
     root = power.clamp_min(torch.finfo(power.dtype).tiny).sqrt().sqrt()
     spread = (basis * root[:, None, :]) @ basis.mT
     inverse = lower @ ((basis / root[:, None, :]) @ basis.mT)  # T^-1
@@ -49,6 +53,8 @@ def equalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def _spread(kernel: Tensor) -> Tensor:
     """Standard deviation of each item, (B,)."""
     entries = kernel.flatten(1)
+    if host_waits(kernel.device):
+        return entries.std(1, correction=0)
     mean, power = entries.mean(1), entries.norm(dim=1).square() / max(1, entries.shape[1])
     variance = power - mean.square()  # quick, and right to all digits that matter unless the mean outweighs the rest
     if bool((variance <= 1e-6 * power).any()):
@@ -57,6 +63,8 @@ def _spread(kernel: Tensor) -> Tensor:
 
 
 def _floored(covariance: Tensor) -> Tensor:
-    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    floor = torch.where(mean > 0, _FLOOR * mean, torch.ones_like(mean))
-    return covariance + floor[:, None, None] * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    """The same, in place, with a floor under its directions."""
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    diagonal.add_(torch.where(mean > 0, _FLOOR * mean, 1.0)[:, None])
+    return covariance

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.backends import Backend
 from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad, taps_first, taps_last
 from fastmorph.equation.frame import Size, tap_count
@@ -21,6 +22,8 @@ from fastmorph.equation.frame import Size, tap_count
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
+_REFINEMENTS_UNSEEN = 1  # where the host does not wait to see what they do; an item keeps one that brings it nearer
+_DENSE = 2048  # unknowns up to which one large factorisation is quicker than many small ones, where launches cost
 
 
 class HalfStep:
@@ -31,21 +34,21 @@ class HalfStep:
     """
 
     def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
-        """Factor the system. `wait=False`, for CUDA graphs, never waits for the device, and only marks singular items."""
+        """Factor the system. `wait=False` never waits for the device, in refinement either, and only marks singular items."""
+        self.wait = wait
         self.first, self.k2, self.backend = first, k2, backend
         self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
         self.by_rows = first.shape[1] * tap_count(k2) <= first.shape[2] * tap_count(self.size)
         gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
         # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
         blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
-        if blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
+        few = host_waits(first.device) and gram.shape[1] <= _DENSE
+        if few or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
         self.factor = backend.factor(gram, blocks, width)
         self.singular = self.factor.failed
         self.inverse: Tensor | None = None
-        if not wait:
-            self.factor.drop_failed()
-        elif bool(self.singular.any()):
+        if wait and bool(self.singular.any()):
             self.factor.drop_failed()
             self.inverse = torch.linalg.pinv(dense_system(first[self.singular], k2))
 
@@ -72,6 +75,10 @@ class HalfStep:
         self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Iterative refinement of a solution, its error and the norm of that, item by item, while it halves the error."""
+        if not self.wait:
+            for _ in range(_REFINEMENTS_UNSEEN):
+                second, error, norm = self.refine(second, error, norm, target, before)
+            return second, error, norm
         rounding = _ROUNDING * torch.finfo(norm.dtype).eps * frobenius(target)
         for _ in range(_REFINEMENTS):
             if bool((norm <= rounding).all()):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
 from fastmorph.equation.arithmetic import exact_arithmetic
+from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Checked, Problem, check
 from fastmorph.equation.randomness import Generator, draw_seeds
-from fastmorph.equation.solve import solve_alike
+from fastmorph.equation.solve import accepted, look_at, solve_alike
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 
@@ -48,7 +49,7 @@ def decompose_many(
         Decompositions in the order of the problems.
 
     Raises:
-        MorphError: a problem is unusable; the message says which, and so does the error's `problem`. Nothing is solved then.
+        MorphError: a problem is unusable; the message says which, and so does the error's `problem`.
         InexactMorphError: an answer is not exact; the message and `problem` say which, and the error carries the answer.
     """
     if not isinstance(problems, Sequence):
@@ -62,14 +63,30 @@ def decompose_many(
     seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
-        for chunk in _chunks(checked, memory_budget):
-            solved = solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk])
-            for index, (found, inexact) in zip(chunk, solved, strict=True):
-                if inexact is not None and not allow_inexact:
-                    raise inexact.of_problem(index)
-                answers[index] = found
-            bar.update(len(chunk))
+        for chunks in _together(_chunks(checked, memory_budget), checked, memory_budget):
+            solved = [solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk]) for chunk in chunks]
+            for chunk, outcomes in zip(chunks, look_at(solved), strict=True):
+                for index, outcome in zip(chunk, outcomes, strict=True):
+                    try:
+                        answers[index] = accepted(outcome, allow_inexact=allow_inexact)
+                    except MorphError as error:
+                        raise error.of_problem(index) from None
+                bar.update(len(chunk))
     return [answers[index] for index in range(len(checked))]
+
+
+def _together(chunks: list[list[int]], problems: Sequence[Checked], memory_budget: int) -> Iterator[list[list[int]]]:
+    """Chunks whose answers are looked at together: where that means to wait for a device, as many as the budget lets wait."""
+    waiting: list[list[int]] = []
+    held = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        held += sum(problems[index].weight.nbytes for index in chunk)  # a batch keeps its weights until then
+        if held > memory_budget or not host_waits(problems[chunk[0]].weight.device):
+            yield waiting
+            waiting, held = [], 0
+    if waiting:
+        yield waiting
 
 
 def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:

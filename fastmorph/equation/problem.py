@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Generic
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self
 
 import torch
 from torch import Tensor
 
-from fastmorph.equation.arrays import Restore, refuse_transforms, times_power_of_two, to_tensor
+from fastmorph.equation.arrays import Restore, host_waits, refuse_transforms, times_power_of_two, to_tensor
 from fastmorph.equation.backends import Backend, find_backend
 from fastmorph.equation.decomposition import Array
 from fastmorph.equation.frame import Frame, make_frame, tap_count
@@ -57,6 +57,11 @@ class CheckedWeight:
     exponents: tuple[int, ...] | None
     restore: Restore
 
+    def in_range(self) -> Self:
+        """The same weight near 1, by powers of two. Raises MorphError for entries that are NaN or infinite."""
+        weight, exponents = _in_range(self.weight)
+        return replace(self, weight=weight, exponents=exponents)
+
     def restore_kernel(self, kernel: Tensor, index: int, count: int) -> Any:
         """Kernel `index` of `count` in a row, (B, ...) -> (*B, ...), times its part of what the weight was divided by."""
         if self.exponents is not None:
@@ -73,12 +78,15 @@ class Checked(CheckedWeight):
         frame: the kernel sizes.
         backend: the linear maps.
         choice: the solver that will run, and what was found out on the way to it.
+        measured: whether entries are known to be finite and in range. Where to know it the host would have to wait, and the
+            choice does not depend on them, that is found out with the residual: `in_range` then says what is to be solved.
     """
 
     hidden: int
     frame: Frame
     backend: Backend
     choice: Choice
+    measured: bool = True
 
 
 def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precision: str | None, allow_inexact: bool) -> Checked:
@@ -88,7 +96,7 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     """
     if not isinstance(problem, Problem):
         raise MorphError(f"a {type(problem).__name__} is not a problem; pass fm.Problem(weight, hidden_channels, ...).")
-    given = check_weight(problem.weight, problem.spatial_dims)
+    given = _check_shape(problem.weight, problem.spatial_dims, None)
     weight, hidden = given.weight, check_hidden(problem.hidden_channels)
     if not isinstance(solver, Solver):
         raise MorphError(
@@ -100,9 +108,11 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * batch
     kernels = f"hidden_channels={hidden}: two kernels of sizes {frame.first} and {frame.second}"
     check_memory(kernels, entries * weight.element_size(), weight.device, "ask for fewer channels or smaller kernels")
+    measured = not (host_waits(weight.device) and solver.chooses_by_sizes(co, ci, hidden, frame))
+    given = given.in_range() if measured else given
     chosen = find_backend(backend, weight, precision)
-    choice = solver.choose(weight, hidden, frame, allow_inexact=allow_inexact)
-    return Checked(**vars(given), hidden=hidden, frame=frame, backend=chosen, choice=choice)
+    choice = solver.choose(given.weight, hidden, frame, allow_inexact=allow_inexact)
+    return Checked(**vars(given), hidden=hidden, frame=frame, backend=chosen, choice=choice, measured=measured)
 
 
 def check_weight(weight: Any, spatial_dims: int, work: torch.dtype | None = None) -> CheckedWeight:
@@ -110,6 +120,11 @@ def check_weight(weight: Any, spatial_dims: int, work: torch.dtype | None = None
 
     Raises MorphError for what is no weight, for none that has entries, and for entries that are NaN or infinite.
     """
+    return _check_shape(weight, spatial_dims, work).in_range()
+
+
+def _check_shape(weight: Any, spatial_dims: int, work: torch.dtype | None) -> CheckedWeight:
+    """The same, without a look at its entries."""
     dims = check_dims(spatial_dims)
     tensor, restore = to_tensor(weight, "weight")
     refuse_transforms(tensor, "decompose")
@@ -117,8 +132,8 @@ def check_weight(weight: Any, spatial_dims: int, work: torch.dtype | None = None
     cut = tensor.ndim - dims - 2
     if 0 in tensor.shape[cut:]:
         raise MorphError(f"weight has shape {tuple(tensor.shape)}: it has no entries to compose.")
-    near, exponents = _in_range(tensor.detach().to(work or tensor.dtype).reshape(-1, *tensor.shape[cut:]))
-    return CheckedWeight(near, tensor.shape[:cut], tensor.dtype, exponents, restore)
+    flat = tensor.detach().to(work or tensor.dtype).reshape(-1, *tensor.shape[cut:])
+    return CheckedWeight(flat, tensor.shape[:cut], tensor.dtype, None, restore)
 
 
 def check_hidden(hidden: Any) -> int:
@@ -134,14 +149,19 @@ def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     Raises MorphError for entries that are NaN or infinite.
     """
     largest = torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim))).double().tolist()
+    if are_in_range(largest, weight.dtype):
+        return weight, None
     if not all(map(math.isfinite, largest)):
         bad = int((~torch.isfinite(weight)).sum())
         raise MorphError(f"weight has {bad} entries that are NaN or infinite; no composition of finite kernels equals them.")
     exponents = tuple(math.frexp(value)[1] for value in largest)
-    most = _LARGEST_EXPONENT if weight.dtype == torch.float64 else _LARGEST_IN_FLOAT32
-    if all(abs(e) <= most for e in exponents):
-        return weight, None
     return times_power_of_two(weight, [-e for e in exponents]), exponents
+
+
+def are_in_range(largest: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether items of `dtype` whose largest magnitudes these are can be solved as they are."""
+    most = _LARGEST_EXPONENT if dtype == torch.float64 else _LARGEST_IN_FLOAT32
+    return all(math.isfinite(value) and abs(math.frexp(value)[1]) <= most for value in largest)
 
 
 def check_memory(what: str, size: int, device: torch.device | None, remedy: str) -> None:

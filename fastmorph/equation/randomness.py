@@ -161,7 +161,7 @@ class Noise:
 
     def seeds(self) -> Tensor:
         """A seed for each item, (B,) int64: the next draw."""
-        return torch.from_numpy(self._next().view(np.int64)).to(self.device)
+        return torch.from_numpy(self._next().view(np.int64)).to(self.device, non_blocking=True)
 
     def _next(self) -> Keys:
         """The key of each item's next draw."""
@@ -254,7 +254,7 @@ def _words_torch(keys: int | Keys, start: int, stop: int, device: torch.device) 
 def _signed(word: int | Words, device: torch.device) -> Any:
     if isinstance(word, int):
         return word - 2**32 if word >= 2**31 else word
-    return torch.from_numpy(word.view(np.int32)).to(device)
+    return torch.from_numpy(word.view(np.int32)).to(device, non_blocking=True)
 
 
 _table = np.arange(_BLOCK, dtype=np.uint32) * np.uint32(_STEP)

@@ -1,9 +1,15 @@
-"""From checked problems of one shape to decompositions: stack, solve, equalise, round, measure, split."""
+"""From checked problems of one shape to decompositions: stack, solve, equalise, round, measure, split.
+
+Where work is queued on a device, nothing is read before all is queued: `solve_alike` waits for nothing that a solver does not
+wait for, and `look_at` reads all that decides, of any number of batches, at once.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -12,50 +18,124 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.arrays import times_power_of_two
-from fastmorph.equation.backends import TorchBackend
-from fastmorph.equation.backends.torch_backend import frobenius, pad
+from fastmorph.equation.arrays import host_waits, times_power_of_two
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
 from fastmorph.equation.frame import Size
 from fastmorph.equation.gauge import balance, equalise
 from fastmorph.equation.half_step import HalfStep
-from fastmorph.equation.problem import Checked
+from fastmorph.equation.problem import Checked, are_in_range
 from fastmorph.equation.randomness import Noise
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.errors import MorphError
 
 _SUMS = 8  # random sums of channels that estimate a residual
 _MEASURED = 4 * _SUMS  # channels up to which a closed form's residual is measured
 
 
-def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> list[tuple[Decomposition[Any], InexactMorphError | None]]:
-    """Solve problems that share sizes, dtype, device, backend and solver as one batch.
+class Solved(NamedTuple):
+    """Problems that were solved as one batch; the host has not looked at the answer, and has not waited for it."""
 
-    Returns, in order, each answer with the error to raise if it is not exact and has to be.
-    """
+    problems: Sequence[Checked]
+    seeds: Sequence[int]
+    equation: Equation
+    answer: _Answer
+
+
+Outcome = tuple[Decomposition[Any] | None, MorphError | None]
+
+
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> Solved:
+    """Solve problems that share sizes, dtype, device, backend and solver as one batch."""
     first, choice = problems[0], problems[0].choice
     weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
-    batches = [len(p.weight) for p in problems]
     work = first.backend.working_dtype(weight.device)
-    noise = Noise(seeds, batches, weight.device, work)
+    noise = Noise(seeds, [len(p.weight) for p in problems], weight.device, work)
     given = weight if choice.solver.closed_form else weight.to(work)
     equation = Equation(given, first.hidden, first.frame, weight.dtype, noise, first.backend, choice.role, choice.factors)
-    answer = _attempt(equation, choice.solver)
+    return Solved(problems, seeds, equation, _attempt(equation, choice.solver))
+
+
+def look_at(batches: Sequence[Solved]) -> list[list[Outcome]]:
+    """Of each batch, in order, each answer with the error to raise if it is not exact and has to be, or could not be had.
+
+    The host waits for the device once, for all of them; again only for items that are drawn again, or are out of range.
+    """
+    read = _read(batches)
+    return [_outcomes(solved, *numbers) for solved, numbers in zip(batches, read, strict=True)]
+
+
+def accepted(outcome: Outcome, *, allow_inexact: bool) -> Decomposition[Any]:
+    """The answer. Raises the error that stands beside it, unless an inexact answer will do."""
+    found, error = outcome
+    if found is None or (error is not None and not allow_inexact):
+        assert error is not None
+        raise error
+    return found
+
+
+def _read(batches: Sequence[Solved]) -> list[tuple[list[float], list[int], list[float]]]:
+    """Of each batch the residuals, iterations and, where entries were not measured, largest magnitudes, an item each."""
+    told = [[solved.answer.residual, solved.answer.iterations, *_largest(solved)] for solved in batches]
+    values: dict[torch.device, list[float]] = {}
+    for device in dict.fromkeys(parts[0].device for parts in told):
+        # Numbers of iterations are exact in float64.
+        values[device] = torch.cat([part for parts in told if parts[0].device == device for part in parts]).tolist()
+    at, read = dict.fromkeys(values, 0), []
+    for parts in told:
+        device, numbers = parts[0].device, []
+        for count in (len(parts[0]), len(parts[1]), sum(len(part) for part in parts[2:])):
+            numbers.append(values[device][at[device] : at[device] + count])
+            at[device] += count
+        read.append((numbers[0], [int(steps) for steps in numbers[1]], numbers[2]))
+    return read
+
+
+def _largest(solved: Solved) -> list[Tensor]:
+    """Parts of (B,): the largest magnitude in each item of weights that were not measured before."""
+    if solved.problems[0].measured:
+        return []
+    weights = [p.weight for p in solved.problems]
+    if all(len(weight) == 1 for weight in weights):
+        return [norm.view(1) for norm in torch._foreach_norm(weights, torch.inf)]
+    return [torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim))) for weight in weights]
+
+
+def _outcomes(solved: Solved, residual: list[float], iterations: list[int], largest: list[float]) -> list[Outcome]:
+    first, equation, answer, dtype = solved.problems[0], solved.equation, solved.answer, solved.equation.dtype
+    starts = list(itertools.accumulate((len(p.weight) for p in solved.problems), initial=0))
+    parts = [slice(*ends) for ends in itertools.pairwise(starts)]
+    strange = [not are_in_range(largest[part], dtype) for part in parts]
     _, co, ci = equation.sizes
-    for _ in range(choice.solver.draws(co, ci, first.hidden, first.frame) - 1):
-        bad = torch.nonzero(~(answer.residual <= _comfort(equation.dtype))).flatten()
-        if len(bad) == 0:
+    for _ in range(first.choice.solver.draws(co, ci, first.hidden, first.frame) - 1):
+        items = [item for odd, part in zip(strange, parts, strict=True) if not odd for item in range(len(residual))[part]]
+        worse = [item for item in items if not residual[item] <= _comfort(dtype)]
+        if not worse:
             break
-        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), choice.solver), bad)
-    answers: list[tuple[Decomposition[Any], InexactMorphError | None]] = []
-    start, limit = 0, tolerance(equation.dtype)
-    for problem, batch in zip(problems, batches, strict=True):
-        part = slice(start, start + batch)
-        found, residual = _decomposition(problem, answer, part), answer.residual[part]
-        exact = bool((residual <= limit).all())
-        answers.append((found, None if exact else InexactMorphError(_inexact(problem, float(residual.max()), limit), found)))
-        start += batch
-    return answers
+        bad = torch.tensor(worse).to(answer.residual.device)
+        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.choice.solver), bad)
+        residual, iterations = answer.residual.tolist(), answer.iterations.tolist()
+    limit = tolerance(dtype)
+    converged = answer.residual <= limit
+    outcomes: list[Outcome] = []
+    for odd, part, problem, seed in zip(strange, parts, solved.problems, solved.seeds, strict=True):
+        if odd:
+            outcomes.append(_in_range(problem, seed))
+            continue
+        found = _decomposition(problem, answer, part, converged[part], iterations[part])
+        exact = all(value <= limit for value in residual[part])
+        worst = math.nan if any(map(math.isnan, residual[part])) else max(residual[part], default=0.0)
+        outcomes.append((found, None if exact else InexactMorphError(_inexact(problem, worst, limit), found)))
+    return outcomes
+
+
+def _in_range(problem: Checked, seed: int) -> Outcome:
+    """What becomes of a problem whose entries were out of range."""
+    try:
+        ((outcome,),) = look_at([solve_alike([replace(problem.in_range(), measured=True)], [seed])])
+    except MorphError as error:
+        return None, error
+    return outcome
 
 
 def _comfort(dtype: torch.dtype) -> float:
@@ -153,14 +233,21 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
     if estimate and co > _MEASURED:
         weight, second = _added_up(weight, 1, equation.work), _added_up(second, 1, equation.work)
     weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
-    composed = TorchBackend().compose(first, second)
-    padded = pad(weight, equation.frame.before, equation.frame.size)
-    return (frobenius(padded - composed) / equation.norm()).double()
+    _, norm = equation.backend.error(weight, equation.frame.before, first, second)
+    return (norm / equation.norm).double()
 
 
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K), without a copy of the kernel."""
-    signs = _signs(kernel.shape[dim], dim, tuple(kernel.shape[3:]), dtype, kernel.device)
+    """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K)."""
+    channels, behind = kernel.shape[dim], kernel.ndim - 1 - dim
+    if host_waits(kernel.device):  # few launches; a product with a sign is exact in any dtype
+        signed = kernel * _signs(channels, kernel.dtype, kernel.device).view(-1, *(1,) * behind)
+        missing = -channels % _SUMS
+        signed = torch.nn.functional.pad(signed, [0, 0] * behind + [0, missing]) if missing else signed
+        return signed.unflatten(dim, (-1, _SUMS)).sum(dim, dtype=dtype)
+    # No copy. Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
+    taps = tuple(kernel.shape[3:])
+    signs = _repeated_signs(channels, dim, taps, dtype, kernel.device)
     runs = kernel.split(_SUMS, dim)
     out = runs[0] * signs[0]
     for run, sign in zip(runs[1:], signs[1:], strict=True):
@@ -169,33 +256,38 @@ def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """A random sign for each channel of `dim`, the same at every call, in runs of 8 channels.
-
-    Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
-    """
-    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels), device="cpu") - 1
-    signs = signs.repeat_interleave(math.prod(taps)).to(device, dtype)
+def _repeated_signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """`_signs` for each tap, in runs of 8 channels."""
+    signs = _signs(channels, dtype, device).repeat_interleave(math.prod(taps))
     return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
 
 
-def _decomposition(problem: Checked, answer: _Answer, part: slice) -> Decomposition[Any]:
+@lru_cache(maxsize=256)
+def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random sign for each channel, (C,), the same at every call."""
+    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels), device="cpu") - 1
+    return signs.to(dtype).to(device, non_blocking=True)
+
+
+def _decomposition(
+    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int]
+) -> Decomposition[Any]:
     shape, restore, solver = problem.batch_shape, problem.restore, problem.choice.solver
     first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
     if problem.exponents is not None:  # each kernel takes half of what the weight was divided by
         first = times_power_of_two(first, [e // 2 for e in problem.exponents])
         second = times_power_of_two(second, [e - e // 2 for e in problem.exponents])
     co, ci = problem.weight.shape[1:3]
-    trace, iterations = answer.trace[:, part], answer.iterations[part]
+    trace = answer.trace[:, part]
     return Decomposition(
         first=restore(first.reshape(*shape, *first.shape[1:])),
         second=restore(second.reshape(*shape, *second.shape[1:])),
         residual=restore(residual.reshape(shape)),
-        iterations=restore(iterations.reshape(shape)),
-        converged=restore((residual <= tolerance(problem.weight.dtype)).reshape(shape)),
+        iterations=restore(answer.iterations[part].reshape(shape)),
+        converged=restore(converged.reshape(shape)),
         solver=solver,
         reason=problem.choice.reason,
-        cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, int(steps)) for steps in iterations),
+        cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, steps) for steps in iterations),
         trace=restore(trace.reshape(len(trace), *shape)),
         estimated=solver.closed_form and max(co, ci) > _MEASURED,
     )

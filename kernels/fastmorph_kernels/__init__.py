@@ -13,12 +13,10 @@ all operators, `kernel_arguments.py`, included), and its cases for the compiler 
 
 from .anderson import anderson_gram, anderson_update
 from .checks import Precision
-from .cholesky import cholesky, cholesky_preferred, cholesky_solve
 from .column_gram import column_gram
 from .compose import compose
 from .correlate import correlate
 from .direct import direct
-from .move import move
 from .residual import residual
 from .row_gram import row_gram
 
@@ -26,14 +24,10 @@ __all__ = [
     "Precision",
     "anderson_gram",
     "anderson_update",
-    "cholesky",
-    "cholesky_preferred",
-    "cholesky_solve",
     "column_gram",
     "compose",
     "correlate",
     "direct",
-    "move",
     "residual",
     "row_gram",
 ]

@@ -20,7 +20,6 @@ from bench.gpu import counts, goals, oracle
 from bench.gpu.__main__ import main
 from bench.gpu.report import Report
 from bench.gpu.tables import render
-from bench.gpu.tune import range_of
 from bench.measurements import Measured
 from fastmorph.equation.frame import make_frame
 
@@ -138,10 +137,3 @@ def test_a_table_is_written_as_it_was_read():
         table = json.loads(path.read_text())
         table["a device"] = {"float32": {"a": {"block": 1}, "b": {"block": 2}}}
         assert json.loads(render(table)) == table
-
-
-def test_a_size_is_preferred_where_it_wins_at_every_larger_batch():
-    sizes, batches = (32, 64, 128), (1, 8)
-    wins = {(size, batch): batch == 8 and size > 32 for size in sizes for batch in batches}
-    assert range_of(wins, sizes, batches) == {"prefer_from": 64, "prefer_to": 128, "prefer_batch": 8}
-    assert range_of(dict.fromkeys(wins, False), sizes, batches) == {"prefer_from": 1, "prefer_to": 0, "prefer_batch": 1}

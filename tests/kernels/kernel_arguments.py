@@ -11,11 +11,6 @@ from kernel_oracle import random
 Arguments = tuple[Any, ...]
 
 
-def _positive() -> torch.Tensor:
-    rows = random(2, 3, 3)
-    return rows @ rows.mT + 3 * torch.eye(3)
-
-
 def _direct(batch: int, held: int, hidden: int, *, into_first: bool = True) -> Arguments:
     weight = random(batch, held, 3, 2)
     return weight, hidden, [3], [2], [1], torch.arange(batch), torch.ones(batch), 1.0, "ieee", into_first
@@ -28,14 +23,11 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "residual": lambda: (random(2, 3, 5, 2), random(2, 4, 3, 3), random(2, 4, 5, 2), [1], "ieee"),
     "row_gram": lambda: (random(2, 3, 5, 2), [2], "ieee"),
     "column_gram": lambda: (random(2, 5, 3, 2), [2], "ieee"),
-    "cholesky": lambda: (_positive(),),
-    "cholesky_solve": lambda: (torch.linalg.cholesky(_positive()), random(2, 3, 3)),
     "anderson_gram": lambda: (random(2, 3, 40), random(2, 40), torch.float64),
     "anderson_update": lambda: (random(2, 40), random(2, 3, 40), random(2, 3)),
     "direct": lambda: _direct(1, 5, 12),
     "direct, shared pairs": lambda: _direct(1, 66, 69),
     "direct, into second": lambda: _direct(2, 2, 9, into_first=False),
-    "move": lambda: ([random(3, 4, 2), random(2, 2, 2)], [None] * 6, [random(3), None, None, random(2)]),
 }
 
 

@@ -13,11 +13,13 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.banded import BandedCholesky
 from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
 
 _LITTLE = 2**15  # numbers
 _SOME = 2**17  # numbers that may be copied
+_LAUNCH = 2**24  # numbers in a product that fills another device
 T = TypeVar("T")
 PRECISIONS = ("float64", "ieee", "tf32x3", "tf32")
 
@@ -50,7 +52,8 @@ class TorchBackend:
         by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, tap_count(k2), co, ch)  # (B, |K2|, Co, Ch)
         out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
         # As many taps at once as fit into little memory: for small kernels a product costs no more than its launch.
-        some = max(1, _LITTLE // max(1, b * co * rows.shape[2]))
+        little = _LAUNCH if host_waits(first.device) else _LITTLE
+        some = max(1, little // max(1, b * co * rows.shape[2]))
         for at, v in enumerate(taps(k2)):
             if at % some == 0:
                 products = torch.bmm(by_tap[:, at : at + some].flatten(1, 2), rows).view(
@@ -154,8 +157,11 @@ def dense_system(first: Tensor, k2: Size) -> Tensor:
     k1 = tuple(first.shape[3:])
     n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
     out = first.new_zeros(b, *k2, ch, ci, *n)
-    for v in taps(k2):
-        out[(slice(None), *v, slice(None), slice(None), *window(v, k1))] = first
+    strides, dims = out.stride(), len(k2)
+    # Tap v of the rows meets offset v + w of the frame, w in K1: all of that is one view of `out`, in which v moves both.
+    both = [row + place for row, place in zip(strides[1 : 1 + dims], strides[3 + dims :], strict=True)]
+    size = (b, *k2, ch, ci, *k1)
+    out.as_strided(size, (strides[0], *both, *strides[1 + dims :])).copy_(first[(slice(None), *(None,) * dims)])
     return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
 
 
@@ -183,6 +189,8 @@ def frobenius(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
     if dtype is None or dtype == tensor.dtype or not tensor.numel():
         return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
+    if host_waits(tensor.device):
+        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=dtype)
     some = max(1, _SOME * tensor.shape[1] // tensor.numel())
     dims = tuple(range(1, tensor.ndim))
     parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]

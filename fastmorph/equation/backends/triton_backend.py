@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import TorchBackend
-from fastmorph.equation.banded import BandedCholesky, unsure
 from fastmorph.equation.frame import Frame, Size
 
 _CAPABILITY = (8, 0)  # the oldest that they are compiled for ahead of time
@@ -58,13 +57,6 @@ class TritonBackend(TorchBackend):
         out: Tensor = kernels().column_gram(first, k2, precision=self.products)
         return out
 
-    def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
-        """The vendor's Cholesky, or the kernels' where their table says that it is faster."""
-        batch, size, _ = gram.shape
-        if kernels().cholesky_preferred(size, batch, gram.dtype, gram.device):
-            return _KernelCholesky(gram)
-        return BandedCholesky(gram, blocks, width)
-
     def anderson_step(self, image: Tensor, move: Tensor, images: Tensor, moves: Tensor) -> Tensor:
         """As the base class has it, by normal equations in float64: one pass over the memory for them, one for the update."""
         products = kernels().anderson_gram(moves, move, accumulate=torch.float64)  # (B, m, m + 1)
@@ -83,20 +75,6 @@ class TritonBackend(TorchBackend):
             weight, hidden, *sizes, seeds(), density=density, precision=precision, into_first=into_first
         )
         return first, second
-
-
-class _KernelCholesky(BandedCholesky):
-    """The same interface on the kernels' factor, which is one block."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        factor, info = kernels().cholesky(matrix)
-        self.width, self.lower = 0, [[factor]]
-        self.failed = (info != 0) | unsure(self.lower)
-
-    def solve(self, right: Tensor) -> Tensor:
-        """(B, n, m) -> (B, n, m)."""
-        out: Tensor = kernels().cholesky_solve(self.dense, right)
-        return out
 
 
 def kernels() -> ModuleType:

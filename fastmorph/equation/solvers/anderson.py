@@ -41,7 +41,7 @@ class _Sweep(NamedTuple):
 
 def anderson(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
     """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
-    frame, weight, scale, history = equation.frame, equation.weight, equation.norm(), History(equation.weight)
+    frame, weight, scale, history = equation.frame, equation.weight, equation.norm, History(equation.weight)
     b, co, _ = equation.sizes
     memory = noise.new_zeros(b, MEMORY, noise[0].numel() if b else 0)
     items, never = torch.arange(b, device=weight.device), torch.full_like(scale, torch.inf)

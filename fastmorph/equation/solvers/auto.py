@@ -60,6 +60,11 @@ class Auto(Solver):
             f"special, solver=fm.General() tries all the same; allow_inexact=True gives the nearest answer."
         )
 
+    def chooses_by_sizes(self, co: int, ci: int, hidden: int, frame: Frame) -> bool:
+        """Where a closed form or one half-step is exact for any weight."""
+        one_half_step = Direct.role(frame, co, ci, hidden) is None and exact_side(frame, co, ci, hidden) is not None
+        return one_half_step or Direct().chooses_by_sizes(co, ci, hidden, frame)
+
     def solve(self, equation: Equation) -> Solution:
         """Solve a batch by the solver that is chosen for it."""
         choice = self.choose(equation.weight, equation.hidden, equation.frame, allow_inexact=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -85,10 +86,11 @@ class Equation:
         ci, k1 = self.weight.shape[2], self.frame.first
         return self.noise(self.hidden, ci, *k1).to(self.weight.dtype) / (ci * tap_count(k1)) ** 0.5
 
+    @cached_property
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
         norm = frobenius(self.weight, self.work)
-        return torch.where(norm > 0, norm, torch.ones_like(norm))
+        return norm.masked_fill(norm == 0, 1.0)
 
 
 class Choice(NamedTuple):
@@ -163,6 +165,10 @@ class Solver(ABC):
         if not allow_inexact:
             refuse_below_rank(weight, hidden, frame)
         return Choice(self, "asked for")
+
+    def chooses_by_sizes(self, co: int, ci: int, hidden: int, frame: Frame) -> bool:
+        """Whether `choose` decides by these sizes alone, without a look at the weight; no, where in doubt."""
+        return False
 
     def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """How often an item that is not exact may be solved, each time from noise of its own; once by default."""

@@ -102,6 +102,11 @@ class Direct(Solver):
                     return Choice(self, "closed form by the weight's low rank", side, factors)
         return None
 
+    def chooses_by_sizes(self, co: int, ci: int, hidden: int, frame: Frame) -> bool:
+        """Where there are as many hidden channels as the weight has on the side that the closed form keeps."""
+        role = self.role(frame, co, ci, hidden)
+        return role is not None and hidden >= (co if role == "first" else ci)
+
     @staticmethod
     def _sides(frame: Frame) -> list[Side]:
         sides: tuple[Side, ...] = ("first", "second")

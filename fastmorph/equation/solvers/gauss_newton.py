@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.backends.torch_backend import dense_system, frobenius
 from fastmorph.equation.bounds import freedom
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
-from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, direction, ridged_factor
+from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, across, direction, ridged_factor
 from fastmorph.equation.solvers.sweeps import History, project, unit
 from fastmorph.equation.solvers.whiten import mix_in, mix_out, whiten
 
@@ -66,7 +66,7 @@ class _State(NamedTuple):
 
 def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
     """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
-    weight, scale, history = equation.weight, equation.norm(), History(equation.weight)
+    weight, scale, history = equation.weight, equation.norm, History(equation.weight)
     state = _start(equation, noise)
     first, second = torch.empty_like(noise), weight.new_empty(len(weight), *state.second.shape[1:])
     residual, used = torch.empty_like(scale), torch.empty_like(state.used)
@@ -75,15 +75,19 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
         remaining = frobenius(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
         history.add(state.items, remaining)
         done = (remaining <= tol) | state.stalled | (state.used + 3 > limit)
-        if bool(done.any()):
-            ended = state.at(done)
+        ends, careful = torch.stack([done, state.careful]).tolist()
+        if any(ends):
+            rows = _rows(ends, done.device)
+            ended = state.at(rows)
             first[ended.items] = mix_in(ended.first, ended.right)
             second[ended.items] = mix_out(ended.left, ended.second)
-            residual[ended.items], used[ended.items] = remaining[done], ended.used
-            state, remaining = state.at(~done), remaining[~done]
-        if len(state.items) == 0:
+            residual[ended.items], used[ended.items] = remaining[rows], ended.used
+            rows = _rows([not end for end in ends], done.device)
+            state, remaining = state.at(rows), remaining[rows]
+            careful = [flag for flag, end in zip(careful, ends, strict=True) if not end]
+        if not careful:
             break
-        state = _advance(equation, state, 0.3 * tol / remaining, limit)
+        state = _advance(equation, state, careful, 0.3 * tol / remaining, limit)
 
     rest = (~(residual <= tol)).nonzero().flatten()
     if len(rest):  # the nearest F2 for G', so far: now for G
@@ -132,32 +136,41 @@ def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tenso
     factor = step.factor.dense if step.by_rows else None
     if factor is None:
         factor = ridged_factor(equation.backend.row_gram(first, step.k2))
-    elif bool(step.singular.any()):
+    elif step.inverse is not None:  # some are singular
         factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], step.k2))
     return second, error, norm, factor
 
 
-def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _State:
+def _advance(equation: Equation, state: _State, careful: list[bool], enough: Tensor, limit: int) -> _State:
     """One Gauss-Newton step of every item; `enough` is the forcing term, (B,), beyond which tol would be overshot."""
-    found = _directions(equation, state, enough, limit)
+    found = _directions(equation, state, careful, enough, limit)
     reached = state._replace(used=state.used + 2 * found.steps)
     taken, failed = torch.ones_like(state.residual), torch.ones_like(state.stalled)
-    open_rows = (found.gain > 0).nonzero().flatten()
+    tried = (found.gain > 0) & (reached.used < limit)
+    wanted = per_item(tried, found.change, torch.zeros_like(found.change))  # a direction that is not tried may be no number
+    rows: Tensor | None = None  # all of them, at first
+    numbers = list(range(len(careful)))  # the same, on the host
     for _ in range(_TRIES):
-        open_rows = open_rows[reached.used[open_rows] < limit]
-        if len(open_rows) == 0:
+        chosen = reached if rows is None else reached.at(rows)
+        change, share = (x if rows is None else x[rows] for x in (wanted, taken))
+        trial = unit(chosen.first + share.view(-1, *(1,) * (change.ndim - 1)) * change)
+        trials = (trial, *_projected(equation, chosen.weight, trial))
+        reached = reached._replace(used=reached.used + tried)
+        better = trials[3] < chosen.residual
+        better = tried & (better if rows is None else torch.zeros_like(tried).index_copy(0, rows, better))
+        taken = torch.where(tried & ~better, _SHORTER * taken, taken)
+        again = tried & ~better & (reached.used < limit)
+        wins, goes_on = torch.stack([better, again]).tolist()
+        if rows is None and all(wins):
+            reached, failed = reached.with_kernels(*trials), ~better
             break
-        shape = (-1, *(1,) * (state.first.ndim - 1))
-        trial = unit(reached.first[open_rows] + taken[open_rows].view(shape) * found.change[open_rows])
-        trials = (trial, *_projected(equation, state.weight[open_rows], trial))
-        reached = reached._replace(used=reached.used.index_add(0, open_rows, torch.ones_like(open_rows)))
-        better = trials[3] < reached.residual[open_rows]
-        rows = open_rows[better]
-        new = (old.index_copy(0, rows, value[better]) for old, value in zip(reached.kernels, trials, strict=True))
-        reached = reached.with_kernels(*new)
-        failed = failed.index_fill(0, rows, False)
-        open_rows = open_rows[~better]
-        taken = torch.where(torch.zeros_like(failed).index_fill(0, open_rows, True), _SHORTER * taken, taken)
+        at = _rows(wins, taken.device)
+        part = at if rows is None else _rows([wins[row] for row in numbers], taken.device)
+        new = (old.index_copy(0, at, value[part]) for old, value in zip(reached.kernels, trials, strict=True))
+        reached, failed, tried = reached.with_kernels(*new), failed & ~better, again
+        if not any(goes_on):
+            break
+        rows, numbers = _rows(goes_on, taken.device), [row for row, flag in enumerate(goes_on) if flag]
     residual = reached.residual
 
     # Along the step the model's gain is gain * (1 - (1 - t)^2), where |R - P A2 d| is least at t = 1.
@@ -173,28 +186,38 @@ def _advance(equation: Equation, state: _State, enough: Tensor, limit: int) -> _
     )
 
 
-def _directions(equation: Equation, state: _State, enough: Tensor, limit: int) -> Direction:
+def _directions(equation: Equation, state: _State, careful: list[bool], enough: Tensor, limit: int) -> Direction:
     """Directions for F1', in the precision that each item calls for."""
+    if len(set(careful)) == 1:
+        return _directions_alike(equation, state, careful[0], enough, limit)
+    whole: Direction | None = None
+    for kind in (False, True):
+        rows = _rows([flag == kind for flag in careful], enough.device)
+        found = _directions_alike(equation, state.at(rows), kind, enough[rows], limit)
+        whole = whole or Direction(*(values.new_empty(len(careful), *values.shape[1:]) for values in found))
+        whole = Direction(*(into.index_copy(0, rows, values) for into, values in zip(whole, found, strict=True)))
+    assert whole is not None
+    return whole
+
+
+def _directions_alike(equation: Equation, state: _State, careful: bool, enough: Tensor, limit: int) -> Direction:
     work = state.weight.dtype
     most = ((limit - state.used - 1) // 2).clamp_max(MOST_STEPS)
-    change, length = torch.empty_like(state.first), torch.empty_like(state.residual)
-    whole = Direction(change, length, length.clone(), torch.empty_like(state.stalled), torch.empty_like(most))
-    for careful in (False, True):
-        rows = (state.careful == careful).nonzero().flatten()
-        if len(rows) == 0:
-            continue
-        dtype = work if careful else torch.float32
-        residual = state.residual[rows]
-        norm = residual.view(-1, *(1,) * (change.ndim - 1))
-        # Forcing terms of Eisenstat and Walker, down to what the precision allows and tol can use.
-        forcing = (0.9 * (residual / state.before[rows]) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
-        forcing = forcing.maximum(enough[rows])
-        first, second, factor = (x[rows].to(dtype) for x in (state.first, state.second, state.factor))
-        factor2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
-        about = Linearised((state.error[rows] / norm).to(dtype), first, second, factor, factor2)
-        radius = (state.radius[rows] / residual).to(dtype)
-        found = direction(equation.backend, about, forcing.to(dtype), radius, most[rows])
-        found = found._replace(change=found.change * norm, length=found.length * residual)
-        for into, values in zip(whole, found, strict=True):
-            into[rows] = values.to(into.dtype)
-    return whole
+    dtype = work if careful else torch.float32
+    norm = state.residual.view(-1, *(1,) * (state.first.ndim - 1))
+    # Forcing terms of Eisenstat and Walker, down to what the precision allows and tol can use.
+    forcing = (0.9 * (state.residual / state.before) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
+    forcing = forcing.maximum(enough)
+    first, second, lower1 = (x.to(dtype) for x in (state.first, state.second, state.factor))
+    lower2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
+    across1 = across(lower1, dense_system(first, equation.frame.second))
+    across2 = across(lower2, dense_system(second.transpose(1, 2), equation.frame.first))
+    about = Linearised((state.error / norm).to(dtype), across1, across2, lower2)
+    found = direction(about, equation.frame.first, forcing.to(dtype), (state.radius / state.residual).to(dtype), most)
+    change, length, gain = (x.to(work) for x in (found.change, found.length, found.gain))
+    return found._replace(change=change * norm, length=length * state.residual, gain=gain)
+
+
+def _rows(flags: list[bool], device: torch.device) -> Tensor:
+    """Which are set."""
+    return torch.tensor([row for row, flag in enumerate(flags) if flag], dtype=torch.int64).to(device, non_blocking=True)

@@ -8,9 +8,10 @@ drops the term of Golub and Pereyra 1973 that vanishes with R). Its least square
 Where this departs from the textbook:
 1. The preconditioner is M2, the half-step for F1: without P it would be the answer, and one CG step is one sweep of
    alternating least squares. Steps then count hidden directions that the two kernels share, not the condition of the kernels.
-2. M2 is never applied. Along CG, M2 p obeys the recurrence of p with the residual in the place of M2^-1 times it, so a step
-   costs two compositions, two correlations and two triangular pairs, and no factorisation.
-3. |d| in the metric of M2, which the trust region needs, is carried by recurrences of scalars for the same reason.
+2. The factors M1 = L1 L1^T and M2 = L2 L2^T are applied once, to the systems: V = L1^-1 A1^T and W = L2^-1 A2^T have
+   orthonormal rows. With q = L2^T d in the place of d, the preconditioner is the identity, the metric of the trust region too,
+   and a step is a handful of matrix products, whatever the kernels' sizes.
+3. Items that are done stay in the batch, with steps of length zero, until all are: no item's row moves.
 4. It ends when the residual model is small, and also when the gradient has fallen to a tenth: far from an answer, and always
    where there is none, the linear model cannot make the residual small, and to solve it better would be for nothing.
 5. It may run in float32 under a float64 outer iteration: only the direction is inexact, and the line search judges it.
@@ -23,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmorph.equation.backends import Backend
-from fastmorph.equation.backends.torch_backend import taps_first, taps_last
-from fastmorph.equation.frame import Size, tap_count
+from fastmorph.equation.arrays import host_waits
+from fastmorph.equation.frame import Size
 
 MOST_STEPS = 120  # a direction that is not found by then is better sought again from where this one leads
 _SETTLED = 0.1  # of the first gradient
+_UNSEEN = 4  # steps between two looks at whether all are done, where the host waits for these
 
 
 class Direction(NamedTuple):
@@ -42,62 +43,70 @@ class Direction(NamedTuple):
 
 
 class Linearised(NamedTuple):
-    """A batch of projected equations about F1: R of norm 1, F1, F2, factors of M1 and M2, in the precision of CG."""
+    """A batch of projected equations about F1: R of norm 1, V, W and L2, in the precision of CG."""
 
     error: Tensor  # (B, Co, Ci, *N)
-    first: Tensor  # (B, Ch, Ci, *K1)
-    second: Tensor  # (B, Co, Ch, *K2)
-    factor1: Tensor  # (B, |K2|*Ch, |K2|*Ch)
-    factor2: Tensor  # (B, |K1|*Ch, |K1|*Ch)
+    across1: Tensor  # V, (B, |K2|*Ch, Ci*|N|)
+    across2: Tensor  # W, (B, |K1|*Ch, Co*|N|)
+    lower2: Tensor  # L2, (B, |K1|*Ch, |K1|*Ch)
 
 
-def direction(backend: Backend, about: Linearised, forcing: Tensor, radius: Tensor, most: Tensor) -> Direction:
-    """Solve until the residual model falls to `forcing`, d reaches `radius`, or `most` steps are taken; (B,) each.
-
-    Items that stop leave the batch.
-    """
-    k1, k2 = tuple(about.first.shape[3:]), tuple(about.second.shape[3:])
-    origin, eps = (0,) * len(k1), torch.finfo(about.error.dtype).eps
-    zero = torch.zeros_like(radius)
-    found = Direction(torch.zeros_like(about.first), zero.clone(), zero.clone(), zero > 0, torch.zeros_like(most))
-    items = torch.arange(len(radius), device=radius.device)
-
-    s = _onto_first(backend, about.error, about.second, k1)  # A2^T R - H d
-    z = _half_step(about.factor2, s.transpose(1, 2)).transpose(1, 2)  # M2^-1 s
-    d, p, mp, gamma = torch.zeros_like(s), z, s, _dot(s, z)
-    gain, dmd, dmp, pmp = zero.clone(), zero.clone(), zero.clone(), gamma
-    flat = (_SETTLED**2 * gamma).clamp_min(10 * eps)
-    step = 0
-    while len(items):
-        step += 1
-        first, second = about.first, about.second
-        onto = _half_step(about.factor1, backend.correlate(backend.compose(p, second), origin, first, k2))  # M1^-1 A1^T A2 p
-        hp = mp - _onto_first(backend, backend.compose(first, onto), second, k1)
+def direction(about: Linearised, k1: Size, forcing: Tensor, radius: Tensor, most: Tensor) -> Direction:
+    """Solve until the residual model falls to `forcing`, d reaches `radius`, or `most` steps are taken; (B,) each."""
+    co, ci = about.error.shape[1:3]
+    across1, across2 = about.across1, about.across2
+    # Rows are input channels: q, p and s (B, Ci, |K1|*Ch).
+    s = _other_rows(about.error, co, ci) @ across2.mT  # L2^-1 (A2^T R - H d)
+    p, q, gamma = s, torch.zeros_like(s), _dot(s, s)
+    enough, flat = 1 - forcing**2, (_SETTLED**2 * gamma).clamp_min(10 * torch.finfo(s.dtype).eps)
+    reach, none = radius**2, torch.zeros_like(gamma)
+    gain, steps, on = none, torch.zeros_like(most), most >= 0
+    inside = on
+    every = _UNSEEN if host_waits(s.device) else 1
+    for step in range(1, MOST_STEPS + 1):
+        composed = _other_rows(torch.bmm(p, across2), ci, co)  # A2 d, (B, Co, Ci*|N|)
+        left = torch.baddbmm(composed, torch.bmm(composed, across1.mT), across1, alpha=-1)  # P A2 d
+        hp = torch.bmm(_other_rows(left, co, ci), across2.mT)
         php = _dot(p, hp)
-        a = torch.where(php > 0, gamma / php, zero)
-        hit = dmd + 2 * a * dmp + a * a * pmp > radius**2  # |d| grows along CG: it leaves the ball once
-        to_sphere = (-dmp + (dmp**2 + pmp * (radius**2 - dmd)).clamp_min(0).sqrt()) / pmp
-        a = torch.where(hit, to_sphere, a)
-        d, s = d + _scaled(a, p), s - _scaled(a, hp)
-        dmd, dmp = dmd + 2 * a * dmp + a * a * pmp, dmp + a * pmp
-        gain = gain + 2 * a * gamma - a * a * php
-        stop = hit | (1 - gain <= forcing**2) | (gamma <= flat) | ~(php > 1e-14 * pmp) | (step >= most)
-        if bool(stop.any()):
-            for whole, part in zip(found, (d, dmd.clamp_min(0).sqrt(), gain, hit), strict=False):
-                whole[items[stop]] = part[stop]
-            found.steps[items[stop]] = step
-            on = ~stop
-            if not bool(on.any()):
-                break
-            about = Linearised(*(x[on] for x in about))
-            items, zero, forcing, radius, most, flat = (x[on] for x in (items, zero, forcing, radius, most, flat))
-            d, s, p, mp, gamma, gain, dmd, dmp, pmp = (x[on] for x in (d, s, p, mp, gamma, gain, dmd, dmp, pmp))
-        z = _half_step(about.factor2, s.transpose(1, 2)).transpose(1, 2)
-        last, gamma = gamma, _dot(s, z)
-        b = gamma / last
-        p, mp = z + _scaled(b, p), s + _scaled(b, mp)
-        dmp, pmp = b * dmp, gamma + b * b * pmp  # (d, s) = 0 and (p_old, s) = 0 along CG
-    return found
+        curved = php > 0
+        a = torch.where(curved, gamma / php, none)
+        further = torch.addcmul(q, _column(a), p)
+        inside = torch.where(on, _dot(further, further) <= reach, inside)  # |q| grows along CG: it leaves the ball once
+        a = torch.where(on & inside, a, none)
+        q, s = torch.addcmul(q, _column(a), p), torch.addcmul(s, _column(a), hp, value=-1)
+        gain, steps = torch.addcmul(gain, a, gamma), steps + on
+        on = torch.stack([on, curved, inside, gain < enough, gamma > flat, steps < most]).all(0)
+        if step % every == 0 and not bool(on.any()):
+            break
+        last, gamma = gamma, _dot(s, s)
+        p = torch.where(_column(on), torch.addcmul(s, _column(gamma / last), p), p)
+    return _to_the_sphere(about, k1, p, q, (gamma, php, gain, reach), inside, steps)
+
+
+def _to_the_sphere(
+    about: Linearised,
+    k1: Size,
+    p: Tensor,
+    q: Tensor,
+    scalars: tuple[Tensor, Tensor, Tensor, Tensor],
+    inside: Tensor,
+    steps: Tensor,
+) -> Direction:
+    """The direction, where its last step would have left the ball with as much of that step as leads to the sphere."""
+    gamma, php, gain, reach = scalars
+    qp, pp = _dot(q, p), _dot(p, p)
+    t = ((qp**2 + pp * (reach - _dot(q, q))).clamp_min(0).sqrt() - qp) / pp
+    t = torch.where(inside, torch.zeros_like(t), t)
+    q, gain = torch.addcmul(q, _column(t), p), gain + 2 * t * gamma - t * t * php
+    change = torch.linalg.solve_triangular(about.lower2.mT, q.mT, upper=True)  # (B, |K1|*Ch, Ci)
+    batch, _, ci = change.shape
+    change = change.view(batch, *k1, -1, ci).permute(0, -2, -1, *range(1, len(k1) + 1))
+    return Direction(change, _dot(q, q).sqrt(), gain, ~inside, steps)
+
+
+def across(lower: Tensor, system: Tensor) -> Tensor:
+    """L^-1 A^T, (B, n, m), with orthonormal rows, for A^T (B, n, m) and the factor L (B, n, n) of A^T A."""
+    return torch.linalg.solve_triangular(lower, system, upper=False)
 
 
 def ridged_factor(gram: Tensor) -> Tensor:
@@ -117,23 +126,15 @@ def ridged_factor(gram: Tensor) -> Tensor:
     return factor
 
 
-def _half_step(factor: Tensor, kernel: Tensor) -> Tensor:
-    """M^-1 on a kernel (B, Co, Ch, *K2), given the factor of M, whose rows are ordered tap by tap."""
-    b, co, ch, *k2 = kernel.shape
-    rows = taps_first(kernel).view(tap_count(tuple(k2)), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
-    by_tap = torch.cholesky_solve(rows, factor).view(b, -1, ch, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
-    return taps_last(by_tap.reshape(*k2, b, co, ch))
-
-
-def _onto_first(backend: Backend, target: Tensor, second: Tensor, k1: Size) -> Tensor:
-    """A2^T on a target that fills the frame, (B, Co, Ci, *N) -> (B, Ch, Ci, *K1)."""
-    origin = (0,) * len(k1)
-    return backend.correlate(target.transpose(1, 2), origin, second.transpose(1, 2), k1).transpose(1, 2)
+def _other_rows(rows: Tensor, channels: int, others: int) -> Tensor:
+    """(B, C, C'*|N|) -> (B, C', C*|N|)."""
+    return rows.reshape(len(rows), channels, others, -1).transpose(1, 2).reshape(len(rows), others, -1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
+    """(B, m, n), (B, m, n) -> (B,)."""
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).view(-1)
 
 
-def _scaled(factor: Tensor, x: Tensor) -> Tensor:
-    return factor.view(-1, *(1,) * (x.ndim - 1)) * x
+def _column(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)

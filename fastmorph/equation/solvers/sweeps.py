@@ -41,6 +41,8 @@ def project(step: HalfStep, target: Tensor, before: Size, *, always_refine: bool
     """
     second = step.solve(target, before)
     error, norm = step.error(target, before, second)
+    if not step.wait:
+        return step.refined(second, error, norm, target, before)
     near = norm <= torch.finfo(error.dtype).eps ** 0.25 * frobenius(target)
     if always_refine or bool(near.any()):
         wanted = near | always_refine
@@ -65,7 +67,7 @@ class History:
 
     def add(self, items: Tensor, residual: Tensor) -> None:
         """Record one step of some items."""
-        self.rows.append(self.empty.index_put((items,), residual))
+        self.rows.append(self.empty.index_copy(0, items, residual))
 
     def stacked(self) -> Tensor:
         """The trace of a Solution."""

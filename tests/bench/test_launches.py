@@ -1,0 +1,169 @@
+"""What calls ask a GPU for, counted with no GPU; and that to wait only at the end changes no answer and no refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmorph as fm
+from fastmorph.equation import arrays, problem
+
+pytest.importorskip("triton")
+
+from bench.launches import CALLS, Count, Counting, count, counting
+
+# Launches and waits at most, by the kernels and by PyTorch alone.
+CEILINGS = {
+    "Direct 2048 -> 4096": (Count(24, 1), Count(340, 2)),
+    "Direct 64 -> 128": (Count(24, 1), Count(110, 2)),
+    "half-step 64 -> 192": (Count(130, 2), Count(220, 2)),
+    "half-step 64 -> 228, 2052 unknowns": (Count(140, 2), Count(220, 2)),
+    "Gauss-Newton, 6 problems": (Count(3200, 75), Count(5300, 75)),
+    "VGG-16's 13 convolutions": (Count(300, 1), Count(900, 9)),
+    "100 alike layers": (Count(130, 1), Count(220, 2)),
+}
+
+
+def test_every_ceiling_is_one_of_a_call_that_is_counted():
+    assert CEILINGS.keys() <= {call.name for call in CALLS}
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.name in CEILINGS], ids=lambda call: call.name)
+def test_no_call_asks_for_more_than_its_ceiling(call):
+    for backend, most in zip(("triton", "torch"), CEILINGS[call.name], strict=True):
+        found = count(call, backend).count
+        assert 0 < found.launches <= most.launches
+        assert 0 < found.waits <= most.waits
+
+
+def counted(run) -> Counting:
+    x = torch.arange(12.0).view(3, 4)
+    with counting("cpu") as mode:
+        run(x)
+    return mode
+
+
+@pytest.mark.parametrize(
+    ("run", "launches", "waits"),
+    [
+        (lambda x: x.T.reshape(4, 3), 0, 0),  # views
+        (lambda x: x.new_empty(3), 0, 0),
+        (lambda x: x + 1, 1, 0),
+        (lambda x: (x * 2).sum(), 2, 0),
+        (lambda x: x[0, 0].item(), 0, 1),
+        (lambda x: bool(x.any()), 1, 1),
+        (lambda x: float(x.sum()), 1, 1),
+        (lambda x: x.tolist(), 0, 1),
+        (lambda x: x.cpu(), 0, 1),
+        (lambda x: x.numpy(), 0, 1),
+        (lambda x: x.nonzero(), 1, 1),
+        (lambda x: x[x > 3], 2, 1),
+        (lambda x: torch.linalg.cholesky(x @ x.T + torch.eye(3)), 4, 1),
+        (lambda x: torch.linalg.eigh(x @ x.T), 2, 1),
+    ],
+)
+def test_what_is_a_launch_and_what_a_wait(run, launches, waits):
+    assert counted(run).count == Count(launches, waits)
+
+
+def test_an_operator_of_the_kernels_is_the_launches_that_its_launcher_makes():
+    from fastmorph_kernels import residual
+
+    mode = counted(lambda x: residual(x[None], x.T[None].contiguous(), x.new_zeros(1, 4, 4), ()))
+    assert mode.launches["_residual_kernel"] == mode.launches["_sum_kernel"] == 1
+
+
+# --- a GPU's path, on the CPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queued(monkeypatch):
+    """As if work on the CPU were queued: nothing is read before the end."""
+    monkeypatch.setattr(arrays, "_AT_HAND", frozenset())
+
+
+def weight(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+CASES = [
+    (fm.Direct(), (40, 50, 3, 3), 46),  # an estimated residual, sums of channels that eight does not divide
+    (fm.Direct(), (6, 5, 3, 3), 9),
+    (fm.General(), (6, 6, 3, 3), 18),  # one half-step by columns
+    (fm.General(), (20, 6, 3, 3), 17),  # one by rows is not exact on this side
+    (fm.General(), (6, 6, 5, 5), 12),  # iterations
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("solver", "shape", "hidden"), CASES)
+def test_to_wait_only_at_the_end_changes_no_answer(monkeypatch, solver, shape, hidden, dtype):
+    given = weight(*shape, dtype=dtype)
+    eager = fm.decompose(given, hidden, solver=solver, generator=0)
+    monkeypatch.setattr(arrays, "_AT_HAND", frozenset())
+    late = fm.decompose(given, hidden, solver=solver, generator=0)
+    assert bool(late.converged)
+    composed = fm.compose(late.first.double(), late.second.double())
+    behind = (composed.shape[-1] - shape[-1]) // 2
+    placed = torch.nn.functional.pad(given.double(), [behind] * 4)
+    assert float((composed - placed).norm() / placed.norm()) <= fm.tolerance(dtype)
+    assert late.iterations == eager.iterations or shape[-1] == 5
+    if isinstance(solver, fm.Direct):
+        assert torch.equal(late.first, eager.first)
+        assert float(late.residual) == pytest.approx(float(eager.residual), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**90])
+def test_weights_out_of_range_are_solved_in_range_after_all(queued, monkeypatch, scale):
+    measured = []
+    in_range = problem._in_range
+    monkeypatch.setattr(problem, "_in_range", lambda w: measured.append(len(w)) or in_range(w))
+    problems = [fm.Problem(weight(6, 5, 3, 3) * s, 9) for s in (1.0, scale)] * 2
+    found = fm.decompose_many(problems, generator=0, progress=False)
+    assert measured == [1, 1]  # those two alone
+    plain = fm.decompose_many([fm.Problem(weight(6, 5, 3, 3), 9)] * 4, generator=0, progress=False)
+    for one, other, given in zip(found, plain, problems, strict=True):
+        assert bool(one.converged)
+        left = fm.compose(one.first.double(), one.second.double())[..., 1:-1, 1:-1] - given.weight.double()
+        assert float(left.norm() / given.weight.double().norm()) <= fm.tolerance(torch.float32)
+        assert torch.equal(one.first / one.first.norm(), other.first / other.first.norm())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("solver", "hidden"), [(fm.Direct(), 9), (fm.General(), 18)])
+def test_what_is_no_number_is_refused_as_ever(queued, solver, hidden, bad):
+    wrong = weight(6, 6, 3, 3)
+    wrong[1, 2, 0, 1] = bad
+    with pytest.raises(fm.MorphError, match="problem 1: weight has 1 entries that are NaN or infinite"):
+        fm.decompose_many(
+            [fm.Problem(weight(6, 6, 3, 3), hidden), fm.Problem(wrong, hidden)], solver=solver, generator=0, progress=False
+        )
+
+
+def test_an_item_whose_noise_is_singular_is_drawn_again(queued, monkeypatch):
+    """One half-step from an F1 of rank 1: nothing is read then, and the residual tells."""
+    start = fm.equation.solvers.base.Equation.start
+    drawn = []
+
+    def singular_at_first(equation):
+        drawn.append(len(equation.weight))
+        noise = start(equation)
+        return noise[:, :1].expand_as(noise).clone() if len(drawn) == 1 else noise
+
+    monkeypatch.setattr(fm.equation.solvers.base.Equation, "start", singular_at_first)
+    found = fm.decompose(weight(6, 6, 3, 3), 18, solver=fm.General(), generator=0)
+    assert bool(found.converged)
+    assert drawn == [1, 1]
+
+
+def test_an_answer_that_is_not_exact_is_refused_as_ever(queued, monkeypatch):
+    rounded = fm.equation.solve._rounded
+
+    def spoilt(*arguments):
+        first, second = rounded(*arguments)
+        first[0, 7, 3, 1, 1] += 1.0
+        return first, second
+
+    monkeypatch.setattr(fm.equation.solve, "_rounded", spoilt)
+    with pytest.raises(fm.InexactMorphError, match="left a relative residual"):
+        fm.decompose(weight(40, 50, 3, 3), 44, generator=0)
