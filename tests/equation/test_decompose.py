@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from strategies import Case, agrees, cases, oracle_residual
 
@@ -137,19 +139,28 @@ def test_practical_always_ends(case, extra, seed):
 def test_plain_als_follows_the_reference(case, hidden, seed):
     """From the same noise, the batched torch backend walks the path of the dense numpy algorithm."""
     solver = fm.General(max_iter=3, acceleration=None)
-    traces = []
-    for backend in ("torch", "numpy"):
-        found = fm.decompose(
-            case.weight,
-            hidden,
-            case.sizes,
-            spatial_dims=case.dims,
-            solver=solver,
-            backend=backend,
-            generator=torch.Generator().manual_seed(seed),
-            allow_inexact=True,
-        )
-        traces.append(found.trace.nan_to_num(nan=0.0).reshape(len(found.trace), -1))
+    traces, conditions = [], []
+
+    def dense_system(*arguments):
+        system = plain(*arguments)
+        conditions.append(float(np.linalg.cond(system)))
+        return system
+
+    plain = reference.dense_system
+    with mock.patch.object(reference, "dense_system", dense_system):
+        for backend in ("torch", "numpy"):
+            found = fm.decompose(
+                case.weight,
+                hidden,
+                case.sizes,
+                spatial_dims=case.dims,
+                solver=solver,
+                backend=backend,
+                generator=torch.Generator().manual_seed(seed),
+                allow_inexact=True,
+            )
+            traces.append(found.trace.nan_to_num(nan=0.0).reshape(len(found.trace), -1))
+    assume(max(conditions) < 1e6)  # in a system of deficient rank, rounding decides which way the next steps go
     steps = min(map(len, traces))
     # The half-steps' systems have conditions of some thousands; residuals near rounding carry no digits.
     torch.testing.assert_close(traces[0][:steps], traces[1][:steps], rtol=1e-5, atol=1e-9)
