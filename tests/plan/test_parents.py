@@ -136,7 +136,7 @@ class Detector(nn.Module):
 
     def forward(self, images):
         scores = torch.cat([self.backbone(image[None]) for image in images])
-        return scores[scores[:, 0] > scores.mean()]
+        return scores[scores[:, 0] >= scores[:, 0].mean()]
 
 
 def test_a_detector_is_refused_with_what_to_morph_instead():
