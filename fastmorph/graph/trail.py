@@ -88,8 +88,8 @@ def bare_skeleton(model: nn.Module) -> Skeleton:
     return skeleton
 
 
-def walk(skeleton: Skeleton, call: Inputs) -> Trail:
-    """Run a model once in eval mode and, for what it uses then, once in train mode, if it runs in that.
+def walk(skeleton: Skeleton, call: Inputs, *, train: bool = False) -> Trail:
+    """Run a model once in eval mode and with `train`, for what it uses then, once more in train mode, if it runs in that.
 
     Raises ForwardError and MorphError as `Skeleton.run` does.
     """
@@ -98,6 +98,8 @@ def walk(skeleton: Skeleton, call: Inputs) -> Trail:
     leaves = skeleton.run(call, _Walker(names, trail), train=False)
     trail.result = [tuple(leaf.shape) for _, leaf in leaves if isinstance(leaf, Tensor)]
     trail.touched = set(trail.uses)
+    if not train:
+        return trail
     try:
         skeleton.run(call, _Walker(names, trained), train=True)
     except (ForwardError, MorphError):  # e.g. a batch norm that refuses a single value
