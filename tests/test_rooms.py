@@ -16,7 +16,7 @@ FILES = {
 }
 FLOORS = (
     ("errors",),
-    ("inputs", "outputs"),
+    ("context", "inputs", "outputs"),
     ("nn", "equation", "graph", "certify"),
     ("plan",),
     ("morphs",),

@@ -28,6 +28,7 @@ from fastmorph.inputs import Inputs
 from fastmorph.outputs import PLAIN, Path, flatten
 
 _BRANCHES = 16  # comparisons of sizes that are tried the other way
+_FORMS = {torch.channels_last: 4, torch.channels_last_3d: 5}  # and their numbers of dimensions
 
 
 class ForwardError(Exception):
@@ -49,6 +50,12 @@ class Skeleton:
     def __init__(self, model: nn.Module) -> None:
         if type(model).__name__ == "OptimizedModule":
             raise MorphError("the model is compiled by torch.compile: morph the original model, then compile the child.")
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise MorphError(
+                    f"the model cannot be traced: {f'module {name!r}' if name else 'it'} is TorchScript, whose operators "
+                    "cannot be seen; put the nn.Module that it was made from in its place."
+                )
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         devices = [tensor.device for _, tensor in _tensors(model) if tensor.device.type != "meta"]
         self._device = devices[0] if devices else torch.device("cpu")
@@ -95,7 +102,8 @@ class Skeleton:
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
         """Give a parameter or buffer, under all its names, another shape."""
         old = _get(self.model, name)
-        new = self._wrap(torch.empty(shape, dtype=old.dtype, device="meta"), old.device, old)
+        form = next((form for form in _FORMS if _is_of(old, form)), torch.contiguous_format)
+        new = self._wrap(torch.empty(shape, dtype=old.dtype, device="meta", memory_format=form), old.device, old)
         for other in self.names[name]:
             owner, key = _owner(self.model, other)
             tensors: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
@@ -221,6 +229,11 @@ class Skeleton:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _is_of(tensor: Tensor, form: torch.memory_format) -> bool:
+    """Whether a tensor lies in memory in this form, and not in the usual one as well."""
+    return tensor.ndim == _FORMS[form] and tensor.is_contiguous(memory_format=form) and not tensor.is_contiguous()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmorph.context import plain_context
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
@@ -111,6 +112,7 @@ def _is_plain(key: str, value: Any) -> bool:
     return type(value) in (int, str, bool) or (type(value) is tuple and all(type(item) is int for item in value))
 
 
+@plain_context()
 def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
     """Follow a model's channels once, to hand what was found to many calls (`structure=` of `coupled`, `widen`, `morph`).
 
@@ -122,8 +124,15 @@ def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
     Raises:
         MorphError: the model does not run on them, or its forward cannot be followed.
     """
-    skeleton, known = Skeleton(model), fingerprint(model)
-    inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
+    try:
+        skeleton, known = Skeleton(model), fingerprint(model)
+        inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
+    except MorphError as error:
+        if not isinstance(getattr(model, "backbone", None), nn.Module):
+            raise
+        raise MorphError(  # a detector, which takes lists of images and branches on what it finds
+            f"{error} The model has a backbone: morph model.backbone alone, and put the child in its place."
+        ) from error
     return Structure(skeleton, record, skeleton.inputs(inputs), known)
 
 

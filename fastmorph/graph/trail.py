@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,9 @@ from fastmorph.inputs import Inputs
 
 # Where and how data lie in memory may differ between two ways to compute one thing.
 _MEMORY = {"empty", "new_empty", "view", "_unsafe_view", "_reshape_alias", "reshape", "clone", "detach", "alias", "as_strided"}
+
+# What can be compared: an operator may take process groups and other handles as well.
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 Stack = tuple[str, ...]  # the modules that run, from the model itself to the innermost
 
@@ -67,7 +71,7 @@ class _Walker(Watcher):
                 self._trail.uses.setdefault(self._names[id(leaf)], set()).add(stack)
         name = func._schema.name.split("::")[1]
         if name not in _MEMORY and func.namespace != "prim":
-            numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+            numbers = tuple(leaf for leaf in leaves if isinstance(leaf, _PLAIN))
             shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
             self._trail.operations.append(Operation(stack, name, numbers, shapes))
         return out
@@ -84,8 +88,8 @@ def bare_skeleton(model: nn.Module) -> Skeleton:
     return skeleton
 
 
-def walk(skeleton: Skeleton, call: Inputs) -> Trail:
-    """Run a model once in eval mode and, for what it uses then, once in train mode, if it runs in that.
+def walk(skeleton: Skeleton, call: Inputs, *, train: bool = False) -> Trail:
+    """Run a model once in eval mode and with `train`, for what it uses then, once more in train mode, if it runs in that.
 
     Raises ForwardError and MorphError as `Skeleton.run` does.
     """
@@ -94,6 +98,8 @@ def walk(skeleton: Skeleton, call: Inputs) -> Trail:
     leaves = skeleton.run(call, _Walker(names, trail), train=False)
     trail.result = [tuple(leaf.shape) for _, leaf in leaves if isinstance(leaf, Tensor)]
     trail.touched = set(trail.uses)
+    if not train:
+        return trail
     try:
         skeleton.run(call, _Walker(names, trained), train=True)
     except (ForwardError, MorphError):  # e.g. a batch norm that refuses a single value

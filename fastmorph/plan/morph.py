@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.recorded import certify, record
 from fastmorph.certify.verify import verify as verify_models
+from fastmorph.context import plain_context
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
@@ -26,6 +27,7 @@ from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
+from fastmorph.plan.parents import check_parent, guard_saving, savable
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.step import Step
@@ -88,6 +90,7 @@ class Morphed(Generic[M]):
         return rebound(scheduler, self.optimizer, self._twins)
 
 
+@plain_context()
 def morph(
     model: M,
     plan: Plan | Sequence[Operator] | Operator,
@@ -139,6 +142,8 @@ def morph(
         InexactMorphError: an equation was not solved exactly.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
+    check_parent(model)
+    shapes = savable(model)
     if structure is not None:
         structure.check(model)
     if optimizer is not None:
@@ -188,6 +193,7 @@ def morph(
     certificate = with_layers(certificate, transaction.compared, child)
     if certificate is not None and not certificate and not allow_inexact:
         raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
+    guard_saving(child, shapes)
     carried: Optimizer | None = None
     twins: tuple[int, ...] = ()
     if optimizer is not None:
@@ -203,6 +209,7 @@ def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
     return morph(model, operators, **options).model
 
 
+@plain_context()
 def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example_inputs: Any = None) -> M:
     """The child's architecture alone, for a saved child's `load_state_dict`: no weights are set, nor the parent's copied.
 
@@ -218,10 +225,13 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
         MorphError: a layer cannot be morphed.
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
+    check_parent(model)
+    shapes = savable(model)
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given
     transaction = Transaction(*_copied(model, with_weights=False), example_inputs=inputs, with_weights=False)
     transaction.run(plan)
+    guard_saving(transaction.model, shapes)
     return cast(M, transaction.model)
 
 

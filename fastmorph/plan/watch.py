@@ -56,7 +56,7 @@ class Surroundings:
         try:
             with isolated({"cpu"}):
                 skeleton = bare_skeleton(model)
-                return skeleton, walk(skeleton, self._call)
+                return skeleton, walk(skeleton, self._call, train=True)
         except Exception:  # TorchScript, a branch on values, ...: what cannot be followed is judged by its outputs alone
             return None, None
 

@@ -1,0 +1,82 @@
+"""Models that cannot be morphed as they are: wrapped, sharded or compiled ones; and children that their class cannot save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmorph.errors import MorphError
+
+Shapes = Mapping[str, tuple[int, ...]]
+_SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP2 (fully_shard)"}
+
+
+def check_parent(model: nn.Module) -> None:
+    """Raise MorphError, with what to do instead, for a model whose child could not be made or could not train."""
+    for name, module in model.named_modules():
+        what = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise MorphError(
+                f"{what} is TorchScript, whose code is fixed and whose copies PyTorch does not train: morph with the nn.Module "
+                "that it was made from, then script the child."
+            )
+        if isinstance(module, DistributedDataParallel):
+            raise MorphError(
+                f"{what} is wrapped in DistributedDataParallel, which goes on reducing the parent's gradients: morph its "
+                ".module on each process, with one seed (generator=), then wrap the child anew."
+            )
+        sharded = next((_SHARDED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SHARDED), None)
+        if sharded is not None:
+            raise MorphError(
+                f"{what} is sharded by {sharded}, so that no process holds whole weights: gather its full state dict into an "
+                "unsharded copy of the model, morph that, then shard the child."
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__module__.startswith("torch.distributed"):
+            raise MorphError(
+                f"the parameter {name!r} is a {type(parameter.data).__name__}, distributed over a mesh: morph a copy of the "
+                "model with whole parameters (full_tensor()), then distribute the child."
+            )
+
+
+# --- children that their class cannot hold -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CannotSave:
+    """Stands in the place of a child's `save_pretrained`, whose files its class would load into other layers, or fresh ones."""
+
+    kind: str
+    changed: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Raise MorphError."""
+        raise MorphError(
+            f"{self.kind}.save_pretrained would write a checkpoint that from_pretrained cannot load: {self.changed!r} is not "
+            "as the config says. Save child.state_dict(), Morphed.history and the parent's config instead; to load, make the "
+            "parent from its config, then fastmorph.restructure(parent, history) and load_state_dict."
+        )
+
+
+def savable(model: nn.Module) -> dict[str, Shapes]:
+    """By name, the shapes of the tensors in each module that can `save_pretrained`."""
+    found: dict[str, Shapes] = {}
+    for name, module in model.named_modules():
+        if callable(getattr(type(module), "save_pretrained", None)):
+            found[name] = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    return found
+
+
+def guard_saving(child: nn.Module, before: Mapping[str, Shapes]) -> None:
+    """Let `save_pretrained` raise where a module has other tensors than `before`, as `savable` found them in the parent."""
+    for name, after in savable(child).items():
+        known = before.get(name, after)
+        changed = next((key for key in [*known, *after] if known.get(key) != after.get(key)), None)
+        if changed is not None:
+            module = child.get_submodule(name)
+            vars(module)["save_pretrained"] = CannotSave(type(module).__name__, changed)
