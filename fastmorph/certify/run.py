@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastmorph.certify.arithmetic import Arithmetic, WeightsChanged
 from fastmorph.certify.outputs import copied, widened
 from fastmorph.errors import MorphError
+from fastmorph.graph.clone import clone
 from fastmorph.inputs import Inputs
 from fastmorph.outputs import Outputs, flatten
 
@@ -107,7 +108,7 @@ def _twin(model: nn.Module, exact: bool, share: bool) -> nn.Module:
         for value in vars(module).values():
             if type(value) is Tensor:  # PyTorch copies none that has a history
                 memo.setdefault(id(value), copied(value, False))
-    twin = deepcopy(model, memo)
+    twin = clone(model, memo) if share else deepcopy(model, memo)
     if exact and not share:
         twin.double()
         for tensor in chain(twin.parameters(), twin.buffers()):

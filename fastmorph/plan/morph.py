@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from fastmorph.context import plain_context
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
+from fastmorph.graph.clone import clone
 from fastmorph.graph.structure import Structure
 from fastmorph.graph.trail import guess_call
 from fastmorph.inputs import as_call
@@ -251,5 +253,7 @@ def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, 
             f"the model cannot be copied: module {name!r} keeps a tensor {key!r} that it computed with gradients (pruning "
             f"does); bake it first, e.g. by torch.nn.utils.prune.remove(module, {key!r})."
         )
-    child = deepcopy(model, memo)
+    for tensor in chain(model.parameters(), model.buffers()):
+        memo.setdefault(id(tensor), deepcopy(tensor, memo))
+    child = clone(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))

@@ -140,12 +140,11 @@ class Transaction:
             together = getattr(kind, "apply_together", None)
             if together is not None:
                 group = list(neighbours)
-                for operator in group:
-                    self._check(operator)
+                self._check(group)
                 together(group, self)
                 continue
             for operator in neighbours:
-                self._check(operator)
+                self._check([operator])
                 self._places.clear()
                 with self.step(operator):
                     operator.apply(self)
@@ -190,14 +189,15 @@ class Transaction:
         left = list(self._resolved)
         return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in operators)
 
-    def _check(self, operator: Operator) -> None:
+    def _check(self, operators: Iterable[Operator]) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        target: object = operator.target
-        if not isinstance(target, str):
-            names = [name for name, module in modules.items() if module is target]
-            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
-            raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
-        check_sizes(operator, target, modules.get(target))
+        for operator in operators:
+            target: object = operator.target
+            if not isinstance(target, str):
+                names = [name for name, module in modules.items() if module is target]
+                hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
+                raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
+            check_sizes(operator, target, modules.get(target))
 
     @contextmanager
     def step(self, operator: Operator) -> Iterator[Step]:
