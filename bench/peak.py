@@ -15,8 +15,10 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_of(run: Callable[[], Any]) -> int | None:
     """Bytes that a run, and its answer, hold at most, on top of what the process held before; None where Linux does not tell.
 
-    The allocator's holes count: glibc holds freed tensors of up to 32 MB for later ones, which may not fit into them. With
-    MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not, and is slower. Unused pages are given back first, and the process's high-water mark (VmHWM) is set to what it holds (VmRSS).
+    The allocator's holes count: glibc keeps freed tensors of up to 32 MB for later ones, which may not fit into them. With
+    MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not, and is slower.
+
+    Unused pages are given back first, and the process's high-water mark (VmHWM) is set to what it holds (VmRSS).
     """
     gc.collect()
     try:
