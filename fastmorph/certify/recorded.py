@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastmorph.certify.compare import TOLERANCES, coarsest_dtype, compare, dtype
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import as_call
-from fastmorph.outputs import Outputs
+from fastmorph.outputs import Outputs, Path, WiderOutput
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def record(model: nn.Module, example_inputs: Any) -> Recorded:
     return Recorded(once.outputs, again)
 
 
-def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certificate:
+def certify(
+    before: Recorded, child: nn.Module, example_inputs: Any, wider: Mapping[Path, WiderOutput] | None = None
+) -> Certificate:
     """Compare the child with what was recorded, in its own dtype alone: without the parent nothing runs in float64."""
     call = as_call(example_inputs, child)
     dtype = coarsest_dtype([child], pytree.tree_leaves(call))
@@ -51,7 +54,7 @@ def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certific
         raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
     tolerance = TOLERANCES[dtype][0]
     after = run(child, "child", "eval", call, dtype)
-    rows = tuple(compare(before.outputs, after.outputs, "eval", dtype, tolerance))
+    rows = tuple(compare(before.outputs, after.outputs, "eval", dtype, tolerance, wider))
     if before.shaken is not None:
         rows = tuple(with_noise(rows, before.outputs, before.shaken, dtype, judge=True))
     if not rows:

@@ -22,7 +22,7 @@ from fastmorph.certify.layers import first_difference
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
-from fastmorph.outputs import Outputs
+from fastmorph.outputs import Outputs, Path, WiderOutput
 
 
 def verify(
@@ -33,6 +33,7 @@ def verify(
     tolerance: float | None = None,
     kwargs: Mapping[str, Any] | None = None,
     exact: bool = True,
+    wider: Mapping[Path, WiderOutput] | None = None,
 ) -> Certificate:
     """Compare `child(*inputs, **kwargs)` with `parent(*inputs, **kwargs)`, in their own dtype and in float64.
 
@@ -48,6 +49,7 @@ def verify(
         kwargs: keyword inputs.
         exact: False compares in the models' own dtype alone, for half of the cost or less; rounding and algebra are not told
             apart then. A float64 model always runs in float64 alone.
+        wider: outputs of which the child has more channels, by their path (`Morphed.wider`): old channels are compared.
 
     **Outputs** may be nested: tuples, sets, mappings, dataclasses, objects, registered pytrees, iterators (which are consumed).
     Structures, shapes, dtypes, integers and values that are not finite must be equal. What cannot be looked into fails by name.
@@ -89,7 +91,7 @@ def verify(
 
     def compare_in(precision: torch.dtype, mode: str, bound: float) -> tuple[list[Comparison], Outputs]:
         before, after = (run(m, who, mode, call, precision) for who, m in (("parent", parent), ("child", child)))
-        found = list(compare(before.outputs, after.outputs, mode, precision, bound))
+        found = list(compare(before.outputs, after.outputs, mode, precision, bound, wider))
         if judge and before.islands and not all(row.holds for row in found):
             shaken = run(parent, "parent", mode, call, precision, shaken=True)
             found = list(with_noise(found, before.outputs, shaken.outputs, precision, judge=True))

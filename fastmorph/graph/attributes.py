@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -38,11 +39,31 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
     if growth.numbers:
         for module_name in record.sized:
             sizes, cuts = _new_numbers(growth, module_name)
-            _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
+            module = model.get_submodule(module_name)
+            _renumber(module, sizes, _new_roots(growth, module_name), cuts, lists=module_name not in growth.plain)
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
             _refresh(module)
+
+
+def new_factors(buffers: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
+    """Buffers without dimensions that hold a root of a stream's width, as factors of embeddings do: what becomes of them."""
+    found = {}
+    for name, buffer in buffers.items() if growth.way and growth.numbers else ():
+        if buffer.is_floating_point() and not buffer.ndim and not buffer.is_meta:
+            for old, new in _new_roots(growth, name.rpartition(".")[0]).items():
+                if buffer == buffer.new_tensor(old):
+                    found[name] = buffer.new_tensor(new)
+    return found
+
+
+def _new_roots(growth: Growth, module: str) -> dict[float, float]:
+    """What becomes of the root of a stream's width, and of one over that, where a module handles the stream."""
+    grown = (
+        {(size, growth.total(line)) for (size, _), line in growth.coupling.record.sizes(module).items()} if growth.way else ()
+    )
+    return {old**power: new**power for old, new in grown if new > old for power in (0.5, -0.5)}
 
 
 def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
@@ -62,8 +83,15 @@ def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tupl
     return {old: new.pop() for old, new in grown.items() if len(new) == 1}, cuts
 
 
-def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]], *, lists: bool) -> None:
-    """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
+def _renumber(
+    module: nn.Module,
+    sizes: dict[int, int],
+    roots: dict[float, float],
+    cuts: dict[tuple[int, ...], tuple[int, ...]],
+    *,
+    lists: bool,
+) -> None:
+    """Replace the module's own numbers, and those in its tuples and lists, that are sizes; and numbers that are roots."""
 
     def renumbered(value: Any) -> Any:
         if type(value) is int:
@@ -75,6 +103,8 @@ def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ..
         for key, value in list(vars(module).items()):
             if not key.startswith("_") and _is_of_ints(value) and renumbered(value) != value:
                 setattr(module, key, renumbered(value))
+            elif type(value) is float and value in roots and not key.startswith("_"):
+                setattr(module, key, roots[value])
 
 
 def _is_of_ints(value: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmorph.context import plain_context
 from fastmorph.errors import MorphError
-from fastmorph.graph.attributes import update_attributes
+from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import channels_of, weights_of
@@ -17,6 +17,7 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.tape import Tape
 from fastmorph.inputs import Inputs, as_call
 
 
@@ -51,8 +52,15 @@ class Structure:
         for name in growth.names:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
+        skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        return Structure(skeleton, skeleton.trace(self.inputs, runs=self.record.runs), self.inputs, known)
+        record = skeleton.trace(self.inputs, runs=self.record.runs, taped=bool(growth.way))
+        return Structure(skeleton, record, self.inputs, known)
+
+    @cached_property
+    def tapes(self) -> list[Tape]:
+        """What the model does, operator by operator, in every run in eval mode."""
+        return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
 
     def check(self, model: nn.Module) -> None:
         """Raise MorphError if this is not the structure of `model` as it stands."""

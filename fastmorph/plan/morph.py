@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,6 +25,7 @@ from fastmorph.graph.structure import Structure
 from fastmorph.graph.trail import guess_call
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
+from fastmorph.outputs import Path, WiderOutput
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.lineage import Lineage
@@ -70,6 +71,8 @@ class Morphed(Generic[M]):
         history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same
             bits, at the same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
+        wider: outputs that have more channels than the parent's, by their path: as wide as a stream that grew. The certificate
+            names them as changed, and compares their old channels.
         untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed:
             what is computed with them was not compared.
     """
@@ -80,6 +83,7 @@ class Morphed(Generic[M]):
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
     untouched: tuple[str, ...] = ()
+    wider: Mapping[Path, WiderOutput] = field(default_factory=dict, repr=False)
     _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
 
     def rebind(self, scheduler: Any) -> Any:
@@ -187,9 +191,10 @@ def morph(
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
     if before is not None:
-        certificate = certify(before, child, compared)
+        certificate = certify(before, child, compared, transaction.wider)
     elif compared is not None:
-        certificate = verify_models(model, child, *compared.args, kwargs=compared.kwargs, exact=verify is True)
+        exact, wider = verify is True, transaction.wider
+        certificate = verify_models(model, child, *compared.args, kwargs=compared.kwargs, exact=exact, wider=wider)
     if certificate is not None and compared is not None and given is None:
         certificate = replace(certificate, on=described(compared))
     certificate = with_layers(certificate, transaction.compared, child)
@@ -201,7 +206,8 @@ def morph(
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
     history = plan.recorded(transaction.resolved(plan), seed, given)
-    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
+    told = transaction.untouched, transaction.wider
+    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), *told, twins)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
