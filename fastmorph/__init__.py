@@ -15,6 +15,7 @@ from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompos
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, Structure, coupled, follow
+from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
@@ -34,6 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
+    "Candidate",
+    "Candidates",
     "Certificate",
     "Chain",
     "Coupled",
@@ -65,6 +68,7 @@ __all__ = [
     "Transaction",
     "Widen",
     "alternate",
+    "candidates",
     "compose",
     "coupled",
     "decompose",
