@@ -18,7 +18,7 @@ CEILINGS = {
     "Direct 64 -> 128": (Count(24, 1), Count(110, 2)),
     "half-step 64 -> 192": (Count(130, 2), Count(220, 2)),
     "half-step 64 -> 228, 2052 unknowns": (Count(140, 2), Count(220, 2)),
-    "Gauss-Newton, 6 problems": (Count(3200, 75), Count(5300, 75)),
+    "Gauss-Newton, 6 problems": (Count(1350, 32), Count(3450, 32)),
     "VGG-16's 13 convolutions": (Count(300, 1), Count(900, 9)),
     "100 alike layers": (Count(130, 1), Count(220, 2)),
 }
