@@ -1,1 +1,1 @@
-"""Does a grown network learn better? Parents, children and what one would do instead, on real data, from one file of results."""
+"""Does a grown network learn better? Parents, children, and what one would do instead, on real data."""

@@ -104,7 +104,7 @@ def linear(task: Task, parent: Parent, seed: int) -> Start:
 
 
 def identity(task: Task, parent: Parent, seed: int) -> Start:
-    """Net2Net, from its paper: duplicated channels with a little noise, identity layers with a ReLU behind the deepened ones."""
+    """Net2Net, from its paper: duplicated channels with a little noise, identity layers with a ReLU."""
     model, _, inputs = parent
     wide = fm.morph(model.eval(), task.plan("duplicate", deepen=False), example_inputs=inputs, generator=seed).model
     generator = torch.Generator().manual_seed(seed)

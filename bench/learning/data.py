@@ -30,8 +30,8 @@ def fetch() -> None:
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
-                f"Fashion-MNIST is not in {_FOLDER}, and Debian's package {_PACKAGE} cannot be had ({error}): put {', '.join(_FILES)} "
-                "there, or say where they are by FASHION_MNIST."
+                f"Fashion-MNIST is not in {_FOLDER}, and Debian's package {_PACKAGE} cannot be had ({error}): put "
+                f"{', '.join(_FILES)} there, or say where they are by FASHION_MNIST."
             ) from error
         _FOLDER.mkdir(parents=True, exist_ok=True)
         for name in _FILES:

@@ -13,9 +13,9 @@ _HEAD = """# Does a grown network learn better?
 
 Written by `make experiments` from results.jsonl. Each run of an arm has the compute of the grown network's own epochs after its
 birth ("twice": twice that), AdamW, a learning rate that decays to 0 by a cosine, and the same order of batches. Scores are
-accuracies in percent, for the text negative bits a character: higher is better. Median over the seeds, and the least and the most.
-"Reaches": after which share of its run an arm's score is for the first time that of the child from scratch at the end of twice the
-compute; on the way the score is taken on a quarter of the test data.
+accuracies in percent, for the text negative bits a character: higher is better. Median over the seeds, and the least and the
+most. "Reaches": after which share of its run an arm's score is for the first time that of the child from scratch at the end of
+twice the compute; on the way the score is taken on a quarter of the test data.
 """
 
 

@@ -17,7 +17,7 @@ _BATCH = 64
 
 
 class Images:
-    """Classes of images; the score is the accuracy in percent, on a quarter of the test images where the whole is not asked for."""
+    """Classes of images; the score is the accuracy in percent, on a quarter of the test images unless all are asked for."""
 
     def __init__(self, count: int, tests: int) -> None:
         self.count, self.tests = count, tests
