@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ _REFRESHED = (
     *(_ConvNd, _NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm),
     nn.RMSNorm,
 )
+_REPEATS = re.compile(r"group|rep", re.IGNORECASE)  # num_key_value_groups, n_rep, ...
 
 
 def update_attributes(model: nn.Module, growth: Growth) -> None:
@@ -38,7 +40,8 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
     if growth.numbers:
         for module_name in record.sized:
             sizes, cuts = _new_numbers(growth, module_name)
-            _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
+            repeats = growth.repeats.get(module_name)
+            _renumber(model.get_submodule(module_name), sizes, cuts, repeats, lists=module_name not in growth.plain)
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
@@ -62,8 +65,18 @@ def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tupl
     return {old: new.pop() for old, new in grown.items() if len(new) == 1}, cuts
 
 
-def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]], *, lists: bool) -> None:
-    """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
+def _renumber(
+    module: nn.Module,
+    sizes: dict[int, int],
+    cuts: dict[tuple[int, ...], tuple[int, ...]],
+    repeats: tuple[int, int] | None,
+    *,
+    lists: bool,
+) -> None:
+    """Replace the module's own numbers, and those in its tuples and lists, that are sizes.
+
+    How many query heads share keys and values is the size of no channels: such a number is known by its value and its name.
+    """
 
     def renumbered(value: Any) -> Any:
         if type(value) is int:
@@ -73,7 +86,9 @@ def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ..
 
     if not isinstance(module, _REFRESHED):
         for key, value in list(vars(module).items()):
-            if not key.startswith("_") and _is_of_ints(value) and renumbered(value) != value:
+            if repeats is not None and value == repeats[0] and _REPEATS.search(key):
+                setattr(module, key, repeats[1])
+            elif not key.startswith("_") and _is_of_ints(value) and renumbered(value) != value:
                 setattr(module, key, renumbered(value))
 
 

@@ -105,10 +105,9 @@ def line(label: Tensor, dim: int) -> Tensor:
     return label[tuple(slice(None) if other == dim else 0 for other in range(label.ndim))]
 
 
-def leaf(shape: Sequence[int], starts: Sequence[int], *, linear: bool) -> Flow:
-    """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with atoms from its start on."""
+def leaf(labels: Sequence[Tensor], *, linear: bool) -> Flow:
+    """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with the atoms of its indices."""
     slots = [
-        torch.arange(start, start + size).view([size if other == dim else 1 for other in range(len(shape))])
-        for dim, (size, start) in enumerate(zip(shape, starts, strict=True))
+        label.view([-1 if other == dim else 1 for other in range(len(labels))]) for dim, label in enumerate(labels)
     ]
     return Flow(tuple(slots), opaque=False, linear=linear)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +55,7 @@ class Growth:
         numbers: whether numbers that modules keep, where they are the size of something that grows, grow with it.
         cautious: modules whose numbers do not, if they are the size of something else too.
         plain: modules whose lists and tuples of numbers do not.
+        repeats: of modules of attention, how many query heads share keys and values, before and after.
         given: the layouts, where they do not follow from `copies`.
         known: whether there was a channel of each new one's kind.
     """
@@ -66,6 +67,7 @@ class Growth:
     numbers: bool = False
     cautious: frozenset[str] = frozenset()
     plain: frozenset[str] = frozenset()
+    repeats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     given: dict[Axis, Layout] | None = None
     known: bool = True
 
@@ -86,7 +88,8 @@ class Growth:
         for part in parts:
             copies[part.atoms] = part.copies[part.atoms]
         layouts = {axis: layout for part in parts for axis, layout in part.layouts.items()}
-        return cls(parts[0].coupling, copies, given=layouts)
+        repeats = {module: numbers for part in parts for module, numbers in part.repeats.items()}
+        return cls(parts[0].coupling, copies, numbers=parts[0].numbers, repeats=repeats, given=layouts)
 
     @cached_property
     def atoms(self) -> Ints:
@@ -174,6 +177,8 @@ class Growth:
         return Difference(odd) if odd else None
 
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
+        if not np.array_equal(self.coupling.shared, unique(source[after.shared])):
+            return "query heads would meet keys and values of others"
         is_new = copy[after.edges] > 0
         mixed = is_new[:, 0] != is_new[:, 1]
         odd = source[after.edges[mixed][:1]]
