@@ -16,6 +16,7 @@ from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, Structure, coupled, follow
 from fastmorph.morphs.add_heads import AddHeads, add_heads
+from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
@@ -36,6 +37,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AddHeads",
     "Auto",
+    "Candidate",
+    "Candidates",
     "Certificate",
     "Chain",
     "Coupled",
@@ -68,6 +71,7 @@ __all__ = [
     "Widen",
     "add_heads",
     "alternate",
+    "candidates",
     "compose",
     "coupled",
     "decompose",

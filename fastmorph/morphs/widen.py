@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
@@ -30,12 +30,14 @@ from fastmorph.plan.transaction import Transaction
 class Widen:
     """Give a layer `channels` output channels, as data (the arguments of `widen`).
 
+    The name may be a pattern, for many layers at once, and the number a factor, "x1.5": see `fastmorph.plan.patterns`.
+
     `fill` says what the new channels begin with: "pair", twins that cancel, "zero", one side zero (the paper's), or
     "duplicate", copies of old channels that share their weight (Net2Wider); see `fastmorph.morphs.widen_fill`.
     """
 
     layer: str
-    channels: int
+    channels: int | str
     fill: str = "pair"
 
     @property
@@ -64,7 +66,7 @@ class Widen:
         used = transaction.structure.record.used
         unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
         transaction.untouched = transaction.untouched or unused
-        widths = [Width(operator.layer, operator.channels, operator._check_fill) for operator in operators]
+        widths = [Width(operator.layer, cast(int, operator.channels), operator._check_fill) for operator in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
@@ -127,7 +129,7 @@ def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, f
 
 def widen(
     model: M,
-    channels: Mapping[str, int],
+    channels: Mapping[str, int | str],
     *,
     fill: str = "pair",
     **options: Unpack[Options],
@@ -136,7 +138,8 @@ def widen(
 
     Args:
         model: the parent; it is not touched.
-        channels: {layer: number of output channels}, in the order in which they are widened.
+        channels: {layer: number of output channels, or a factor such as "x1.5"}, in the order in which they are widened; a name
+            may be a pattern, "layer1.*.conv1".
         fill: how new channels cancel in what reads them, see `Widen`.
         **options: those of `morph`, see `Options`; channels are followed on `example_inputs`, guessed where there are none.
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.recorded import certify, record
@@ -201,7 +201,7 @@ def morph(
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    history = plan.recorded(transaction.resolved(plan), seed, given)
+    history = plan.recorded(transaction.resolved(), seed, given)
     remember(child, model, history)
     return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
 
