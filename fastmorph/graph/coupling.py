@@ -186,7 +186,7 @@ class Coupling:
 
 
 def _queries_apart(record: Record) -> tuple[Edges, Edges, Edges]:
-    """Ties without those of query heads with keys and values, the latter, and ties of each group's first, second, ... queries."""
+    """Ties but those of query heads with keys and values; the latter; ties of every group's first, second, ... query head."""
     role = np.zeros(record.count, np.int64)  # of heads of keys and values 1, of query heads 2
     for (name, dim), size in record.whole.items():
         axis = record.parameter(name)[dim]

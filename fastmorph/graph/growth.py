@@ -43,6 +43,11 @@ def _told(entry: tuple[Any, ...]) -> str:
     return f"{entry[1]}{entry[2:]}".replace("None", "n").replace("'", "")
 
 
+def _flat(entry: Any) -> list[Any]:
+    """The numbers of a nest, in order."""
+    return [item for part in entry for item in _flat(part)] if isinstance(entry, tuple) else [entry]
+
+
 @dataclass(frozen=True, eq=False)
 class Growth:
     """Copies of classes.
@@ -147,10 +152,11 @@ class Growth:
             if entries == others:
                 continue
             for entry, other in zip(entries, others, strict=False):
-                if entry != other:
+                if entry != other and not self._repeated(entry, other):
                     name = repr(entry[0]) if entry[0] else "the model itself"
                     return Difference(f"{name} would run {_told(other)} instead of {_told(entry)}", entry[0])
-            return Difference("the model would run other operators")
+            if len(entries) != len(others):
+                return Difference("the model would run other operators")
         if parent.result != child.result:
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.groupings) != len(child.groupings):
@@ -175,6 +181,13 @@ class Growth:
             return Difference(f"channels of {child.axis_of(int(astray[0])).name!r} would go through other operators")
         odd = self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
         return Difference(odd) if odd else None
+
+    def _repeated(self, entry: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """Whether an operator repeats keys and values for more query heads, and does else what it did."""
+        before, after = self.repeats.get(entry[0], (0, 0))
+        ways = zip(_flat(entry), _flat(other), strict=False)
+        alike = len(_flat(entry)) == len(_flat(other)) and entry[:2] == other[:2]
+        return alike and all(one == two or (one, two) == (before, after) for one, two in ways)
 
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
         if not np.array_equal(self.coupling.shared, unique(source[after.shared])):

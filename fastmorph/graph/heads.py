@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ class Heads:
 
     Attributes:
         layer: the name by which it was asked for.
-        module: the module that takes the softmax.
+        modules: those that take the softmax, and that hold these and the weights: of several layers, where what they do with
+            heads is tied, as by one table of positions.
         queries: (heads,), of each query head, in order, the atom that it is called by.
         groups: (kv_heads,), the classes of heads of keys and values with all their queries, in order.
     """
 
     layer: str
-    module: str
+    modules: tuple[str, ...]
     queries: Tensor
     groups: Ints
 
@@ -61,7 +63,7 @@ class Heads:
             raise MorphError(f"layer {self.layer!r} cannot get more heads: {causes[0]}; add heads to another layer.")
         before, after = self.repeats, heads // kv_heads
         growth = Growth.of_classes(coupling, last, np.array([after - before if wide else kv_heads - len(self.groups)]))
-        return replace(growth, numbers=True, repeats={self.module: (before, after)})
+        return replace(growth, numbers=True, repeats=dict.fromkeys(self.modules, (before, after)))
 
 
 def by_heads(structure: Structure, layers: Sequence[str]) -> Structure:
@@ -89,7 +91,9 @@ def by_heads(structure: Structure, layers: Sequence[str]) -> Structure:
                 known = whole.setdefault((axis.name, axis.dim), size)
                 whole[axis.name, axis.dim] = min(known, size)
     whole |= {(bias, 0): size for (name, dim), size in whole.items() for bias in _biases(record, record.parameter(name)[dim])}
-    return structure.followed_by({key: size for key, size in whole.items() if record.parameter(key[0])[key[1]].size % size == 0})
+    return structure.followed_by(
+        {key: size for key, size in whole.items() if record.parameter(key[0])[key[1]].size % size == 0}
+    )
 
 
 def _axes(record: Record, split: Tensor) -> list[Axis]:
@@ -108,8 +112,7 @@ def _biases(record: Record, axis: Axis) -> Iterator[str]:
     module = axis.name.rpartition(".")[0]
     for other in record.axes:
         if other.parameter and other.size == axis.size and other.name.rpartition(".")[0] == module:
-            if len(record.parameter(other.name)) == 1:
-                yield other.name
+            yield from [other.name] if len(record.parameter(other.name)) == 1 else []
 
 
 def _is_of(axis: Axis, layer: str) -> bool:
@@ -125,13 +128,13 @@ def find_heads(structure: Structure, layer: str) -> Heads:
 
     Raises MorphError if there are none, or those of several modules.
     """
-    record = structure.record
-    found: dict[str, tuple[str, Tensor]] = {}
-    for module, label in record.scores:
-        if is_real(label) and _is_of(axis := record.axis_of(int(label[0])), layer):
-            atoms = label.numpy()
-            _, first = np.unique(atoms, return_index=True)
-            found.setdefault(axis.name, (module, torch.from_numpy(atoms[np.sort(first)])))
+    record, coupling = structure.record, structure.coupling(_GROUPS)
+    scores = [(module, label) for module, label in record.scores if is_real(label)]
+    found: dict[str, Tensor] = {}
+    for _, label in scores:
+        axis = record.axis_of(int(label[0]))
+        if _is_of(axis, layer):
+            found.setdefault(axis.name, torch.from_numpy(_in_order(label.numpy())))
     if not found:
         raise MorphError(
             f"layer {layer!r} has no heads of its own that a softmax keeps apart; name the module of attention, or the layer "
@@ -139,21 +142,37 @@ def find_heads(structure: Structure, layer: str) -> Heads:
         )
     if len(found) > 1:
         names = ", ".join(repr(name.rpartition(".")[0]) for name in found)
-        raise MorphError(f"layer {layer!r} holds several modules of attention, whose queries come from {names}; name one of these.")
-    ((module, queries),) = found.values()
-    classes = structure.coupling(_GROUPS).of(queries)
-    _, first = np.unique(classes, return_index=True)
-    groups = classes[np.sort(first)]
-    if len(queries) % len(groups) or (np.bincount(np.searchsorted(np.sort(groups), classes)) != len(queries) // len(groups)).any():
+        raise MorphError(
+            f"layer {layer!r} holds several modules of attention, whose queries come from {names}; name one of these."
+        )
+    (queries,) = found.values()
+    classes = coupling.of(queries)
+    groups = _in_order(classes)
+    if (np.unique(classes, return_counts=True)[1] * len(groups) != len(queries)).any():
         raise MorphError(f"layer {layer!r} cannot get more heads: its keys and values serve different numbers of query heads.")
-    return Heads(layer, module, queries, groups)
+    mine = [(module, label) for module, label in scores if np.isin(coupling.of(label), groups).any()]
+    modules = [name for module, label in mine for name in (module, _holder(module, record.axis_of(int(label[0]))))]
+    return Heads(layer, tuple(dict.fromkeys(modules)), queries, groups)
+
+
+def _holder(module: str, queries: Axis) -> str:
+    """The module that holds both the one that takes a softmax and the weight of its queries."""
+    pairs = zip(module.split("."), queries.name.split("."), strict=False)
+    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _in_order(values: Ints) -> Ints:
+    """Each value once, in the order of their first places."""
+    return values[np.sort(np.unique(values, return_index=True)[1])]
 
 
 def try_heads(structure: Structure, growth: Growth) -> Found | Refusal:
-    """The growth if the model can follow, with the numbers that its modules keep if they can be told."""
-    found = tried(structure, growth)
-    if isinstance(found, Refusal):
-        plain = tried(structure, replace(growth, numbers=False))
-        return plain if isinstance(plain, Found) else found
-    return found
-
+    """The growth if the model can follow: with widths that its modules keep as they are, with others, with all numbers kept."""
+    attempts = (replace(growth, cautious=frozenset(growth.repeats)), growth, replace(growth, numbers=False))
+    refusals = []
+    for attempt in attempts:
+        found = tried(structure, attempt)
+        if isinstance(found, Found):
+            return found
+        refusals.append(found)
+    return refusals[0]

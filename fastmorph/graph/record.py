@@ -151,7 +151,9 @@ class Record:
         self.outputs: dict[str, Tensor] = {}  # weight's name -> atoms of the channels that it produces, in order
         self.norms: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
         self.splits: dict[str, list[Tensor]] = {}  # channels that a module's forward arranges in several dimensions
-        self.scores: list[tuple[str, Tensor]] = []  # a module that takes a softmax, and the channels apart from each other in it
+        self.scores: list[
+            tuple[str, Tensor]
+        ] = []  # a module that takes a softmax, and the channels apart from each other in it
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size

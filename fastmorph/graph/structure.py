@@ -74,7 +74,8 @@ class Structure:
     def untouched(self, growth: Growth) -> str | None:
         """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
         sizes = {axis.size for axis in growth.layouts}
-        return next((axis.name for axis in self._untouched if axis.size in sizes), None)
+        near = tuple(f"{module}." for module in growth.repeats) or ("",)  # heads are of no meaning outside of attention
+        return next((axis.name for axis in self._untouched if axis.size in sizes and axis.name.startswith(near)), None)
 
     @cached_property
     def _untouched(self) -> list[Axis]:

@@ -77,7 +77,10 @@ class AddHeads:
             rounds = _rounds(structure, batch)
             if isinstance(rounds, Refusal):
                 if len(batch) == 1:
-                    raise MorphError(f"layer {batch[0].layer!r} cannot get more heads: {rounds.cause}; {rounds.remedy}.")
+                    raise MorphError(
+                        f"layer {batch[0].layer!r} cannot get more heads: {rounds.cause}; let that module take its sizes from its "
+                        "tensors, or add heads in one plan to all modules that share something with this one's."
+                    )
                 most = 1
                 continue
             _write(transaction, batch, rounds, share)

@@ -132,8 +132,10 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, _ = _twins(layout)
+            first, second, alone = _twins(layout)
             source[second] = source[first]
+            if self._share:
+                source[alone] = layout.origin[alone]
         return source, np.bincount(source)[source]
 
     def _rows_may_be_zero(self) -> bool:
