@@ -78,8 +78,8 @@ class AddHeads:
             if isinstance(rounds, Refusal):
                 if len(batch) == 1:
                     raise MorphError(
-                        f"layer {batch[0].layer!r} cannot get more heads: {rounds.cause}; let that module take its sizes from its "
-                        "tensors, or add heads in one plan to all modules that share something with this one's."
+                        f"layer {batch[0].layer!r} cannot get more heads: {rounds.cause}; let that module take its sizes from "
+                        "its tensors, or add heads in one plan to all modules that share something with this one's."
                     )
                 most = 1
                 continue

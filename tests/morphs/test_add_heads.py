@@ -214,5 +214,5 @@ def test_refuses_heads_that_scores_mix():
             return self.proj((scores @ v).transpose(1, 2).flatten(2))
 
     model = trained(Blocks(Talking()))
-    with pytest.raises(fm.MorphError, match="layer 'blocks.0' .*"):
+    with pytest.raises(fm.MorphError, match="layer 'blocks.0' has no heads of its own that a softmax keeps apart"):
         fm.morph(model, fm.AddHeads("blocks.0", 6), example_inputs=X)

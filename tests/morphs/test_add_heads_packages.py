@@ -92,7 +92,7 @@ def build(name):
 def test_transformers(name):
     model, layer, inputs = build(name)
     grouped = "num_key_value_heads" in MODELS[name][1]
-    # Three query heads to each head of keys and values instead of two, and four of these instead of two; else twins and one more.
+    # Three query heads to each of keys and values instead of two, and four of these instead of two; else twins and one more.
     heads, kv_heads = (12, 4) if grouped else (7, None)
     done = fm.morph(model, fm.AddHeads(layer, heads, kv_heads), example_inputs=inputs, generator=0)
     assert done.certificate
