@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from bench.race import VISITS, Contender, time_exact
 

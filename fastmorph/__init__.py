@@ -3,6 +3,8 @@
 from fastmorph import graph, nn
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.verify import verify
+from fastmorph.checkpoint.load import Loaded, load
+from fastmorph.checkpoint.save import save
 from fastmorph.equation.alternate import alternate
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decompose import compose, decompose
@@ -13,13 +15,16 @@ from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompos
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, Structure, coupled, follow
+from fastmorph.morphs.add_heads import AddHeads, add_heads
+from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
 from fastmorph.morphs.widen import Widen, widen
+from fastmorph.plan.history import history
 from fastmorph.plan.layer_types import register_layer
-from fastmorph.plan.morph import Morphed, Options, morph, restructure
+from fastmorph.plan.morph import Morphed, Options, morph, morph_, restructure
 from fastmorph.plan.operators import register_operator, register_part
 from fastmorph.plan.optimizer_rules import FreshStateWarning, optimizer_rule
 from fastmorph.plan.plan import Plan
@@ -30,7 +35,10 @@ from fastmorph.plan.transfer import transfer_optimizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddHeads",
     "Auto",
+    "Candidate",
+    "Candidates",
     "Certificate",
     "Chain",
     "Coupled",
@@ -43,6 +51,7 @@ __all__ = [
     "InexactMorphError",
     "InsertSubnet",
     "LayerSpec",
+    "Loaded",
     "MorphError",
     "Morphed",
     "Operator",
@@ -60,7 +69,9 @@ __all__ = [
     "Sum",
     "Transaction",
     "Widen",
+    "add_heads",
     "alternate",
+    "candidates",
     "compose",
     "coupled",
     "decompose",
@@ -71,14 +82,18 @@ __all__ = [
     "follow",
     "graph",
     "grow_kernel",
+    "history",
     "insert_subnet",
+    "load",
     "morph",
+    "morph_",
     "nn",
     "optimizer_rule",
     "register_layer",
     "register_operator",
     "register_part",
     "restructure",
+    "save",
     "tolerance",
     "transfer_optimizer",
     "verify",

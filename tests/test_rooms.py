@@ -19,7 +19,7 @@ FLOORS = (
     ("context", "inputs", "outputs"),
     ("nn", "equation", "graph", "certify"),
     ("plan",),
-    ("morphs",),
+    ("morphs", "checkpoint", "integrations"),
     ("cli", "__main__"),
 )
 

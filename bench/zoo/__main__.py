@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from bench.zoo.models import architectures, missing
 from bench.zoo.report import page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -103,6 +104,21 @@ class Certificate:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        return "\n".join([*lines, self.verdict])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table, the rows that fail in bold."""
+        head, *rows = [[html.escape(cell) for cell in line] for line in self._table()]
+        body = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+        for row, cells in zip(self.rows, rows, strict=True):
+            tag = "td" if row.holds else "th"
+            body.append(f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>")
+        return f"<table>{''.join(body)}</table><p>{html.escape(self.verdict)}</p>"
+
+    def _table(self) -> list[list[str]]:
         table = [["mode", "precision", "output", "max abs", "max rel", "tolerance", "parent's rounding", ""]]
         for row in self.rows:
             numbers = (row.max_abs, row.max_rel, row.tolerance, row.noise)
@@ -111,6 +127,4 @@ class Certificate:
             word += row.changed and f" (changed: {row.changed})"
             shown = ["-" if number is None else f"{number:.1e}" for number in numbers]
             table.append([row.mode, row.precision, row.output, *shown, word])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([*lines, self.verdict])
+        return table

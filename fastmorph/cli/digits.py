@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastmorph.cli.case import Case, Split, outputs
 from fastmorph.cli.child import print_table

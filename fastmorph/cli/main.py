@@ -1,4 +1,4 @@
-"""The command `fastmorph`: demo, morph, verify and info.
+"""The command `fastmorph`: demo, candidates, morph, verify and info.
 
 Exit status: 0 done, and the certificate holds where there is one; 1 the certificate does not hold; 2 the command could not be
 carried out, and one sentence on stderr says why. Weights are read as safetensors or by `torch.load(weights_only=True)`;
@@ -59,6 +59,15 @@ def _demo(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         progress=not arguments.quiet,
     )
+
+
+def _candidates(arguments: argparse.Namespace) -> int:
+    import fastmorph as fm
+
+    load_morphs(arguments.imports)
+    network = make_network(arguments.model)
+    print(fm.candidates(network, _call(arguments, network, needed=False).inputs, progress=not arguments.quiet))
+    return 0
 
 
 def _morph(arguments: argparse.Namespace) -> int:
@@ -182,8 +191,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastmorph import __version__
+
     parser = _Parser(prog="fastmorph", description="Grow a trained PyTorch network without changing what it computes.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,morph,verify,info}")
+    parser.add_argument("--version", action="version", version=f"fastmorph {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,candidates,morph,verify,info}")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -198,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--activation", default="relu", help="inserted between the new layers (default: relu)")
     demo.add_argument("--epochs", type=_count, default=6, metavar="N", help="of training on the digits (default: 6)")
     _common(demo)
+
+    candidates = command("candidates", _candidates, "list the layers of a network that can grow, and by which steps")
+    _network(candidates)
+    _shapes(candidates)
+    _common(candidates)
 
     morph = command("morph", _morph, "apply a plan to a network and write the child")
     _network(morph, "--weights")
@@ -223,9 +240,10 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _network(parser: argparse.ArgumentParser, weights: str) -> None:
+def _network(parser: argparse.ArgumentParser, weights: str | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
-    parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
+    if weights is not None:
+        parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
     parser.add_argument(
         "--import",
         dest="imports",
@@ -237,6 +255,12 @@ def _network(parser: argparse.ArgumentParser, weights: str) -> None:
 
 
 def _inputs(parser: argparse.ArgumentParser) -> None:
+    _shapes(parser)
+    parser.add_argument("--modes", type=_modes, default=("eval",), help="eval (default), train, or eval,train")
+    parser.add_argument("--tolerance", type=float, help="largest difference relative to the output (default: by dtype)")
+
+
+def _shapes(parser: argparse.ArgumentParser) -> None:
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument(
         "--input-shape",
@@ -251,8 +275,6 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tensors to call the network with: a single one, or by name; numbers as names give positions",
     )
-    parser.add_argument("--modes", type=_modes, default=("eval",), help="eval (default), train, or eval,train")
-    parser.add_argument("--tolerance", type=float, help="largest difference relative to the output (default: by dtype)")
 
 
 def _path(text: str) -> Path:

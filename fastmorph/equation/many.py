@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.arrays import host_waits

@@ -99,6 +99,17 @@ class Proposals:
             f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."
         )
 
+    def smallest(self, step: int) -> Found | str:
+        """A growth by `step` channels, or by the nearest number that works; else why there is none, a clause."""
+        width = len(self.atoms) + max(1, step)
+        found = self.find(width)
+        if isinstance(found, list):
+            nearest = self._nearest(width, found)
+            if nearest is None:
+                return found[0].cause
+            found = self.find(nearest[0])
+        return found if isinstance(found, Found) else found[0].cause
+
     def _nearest(self, width: int, refusals: list[Refusal]) -> tuple[int, str] | None:
         """A width near this one that works, and why this one does not."""
         causes = {refusal.near: refusal.cause for refusal in reversed(refusals) if refusal.near is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -54,13 +55,19 @@ class Structure:
         update_attributes(skeleton.model, growth)
         skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        record = skeleton.trace(self.inputs, runs=self.record.runs, taped=bool(growth.way))
+        taped = bool(growth.way)
+        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole, taped=taped)
         return Structure(skeleton, record, self.inputs, known)
 
     @cached_property
     def tapes(self) -> list[Tape]:
         """What the model does, operator by operator, in every run in eval mode."""
         return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
+
+    def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
+        """The same model followed anew, with neighbours as one channel: see `Record.whole`."""
+        record = self.skeleton.trace(self.inputs, runs=self.record.runs, whole=whole)
+        return Structure(self.skeleton, record, self.inputs, self._known)
 
     def check(self, model: nn.Module) -> None:
         """Raise MorphError if this is not the structure of `model` as it stands."""
@@ -75,7 +82,8 @@ class Structure:
     def untouched(self, growth: Growth) -> str | None:
         """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
         sizes = {axis.size for axis in growth.layouts}
-        return next((axis.name for axis in self._untouched if axis.size in sizes), None)
+        near = tuple(f"{module}." for module in growth.repeats) or ("",)  # heads are of no meaning outside of attention
+        return next((axis.name for axis in self._untouched if axis.size in sizes and axis.name.startswith(near)), None)
 
     @cached_property
     def _untouched(self) -> list[Axis]:

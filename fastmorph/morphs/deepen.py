@@ -34,7 +34,7 @@ class Deepen:
 
     local: ClassVar[bool] = True
     layer: str
-    hidden_channels: int | None = None
+    hidden_channels: int | str | None = None
     kernel_sizes: Any = None
     activation: Activation = None
     norm: str | None = None
@@ -89,7 +89,7 @@ def deepen(
     model: M,
     layer: str,
     *,
-    hidden_channels: int | None = None,
+    hidden_channels: int | str | None = None,
     kernel_sizes: Sequence[int | Sequence[int]] | None = None,
     activation: Activation = None,
     norm: str | None = None,

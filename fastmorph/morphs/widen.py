@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from fastmorph.plan.transaction import Transaction
 class Widen:
     """Give a layer `channels` output channels, as data (the arguments of `widen`).
 
+    The name may be a pattern, for many layers at once, and the number a factor, "x1.5": see `fastmorph.plan.patterns`.
+
     `fill` says what the new channels begin with: "pair", twins that cancel, "zero", one side zero (the paper's), or
     "duplicate", copies of old channels that share their weight (Net2Wider); see `fastmorph.morphs.widen_fill`. Channels that
     norms read (the residual stream of a transformer) get whole multiples by these; any number by "zero", there the axis fill,
@@ -39,7 +41,7 @@ class Widen:
     """
 
     layer: str
-    channels: int
+    channels: int | str
     fill: str = "pair"
 
     @property
@@ -68,8 +70,7 @@ class Widen:
         used = transaction.structure.record.used
         unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
         transaction.untouched = transaction.untouched or unused
-        ways = [_WAYS.get(operator.fill, "") for operator in operators]
-        widths = [Width(each.layer, each.channels, each._check_fill, way) for each, way in zip(operators, ways, strict=True)]
+        widths = [Width(each.layer, cast(int, each.channels), each._check_fill, _WAYS.get(each.fill, "")) for each in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
@@ -155,7 +156,7 @@ def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, f
 
 def widen(
     model: M,
-    channels: Mapping[str, int],
+    channels: Mapping[str, int | str],
     *,
     fill: str = "pair",
     **options: Unpack[Options],
@@ -164,7 +165,8 @@ def widen(
 
     Args:
         model: the parent; it is not touched.
-        channels: {layer: number of output channels}, in the order in which they are widened.
+        channels: {layer: number of output channels, or a factor such as "x1.5"}, in the order in which they are widened; a name
+            may be a pattern, "layer1.*.conv1".
         fill: how new channels cancel in what reads them, see `Widen`.
         **options: those of `morph`, see `Options`; channels are followed on `example_inputs`, guessed where there are none.
 

@@ -120,8 +120,6 @@ def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Laye
         hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
         raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).")
     module = modules[name]
-    if type(model).__name__ == "OptimizedModule":
-        raise refusal(name, "the model is compiled by torch.compile", "morph the original model, then compile the child")
     rule, override = find_rule(module)
     if rule is None or (rule.transposed and not transposed):
         kinds = ["Linear", *(f"Conv{dims}d" for dims in (1, 2, 3))] + [f"ConvTranspose{d}d" for d in (1, 2, 3) if transposed]

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Generic, TypedDict, TypeVar, cast
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.recorded import certify, record
@@ -28,6 +28,7 @@ from fastmorph.nn.computed import computed_copies
 from fastmorph.outputs import Path, WiderOutput
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.guessed import described, random_values
+from fastmorph.plan.history import remember
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
 from fastmorph.plan.parents import check_parent, guard_saving, savable
@@ -205,9 +206,25 @@ def morph(
     twins: tuple[int, ...] = ()
     if optimizer is not None:
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
-    history = plan.recorded(transaction.resolved(plan), seed, given)
+    history = plan.recorded(transaction.resolved(), seed, given)
+    remember(child, model, history)
     told = transaction.untouched, transaction.wider
     return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), *told, twins)
+
+
+def morph_(
+    model: M, plan: Plan | Sequence[Operator] | Operator, *, optimizer: Optimizer | None = None, **options: Unpack[Options]
+) -> Morphed[M]:
+    """`morph` in place, for those who hold references to a model: it becomes the child itself, by `consume=True`.
+
+    Raises MorphError as `morph` does, and before any work for the model itself as a layer (""), which cannot be another object.
+    A failure may leave the model half done: save it before.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    if any(operator.target == "" for operator in plan):
+        raise MorphError('the model itself, the layer "", cannot be replaced in place; use morph, which returns the child.')
+    options["consume"] = True
+    return morph(model, plan, optimizer=optimizer, **options)
 
 
 def grow(model: M, operators: Sequence[Operator], options: Options) -> M:
@@ -240,6 +257,7 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     transaction = Transaction(*_copied(model, with_weights=False), example_inputs=inputs, with_weights=False)
     transaction.run(plan)
     guard_saving(transaction.model, shapes)
+    remember(transaction.model, model, plan if given is None else plan.recorded(plan.operators, plan.seed, given))
     return cast(M, transaction.model)
 
 

@@ -105,7 +105,7 @@ def carry_over(
             for parameter in group["params"]:
                 if parameter not in state:
                     state[parameter] = rule.start(parameter, group)
-    return _like(optimizer, groups, state), sources
+    return like(optimizer, groups, state), sources
 
 
 # --- parameter groups --------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _followed(before: Mapping[str, Any], rule: OptimizerRule | None, past: Ances
     return after
 
 
-def _like(optimizer: Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]]) -> Optimizer:
+def like(optimizer: Optimizer, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]]) -> Optimizer:
     """A new optimizer of the same class and settings, made as PyTorch makes one that it unpickles."""
     new: Optimizer = type(optimizer).__new__(type(optimizer))
     whole = {"defaults": deepcopy(optimizer.defaults), "state": defaultdict(dict, state), "param_groups": groups}

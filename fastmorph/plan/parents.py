@@ -25,6 +25,11 @@ def check_parent(model: nn.Module) -> None:
                 f"{what} is TorchScript, whose code is fixed and whose copies PyTorch does not train: morph with the nn.Module "
                 "that it was made from, then script the child."
             )
+        if type(module).__name__ == "OptimizedModule":
+            raise MorphError(
+                f"{what} is compiled by torch.compile: morph the original model, then compile the child (the original is its "
+                "_orig_mod, and shares the optimizer)."
+            )
         if isinstance(module, DistributedDataParallel):
             raise MorphError(
                 f"{what} is wrapped in DistributedDataParallel, which goes on reducing the parent's gradients: morph its "

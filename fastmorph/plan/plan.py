@@ -76,7 +76,17 @@ class Plan:
     def __len__(self) -> int:
         return len(self.operators)
 
-    def recorded(self, operators: Sequence[Operator], seed: int, call: Inputs | None) -> Plan:
+    def __add__(self, other: Plan) -> Plan:
+        """Both in a row, as one transaction: the architecture that both would give, with the inputs of the first that has some.
+
+        The sum has a seed only where both have the same: what is drawn for two growths is not what is drawn for one.
+        """
+        if not isinstance(other, Plan):
+            return NotImplemented
+        seed = self.seed if self.seed == other.seed else None
+        return Plan(self.operators + other.operators, seed, self.inputs if self.inputs is not None else other.inputs)
+
+    def recorded(self, operators: Sequence[Operator], seed: int | None, call: Inputs | None) -> Plan:
         """This plan as it was run: its operators with all sizes, the seed, and the shapes of a call where all are tensors."""
         inputs: Sequence[Sequence[Any]] | None = self.inputs
         tensors = call is not None and all(isinstance(value, Tensor) for value in (*call.args, *call.kwargs.values()))

@@ -22,6 +22,11 @@ class _StepCounter(LRScheduler):
         pass
 
 
+def note_steps(optimizer: Optimizer) -> None:
+    """Let an optimizer note its steps, for a scheduler that is not made by its constructor."""
+    _StepCounter(optimizer)
+
+
 def rebound(scheduler: Any, optimizer: Optimizer, sources: Sequence[int] = ()) -> Any:
     """A copy of a learning-rate scheduler, with those inside it, that drives `optimizer` from where it stands.
 
@@ -39,7 +44,7 @@ def rebound(scheduler: Any, optimizer: Optimizer, sources: Sequence[int] = ()) -
             f"the scheduler drives {count} parameter groups, the child's optimizer has {len(optimizer.param_groups)}; pass a "
             "scheduler of the optimizer that was carried over."
         )
-    _StepCounter(optimizer)
+    note_steps(optimizer)
     new = deepcopy(scheduler, {id(old): optimizer})
     for part in _schedulers(new, optimizer):
         for name in _PER_GROUP:

@@ -31,6 +31,7 @@ from fastmorph.outputs import Path, WiderOutput
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
+from fastmorph.plan.patterns import expanded
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
 from fastmorph.plan.watch import Piece, Surroundings
@@ -116,6 +117,7 @@ class Transaction:
     _around: Surroundings | None = field(default=None, init=False)
     _pieces: list[Piece] = field(default_factory=list, init=False)
     _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
+    _ran: list[Operator] = field(default_factory=list, init=False)
     _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
@@ -142,11 +144,11 @@ class Transaction:
                 self._leave()
             together = getattr(kind, "apply_together", None)
             if together is not None:
-                group = list(neighbours)
+                group = [each for operator in neighbours for each in expanded(operator, self.model)]
                 self._check(group)
                 together(group, self)
                 continue
-            for operator in neighbours:
+            for operator in (each for written in neighbours for each in expanded(written, self.model)):
                 self._check([operator])
                 self._places.clear()
                 with self.step(operator):
@@ -187,12 +189,13 @@ class Transaction:
         if self._operator is not None:
             self._resolved.append((self._operator, operator))
 
-    def resolved(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
-        """Operators that were run, in their order, each as `resolve` has it."""
+    def resolved(self) -> tuple[Operator, ...]:
+        """The operators that were run, in their order, each as `resolve` has it."""
         left = list(self._resolved)
-        return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in operators)
+        return tuple(left.pop(0)[1] if left and left[0][0] is operator else operator for operator in self._ran)
 
-    def _check(self, operators: Iterable[Operator]) -> None:
+    def _check(self, operators: Sequence[Operator]) -> None:
+        self._ran += operators
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for operator in operators:
             target: object = operator.target

@@ -185,3 +185,15 @@ def test_the_table_is_aligned_and_ends_with_the_verdict() -> None:
     assert verdict == certificate.verdict
     assert "float64" in verdict
     assert "parent's own rounding" in verdict
+
+
+def test_a_notebook_shows_the_same_table_with_what_fails_in_bold() -> None:
+    parent, child = nn.Linear(3, 2), nn.Linear(3, 2)
+    for certificate in (verify(parent, child, torch.ones(1, 3)), verify(parent, parent, torch.ones(1, 3))):
+        shown = certificate._repr_html_()
+        cells = [line.split("  ") for line in str(certificate).splitlines()[1:-1]]
+        assert shown.count("<tr>") == len(cells) + 1
+        for line in cells:
+            tag = "td" if certificate else "th"
+            assert f"<{tag}>{line[0].strip()}</{tag}>" in shown
+        assert certificate.verdict.replace("'", "&#x27;") in shown

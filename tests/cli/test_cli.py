@@ -412,3 +412,14 @@ def test_help_names_every_command() -> None:
 def test_unknown_commands_are_refused_in_one_line() -> None:
     refuses(fastmorph("explode"), "invalid choice: 'explode'", "--help")
     refuses(fastmorph(), "required")
+
+
+def test_candidates_lists_what_can_grow():
+    ran = fastmorph("candidates", "--model", "test_cli:small_network", "--input-shape", "1,2,5,5", "--quiet")
+    assert ran.status == 0
+    assert str(fm.candidates(small_network(), torch.randn(1, 2, 5, 5))) == ran.out.strip()
+
+
+def test_version():
+    ran = fastmorph("--version")
+    assert (ran.status, ran.out) == (0, f"fastmorph {fm.__version__}\n")

@@ -11,213 +11,253 @@ Where this departs from the textbook:
    are kept at norm 1. Along all other directions of the gauge H is zero, and CG never enters them.
 4. An item whose step fails has its next direction computed in full precision, within half of the radius, before it is
    given up as stalled.
-5. Every flag, radius and precision is an item's own: an item takes the path in a batch that it takes alone.
+5. Every flag, radius and precision is an item's own: an item takes the path in a batch that it takes alone. They are numbers
+   of the host, which looks once after each step that was tried.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import dense_system, frobenius
 from fastmorph.equation.bounds import freedom
+from fastmorph.equation.frame import Size
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
-from fastmorph.equation.solvers.steihaug import MOST_STEPS, Direction, Linearised, across, direction, ridged_factor
-from fastmorph.equation.solvers.sweeps import History, project, unit
-from fastmorph.equation.solvers.whiten import mix_in, mix_out, whiten
+from fastmorph.equation.solvers.steihaug import MOST_STEPS, Linearised, Numbers, across, direction, ridged_factor
+from fastmorph.equation.solvers.sweeps import project, unit
+from fastmorph.equation.solvers.whiten import Whitened, mix_in, mix_out, whiten
+from fastmorph.equation.system import System
 
 _RADIUS = 0.5  # of the first step, as a share of |G|
 _NOISE = 0.1  # share of the noise in the start
 _SHORTER, _TRIES = 0.4, 8  # a step that does not reduce the residual is cut to this, so many times
+_NEAR = 0.01  # relative residual from which one step may lead to where rounding counts
 
 
 class _State(NamedTuple):
-    """The items that are still being solved, one row each."""
+    """The items that are still being solved, one row each, on the device."""
 
-    items: Tensor  # which of the batch they are
     weight: Tensor  # G', (B, Co, Ci, *K), of norm 1
-    left: Tensor  # Lo
+    left: Tensor  # Lo / |G|
     right: Tensor  # Li
     first: Tensor  # F1'
     second: Tensor  # F2', least squares for F1'
     error: Tensor  # R, (B, Co, Ci, *N)
     factor: Tensor  # of the Gram matrix of F1', (B, |K2|*Ch, |K2|*Ch)
-    residual: Tensor  # |R|
-    before: Tensor  # |R| one step ago
-    radius: Tensor  # of the trust region
-    used: Tensor  # half-steps
-    careful: Tensor  # whether CG runs in full precision
-    stalled: Tensor
 
-    def at(self, rows: Tensor) -> _State:
-        return _State(*(x[rows] for x in self))
+    def at(self, rows: Numbers) -> _State:
+        """Some of the items."""
+        if len(rows) == len(self.weight):
+            return self
+        places = _sent(rows, self.weight)
+        return _State(*(x.index_select(0, places) for x in self))
 
-    @property
-    def kernels(self) -> tuple[Tensor, ...]:
-        """F1' and what is computed from it."""
-        return self.first, self.second, self.error, self.residual, self.factor
+    def replaced(self, rows: Numbers, other: _State, taken: Numbers) -> _State:
+        """With rows of its own for those of another state that were taken."""
+        if len(rows) == len(self.weight):
+            return other
+        into, of = _sent(rows, self.weight), None if len(taken) == len(other.weight) else _sent(taken, self.weight)
+        pairs = zip(self[3:], other[3:], strict=True)
+        return _State(*self[:3], *(a.index_copy(0, into, b if of is None else b.index_select(0, of)) for a, b in pairs))
 
-    def with_kernels(self, first: Tensor, second: Tensor, error: Tensor, residual: Tensor, factor: Tensor) -> _State:
-        return self._replace(first=first, second=second, error=error, residual=residual, factor=factor)
+
+class _Told(NamedTuple):
+    """What the host knows of them."""
+
+    items: Numbers  # which of the batch they are
+    residual: Numbers  # |R|
+    remaining: Numbers  # the relative residual of G itself
+    before: Numbers  # |R| one step ago
+    radius: Numbers  # of the trust region
+    used: Numbers  # half-steps
+    careful: Numbers  # whether CG runs in full precision
+    stalled: Numbers
+
+    def at(self, rows: Numbers) -> _Told:
+        """Some of the items."""
+        return _Told(*(x[rows] for x in self))
 
 
 def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float) -> Solution:
     """Solve a batch from noise for F1, (B, Ch, Ci, *K1), in at most `2 * max_iter` half-steps for each item."""
-    weight, scale, history = equation.weight, equation.norm, History(equation.weight)
-    state = _start(equation, noise)
-    first, second = torch.empty_like(noise), weight.new_empty(len(weight), *state.second.shape[1:])
-    residual, used = torch.empty_like(scale), torch.empty_like(state.used)
+    weight = equation.weight
+    whitened, state, told = _start(equation, noise)
+    first, second = torch.empty_like(noise), torch.empty_like(state.second)
+    residual, used, trace = np.empty(len(weight)), np.empty(len(weight), np.int64), []
     limit = 2 * max_iter - 1  # the last half-step is kept for an item that is not exact by then
     while True:
-        remaining = frobenius(mix_in(mix_out(state.left, state.error), state.right)) / scale[state.items]
-        history.add(state.items, remaining)
-        done = (remaining <= tol) | state.stalled | (state.used + 3 > limit)
-        ends, careful = torch.stack([done, state.careful]).tolist()
-        if any(ends):
-            rows = _rows(ends, done.device)
-            ended = state.at(rows)
-            first[ended.items] = mix_in(ended.first, ended.right)
-            second[ended.items] = mix_out(ended.left, ended.second)
-            residual[ended.items], used[ended.items] = remaining[rows], ended.used
-            rows = _rows([not end for end in ends], done.device)
-            state, remaining = state.at(rows), remaining[rows]
-            careful = [flag for flag, end in zip(careful, ends, strict=True) if not end]
-        if not careful:
+        trace.append(np.full(len(weight), np.nan))
+        trace[-1][told.items] = told.remaining
+        done = (told.remaining <= tol) | told.stalled | (told.used + 3 > limit)
+        if done.any():
+            rows = np.flatnonzero(done)
+            ended, items = state.at(rows), _sent(told.items[rows], weight)
+            first.index_copy_(0, items, ended.first)
+            second.index_copy_(0, items, ended.second)
+            residual[told.items[rows]], used[told.items[rows]] = told.remaining[rows], told.used[rows]
+            state, told = state.at(rows := np.flatnonzero(~done)), told.at(rows)
+        if not len(told.items):
             break
-        state = _advance(equation, state, careful, 0.3 * tol / remaining, limit)
+        state, told = _advance(equation, state, told, tol, limit)
 
-    rest = (~(residual <= tol)).nonzero().flatten()
+    first, second = mix_in(first, whitened.right), mix_out(whitened.left, second)
+    rest = np.flatnonzero(~(residual <= tol))
     if len(rest):  # the nearest F2 for G', so far: now for G
-        step = HalfStep(first[rest], equation.frame.second, equation.backend)
-        found, _, norm = project(step, weight[rest], equation.frame.before, always_refine=True)
-        last = norm / scale[rest]
-        second[rest] = per_item(last < residual[rest], found, second[rest])
-        history.add(rest, last.minimum(residual[rest]))
+        open_items = _sent(rest, weight)
+        step = HalfStep(first[open_items], equation.frame.second, equation.backend)
+        found, _, norm = project(step, weight[open_items], equation.frame.before, always_refine=True)
+        last = np.array((norm / equation.norm[open_items]).tolist())
+        second[open_items] = per_item(_sent(last < residual[rest], weight), found, second[open_items])
+        trace.append(np.full(len(weight), np.nan))
+        trace[-1][rest] = np.fmin(last, residual[rest])
         used[rest] += 1
-    return Solution(first, second, history.stacked(), used)
+    return Solution(first, second, _sent(np.array(trace), weight).to(weight.dtype), _sent(used, weight))
 
 
-def _start(equation: Equation, noise: Tensor) -> _State:
-    frame, backend, (b, co, ci) = equation.frame, equation.backend, equation.sizes
+def _start(equation: Equation, noise: Tensor) -> tuple[Whitened, _State, _Told]:
+    """The whitened weight, and where a power step on its windows leads."""
+    frame, (_, co, ci) = equation.frame, equation.sizes
     solvable = equation.hidden >= min(co, ci) and freedom(frame, co, ci, equation.hidden) >= 0
     roundoff = torch.finfo(equation.dtype).eps
-    weight, left, right = whiten(equation.weight, roundoff) if solvable else whiten(equation.weight, roundoff, passes=0)
-    second = backend.correlate(weight, frame.before, noise, frame.second)
-    mirrored = backend.correlate(weight.transpose(1, 2), frame.before, second.transpose(1, 2), frame.first)
+    whitened = whiten(equation.weight, roundoff) if solvable else whiten(equation.weight, roundoff, passes=0)
+    weight = whitened.weight
+    second = _adjoint(System(noise, frame.second, equation.backend), weight, frame.before).transpose(1, 2)
+    mirrored = _adjoint(System(second, frame.first, equation.backend), weight.transpose(1, 2), frame.before)
     first = unit(unit(mirrored.transpose(1, 2)) + _NOISE * unit(noise))
-    second, error, residual, factor = _projected(equation, weight, first)
-    items = torch.arange(b, device=weight.device)
-    no = torch.zeros_like(items, dtype=torch.bool)
-    return _State(
-        items=items,
-        weight=weight,
-        left=left,
-        right=right,
-        first=first,
-        second=second,
-        error=error,
-        factor=factor,
+    left = whitened.left / equation.norm[:, None, None]
+    state, residual, remaining = _projected(equation, (weight, left, whitened.right), first, near=True)
+    no = np.zeros(len(weight), bool)
+    told = _Told(
+        items=np.arange(len(weight)),
         residual=residual,
+        remaining=remaining,
         before=3**0.5 * residual,  # so that the first forcing term is 0.3
-        radius=torch.full_like(residual, _RADIUS),
-        used=torch.ones_like(items),
+        radius=np.full(len(weight), _RADIUS),
+        used=np.ones(len(weight), np.int64),
         careful=no,
-        stalled=no.clone(),
+        stalled=no,
     )
+    return whitened, state, told
 
 
-def _projected(equation: Equation, weight: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The least-squares F2 for F1, its error with its norm, and a factor of the rows' Gram matrix for directions."""
-    step = HalfStep(first, equation.frame.second, equation.backend)
-    second, error, norm = project(step, weight, equation.frame.before)
+def _adjoint(system: System, target: Tensor, before: Size) -> Tensor:
+    return system.kernel(system.right_side(target, before))
+
+
+def _projected(
+    equation: Equation, given: tuple[Tensor, Tensor, Tensor], first: Tensor, *, near: bool
+) -> tuple[_State, Numbers, Numbers]:
+    """The state of F1', for what is `given`: G', Lo / |G| and Li; |R|, and the residual of G itself. The host looks at these.
+
+    Refined if it is `near` an answer: far from one, what the Gram matrix's condition cost cannot be seen against the residual.
+    """
+    (weight, left, right), (k2, before) = given, (equation.frame.second, equation.frame.before)
+    for wait in (False, True):
+        step = HalfStep(first, k2, equation.backend, wait=wait)
+        second = step.solve(weight, before)
+        error, norm = step.error(weight, before, second)
+        if near:
+            second, error, norm = step.refined(second, error, norm, weight, before)
+        remaining = frobenius(mix_in(mix_out(left, error), right))
+        residual, left_over, failed = np.array(torch.stack([norm, remaining, step.singular]).tolist())
+        if not failed.any():
+            break
+    # Once more, where the pseudo-inverse was needed.
     factor = step.factor.dense if step.by_rows else None
     if factor is None:
-        factor = ridged_factor(equation.backend.row_gram(first, step.k2))
-    elif step.inverse is not None:  # some are singular
-        factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], step.k2))
-    return second, error, norm, factor
+        factor = ridged_factor(step.system.row_gram())
+    elif step.inverse is not None:
+        factor = factor.clone()
+        factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], k2))
+    return _State(weight, left, right, first, second, error, factor), residual, left_over
 
 
-def _advance(equation: Equation, state: _State, careful: list[bool], enough: Tensor, limit: int) -> _State:
-    """One Gauss-Newton step of every item; `enough` is the forcing term, (B,), beyond which tol would be overshot."""
-    found = _directions(equation, state, careful, enough, limit)
-    reached = state._replace(used=state.used + 2 * found.steps)
-    taken, failed = torch.ones_like(state.residual), torch.ones_like(state.stalled)
-    tried = (found.gain > 0) & (reached.used < limit)
-    wanted = per_item(tried, found.change, torch.zeros_like(found.change))  # a direction that is not tried may be no number
-    rows: Tensor | None = None  # all of them, at first
-    numbers = list(range(len(careful)))  # the same, on the host
+def _advance(equation: Equation, state: _State, told: _Told, tol: float, limit: int) -> tuple[_State, _Told]:
+    """One Gauss-Newton step of every item."""
+    change, length, gain, on_sphere, steps = _directions(equation, state, told, tol, limit)
+    used, taken = told.used + 2 * steps, np.ones(len(gain))
+    residual, remaining, failed = told.residual.copy(), told.remaining.copy(), np.ones(len(gain), bool)
+    tried, near = (gain > 0) & (used < limit), bool((told.residual <= _NEAR).any())
     for _ in range(_TRIES):
-        chosen = reached if rows is None else reached.at(rows)
-        change, share = (x if rows is None else x[rows] for x in (wanted, taken))
-        trial = unit(chosen.first + share.view(-1, *(1,) * (change.ndim - 1)) * change)
-        trials = (trial, *_projected(equation, chosen.weight, trial))
-        reached = reached._replace(used=reached.used + tried)
-        better = trials[3] < chosen.residual
-        better = tried & (better if rows is None else torch.zeros_like(tried).index_copy(0, rows, better))
-        taken = torch.where(tried & ~better, _SHORTER * taken, taken)
-        again = tried & ~better & (reached.used < limit)
-        wins, goes_on = torch.stack([better, again]).tolist()
-        if rows is None and all(wins):
-            reached, failed = reached.with_kernels(*trials), ~better
+        rows = np.flatnonzero(tried)
+        if not len(rows):
             break
-        at = _rows(wins, taken.device)
-        part = at if rows is None else _rows([wins[row] for row in numbers], taken.device)
-        new = (old.index_copy(0, at, value[part]) for old, value in zip(reached.kernels, trials, strict=True))
-        reached, failed, tried = reached.with_kernels(*new), failed & ~better, again
-        if not any(goes_on):
-            break
-        rows, numbers = _rows(goes_on, taken.device), [row for row, flag in enumerate(goes_on) if flag]
-    residual = reached.residual
+        chosen = state.at(rows)
+        part = change if len(rows) == len(change) else change.index_select(0, _sent(rows, change))
+        if (taken[rows] < 1).any():
+            part = part * _sent(taken[rows], change).to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
+        trial, new, left_over = _projected(equation, chosen[:3], unit(chosen.first + part), near=near)
+        used[rows] += 1
+        better = new < told.residual[rows]
+        wins = rows[better]
+        if len(wins):
+            state = state.replaced(wins, trial, np.flatnonzero(better))
+            residual[wins], remaining[wins], failed[wins] = new[better], left_over[better], False
+        taken[rows[~better]] *= _SHORTER
+        tried[wins] = False
+        tried &= used < limit
 
     # Along the step the model's gain is gain * (1 - (1 - t)^2), where |R - P A2 d| is least at t = 1.
-    ratio = (1 - (residual / state.residual) ** 2) / (found.gain * (1 - (1 - taken) ** 2)).clamp_min(1e-30)
-    radius = torch.where((ratio > 0.75) & found.on_sphere, 2 * state.radius, state.radius)
-    radius = torch.where(ratio < 0.25, 0.5 * found.length, radius)
-    radius = torch.where(taken < 1, taken * found.length, radius)
-    return reached._replace(
-        before=state.residual,
-        radius=torch.where(failed, 0.5 * state.radius, radius),
-        careful=state.careful | failed,
-        stalled=failed & state.careful,
+    with np.errstate(invalid="ignore"):  # a direction that was not tried may be no number
+        expected = np.maximum(gain * (1 - (1 - taken) ** 2), 1e-30)
+        ratio = (1 - (residual / told.residual) ** 2) / expected
+    radius = np.where((ratio > 0.75) & on_sphere, 2 * told.radius, told.radius)
+    radius = np.where(ratio < 0.25, 0.5 * length, radius)
+    radius = np.where(taken < 1, taken * length, radius)
+    return state, told._replace(
+        residual=residual,
+        remaining=remaining,
+        before=told.residual,
+        radius=np.where(failed, 0.5 * told.radius, radius),
+        used=used,
+        careful=told.careful | failed,
+        stalled=failed & told.careful,
     )
 
 
-def _directions(equation: Equation, state: _State, careful: list[bool], enough: Tensor, limit: int) -> Direction:
+class _Step(NamedTuple):
+    """A change of F1', (B, Ch, Ci, *K1), in the working dtype, and what the host knows of it; see `Direction`."""
+
+    change: Tensor
+    length: Numbers
+    gain: Numbers
+    on_sphere: Numbers
+    steps: Numbers
+
+
+def _directions(equation: Equation, state: _State, told: _Told, tol: float, limit: int) -> _Step:
     """Directions for F1', in the precision that each item calls for."""
-    if len(set(careful)) == 1:
-        return _directions_alike(equation, state, careful[0], enough, limit)
-    whole: Direction | None = None
-    for kind in (False, True):
-        rows = _rows([flag == kind for flag in careful], enough.device)
-        found = _directions_alike(equation, state.at(rows), kind, enough[rows], limit)
-        whole = whole or Direction(*(values.new_empty(len(careful), *values.shape[1:]) for values in found))
-        whole = Direction(*(into.index_copy(0, rows, values) for into, values in zip(whole, found, strict=True)))
-    assert whole is not None
-    return whole
+    if told.careful.all() or not told.careful.any():
+        return _directions_alike(equation, state, told, tol, limit)
+    kinds = [np.flatnonzero(~told.careful), np.flatnonzero(told.careful)]
+    found = [_directions_alike(equation, state.at(rows), told.at(rows), tol, limit) for rows in kinds]
+    back = np.argsort(np.concatenate(kinds))
+    change = torch.cat([part.change for part in found]).index_select(0, _sent(back, state.first))
+    return _Step(change, *(np.concatenate(parts)[back] for parts in zip(*(part[1:] for part in found), strict=True)))
 
 
-def _directions_alike(equation: Equation, state: _State, careful: bool, enough: Tensor, limit: int) -> Direction:
+def _directions_alike(equation: Equation, state: _State, told: _Told, tol: float, limit: int) -> _Step:
     work = state.weight.dtype
-    most = ((limit - state.used - 1) // 2).clamp_max(MOST_STEPS)
-    dtype = work if careful else torch.float32
-    norm = state.residual.view(-1, *(1,) * (state.first.ndim - 1))
+    dtype = work if told.careful[0] else torch.float32
     # Forcing terms of Eisenstat and Walker, down to what the precision allows and tol can use.
-    forcing = (0.9 * (state.residual / state.before) ** 2).clamp(0.01 if dtype == torch.float64 else 0.03, 0.3)
-    forcing = forcing.maximum(enough)
-    first, second, lower1 = (x.to(dtype) for x in (state.first, state.second, state.factor))
-    lower2 = ridged_factor(equation.backend.row_gram(second.transpose(1, 2), equation.frame.first))
+    forcing = np.clip(0.9 * (told.residual / told.before) ** 2, 0.01 if dtype == torch.float64 else 0.03, 0.3)
+    forcing = np.maximum(forcing, 0.3 * tol / told.remaining)  # beyond which tol would be overshot
+    most = np.minimum((limit - told.used - 1) // 2, MOST_STEPS)
+    first, second, lower1 = (x.to(dtype) for x in (state.first, state.second.transpose(1, 2), state.factor))
     across1 = across(lower1, dense_system(first, equation.frame.second))
-    across2 = across(lower2, dense_system(second.transpose(1, 2), equation.frame.first))
-    about = Linearised((state.error / norm).to(dtype), across1, across2, lower2)
-    found = direction(about, equation.frame.first, forcing.to(dtype), (state.radius / state.residual).to(dtype), most)
-    change, length, gain = (x.to(work) for x in (found.change, found.length, found.gain))
-    return found._replace(change=change * norm, length=length * state.residual, gain=gain)
+    system2 = System(second, equation.frame.first, equation.backend)
+    lower2 = ridged_factor(system2.row_gram())
+    across2 = across(lower2, system2.dense)
+    about = Linearised(state.error.to(dtype), told.residual, across1, across2, lower2)
+    found = direction(about, equation.frame.first, forcing, told.radius / told.residual, most)
+    return _Step(found.change.to(work), found.length * told.residual, found.gain, found.on_sphere, found.steps)
 
 
-def _rows(flags: list[bool], device: torch.device) -> Tensor:
-    """Which are set."""
-    return torch.tensor([row for row, flag in enumerate(flags) if flag], dtype=torch.int64).to(device, non_blocking=True)
+def _sent(numbers: Any, like: Tensor) -> Tensor:
+    """An array of the host, on the device of `like`, without waiting for it."""
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)

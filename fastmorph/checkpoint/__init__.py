@@ -1,0 +1,1 @@
+"""Grown networks on disk: `save` and `load`."""
