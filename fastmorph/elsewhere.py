@@ -33,9 +33,7 @@ class Elsewhere(Tensor):
     _views: tuple[Callable[[Tensor], Tensor], ...]
 
     @staticmethod
-    def __new__(
-        cls, like: Tensor, device: torch.device, shelf: Shelf, fetch: Fetch, views: tuple[Any, ...] = ()
-    ) -> Elsewhere:
+    def __new__(cls, like: Tensor, device: torch.device, shelf: Shelf, fetch: Fetch, views: tuple[Any, ...] = ()) -> Elsewhere:
         """A tensor like another one in all but its values; `views` lead to them from what is fetched."""
         self: Any = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, layout=like.layout, device=device
@@ -44,10 +42,10 @@ class Elsewhere(Tensor):
         found: Elsewhere = self
         return found
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator: a view on the shape, any other one on the values."""
@@ -86,7 +84,7 @@ class Elsewhere(Tensor):
         memo[id(self)] = new
         return new
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Elsewhere(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
@@ -126,4 +124,3 @@ def on_meta(tensor: Tensor) -> Tensor:
     """A tensor of the same shape, strides and dtype on the meta device; a parameter for a parameter."""
     new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
@@ -22,7 +22,7 @@ from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.clone import clone
-from fastmorph.inputs import Inputs, as_call
+from fastmorph.inputs import as_call
 from fastmorph.plan.history import remember
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.morph import Morphed
@@ -61,8 +61,8 @@ def morph(
     `memory_budget`) beside its shards of parent and child, except where the models themselves run, for the certificate.
 
     Args:
-        parent: sharded by `fully_shard`, by tensor parallel, by both, wrapped in DistributedDataParallel, or whole on each rank.
-            It is not touched, but for parameters that a forward left gathered, which are let go.
+        parent: sharded by `fully_shard`, by tensor parallel or both, in DistributedDataParallel, or whole on each rank. It is
+            not touched, but for parameters that a forward left gathered, which are let go.
         plan: as in `fastmorph.morph`.
         mesh: the ranks that take part, of one dimension or all of them; None: all.
         parallelize: shards or wraps the child as the parent was, in place or by returning another module. Where the parent
@@ -128,7 +128,8 @@ def morph(
         shelf.let_go()
         network = inner(made)
         guard_saving(network, shapes)
-        carried, twins = None, ()
+        carried: Optimizer | None = None
+        twins: tuple[int, ...] = ()
         if optimizer is not None:
             carried, twins = carry_shards(optimizer, network, _of_child(transaction.lineage, grown, network), shelf)
         certificate: Certificate | None = None

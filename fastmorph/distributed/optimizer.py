@@ -20,9 +20,9 @@ def check_sharded_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Refuse an optimizer that cannot be carried over, before any work. Raises MorphError with the way that works."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         raise MorphError(
-            "a ZeroRedundancyOptimizer keeps the state of each parameter on one rank alone: call its consolidate_state_dict on "
-            "each rank in turn, load its state_dict() there into a plain optimizer of the model's parameters, pass that one, and "
-            "make a new ZeroRedundancyOptimizer for the child from Morphed.optimizer's groups and state; or shard by fully_shard."
+            "a ZeroRedundancyOptimizer keeps each parameter's state on one rank alone: call consolidate_state_dict(to=rank) "
+            "for every rank, load its state_dict() into a plain optimizer of the model's parameters and pass that one, then "
+            "load Morphed.optimizer.state_dict() into a new ZeroRedundancyOptimizer; or shard the model by fully_shard instead."
         )
     check_optimizer(optimizer, model)
 

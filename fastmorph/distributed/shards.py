@@ -43,7 +43,7 @@ class RankShelf(Shelf):
             if not isinstance(tensor, DTensor):
                 return tensor.detach()
             self.ranks.check()
-            return tensor.detach().full_tensor()
+            return whole(tensor.detach())
 
         return self.of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.device, fetch)
 
@@ -57,9 +57,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     cut: Any = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     local = value[cut].clone(memory_format=torch.contiguous_format)
     meta = torch.empty(value.shape, device="meta")
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=meta.shape, stride=meta.stride()
-    )
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=meta.shape, stride=meta.stride())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from fastmorph.graph.clone import clone
 from fastmorph.plan.lineage import Lineage
 
 _ENGINE, _STATE = "torch.distributed", "__composable_api"  # its hooks' module, and its state's place in a module
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied", "_compiled_call_impl")
 _WRAPPED = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -124,7 +125,7 @@ def _bare(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         kind = kind.__mro__[module._orig_cls_mro_index]
     made[id(module)] = new = object.__new__(kind)
     for key, value in vars(module).items():
-        if key.startswith(_STATE) or key in ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "_compiled_call_impl"):
+        if key.startswith(_STATE) or key in _MARKS:
             continue
         if key == "_modules":
             value = {name: part if part is None else _bare(part, made) for name, part in value.items()}

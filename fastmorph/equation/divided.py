@@ -163,9 +163,7 @@ def _told(
         ranks.move(kernel, torch.empty(size, dtype=checked.dtype, device="meta"), device, source, destination)
         for kernel, size in zip(kernels, sizes, strict=True)
     )
-    found: Decomposition[Any] = Decomposition(
-        first, second, **{key: _moved(value, device) for key, value in facts.items()}
-    )
+    found: Decomposition[Any] = Decomposition(first, second, **{key: _moved(value, device) for key, value in facts.items()})
     return found, None if text is None else InexactMorphError(text, found)
 
 

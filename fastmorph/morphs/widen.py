@@ -14,7 +14,6 @@ from typing import Unpack, cast
 import torch
 from torch import Tensor
 
-from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.find import tensor_of
@@ -122,7 +121,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 @torch.no_grad()
 def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
     if fillings:
-        new, linear, square = fill_tensor(fillings, name, values_of(old))
+        new, linear, square = fill_tensor(fillings, name, old)
         transaction.replace(old, new, linear=linear, square=square)
     else:  # without weights
         transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)

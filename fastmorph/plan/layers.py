@@ -156,7 +156,11 @@ def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
 
 def check_weight(name: str, weight: Any) -> None:
     """Refuse a layer whose weight is no plain floating-point tensor."""
-    if type(weight) not in (Tensor, nn.Parameter, Elsewhere) or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+    if (
+        type(weight) not in (Tensor, nn.Parameter, Elsewhere)
+        or not weight.is_floating_point()
+        or torch.finfo(weight.dtype).bits < 16
+    ):
         raise refusal(
             name,
             f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
