@@ -148,7 +148,7 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
 @torch.no_grad()
 def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
     if fillings:
-        new, linear, square = fill_tensor(fillings, name, old.detach())
+        new, linear, square = fill_tensor(fillings, name, old)
         transaction.replace(old, new, linear=linear, square=square)
     else:  # without weights
         transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
