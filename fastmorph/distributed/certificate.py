@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -20,11 +20,13 @@ from fastmorph.certify.run import isolated
 from fastmorph.distributed.unsharded import reshard
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
-from fastmorph.outputs import Outputs, flatten
+from fastmorph.outputs import Outputs, Path, WiderOutput, flatten
 from fastmorph.ranks import Ranks
 
 
-def certify(parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks) -> Certificate:
+def certify(
+    parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks, wider: Mapping[Path, WiderOutput] | None = None
+) -> Certificate:
     """Compare the outputs of two sharded models in eval mode and their own dtype, on every rank's inputs.
 
     Raises MorphError where one cannot be run, and for a dtype without a tolerance.
@@ -35,7 +37,7 @@ def certify(parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks) -> 
         raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
     tolerance = TOLERANCES[dtype][0]
     before, after = (_run(model, who, call, ranks) for model, who in ((parent, "parent"), (child, "child")))
-    found = ranks.exchange(list(compare(before, after, "eval", dtype, tolerance)))
+    found = ranks.exchange(list(compare(before, after, "eval", dtype, tolerance, wider)))
     rows = tuple(_worst(found))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastmorph.elsewhere import values_of
 from fastmorph.equation.randomness import Stream as Noise
 from fastmorph.errors import MorphError
 from fastmorph.graph.growth import Growth
@@ -40,7 +41,7 @@ class StreamFilling:
     def __init__(self, layer: str, growth: Growth, noise: Noise, vectors: Mapping[str, Tensor]) -> None:
         assert growth.stream is not None
         self._layer, self._growth, self._stream, self._noise = layer, growth, growth.stream, noise
-        self._vectors = {name: vector.detach().clone() + self._stream.changes[name].offset for name, vector in vectors.items()}
+        self._vectors = {name: values_of(vector) + self._stream.changes[name].offset for name, vector in vectors.items()}
         axis, layout = next(iter(growth.layouts.items()))
         self._sizes = axis.size, len(layout.origin)
         self._reads = growth.coupling.record.mask("reads")
@@ -55,6 +56,7 @@ class StreamFilling:
 
     def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map | None, Map | None]:
         """The new values of a parameter or buffer, and the maps that take its first and squared moments to the new shape."""
+        old = values_of(old)
         if self._turn is None:
             return self._widened(name, old), lambda m: self._moment(name, m, 1), lambda m: self._moment(name, m, 2)
         if not self._can_follow(name):

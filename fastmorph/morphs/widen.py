@@ -140,7 +140,7 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
         linear: Map | None = None
         square: Map | None = None
         if transaction.with_weights:
-            new, linear, square = filling.tensor(name, old.detach())
+            new, linear, square = filling.tensor(name, old)
         transaction.replace(old, new, linear=linear, square=square)
     transaction.widened(growth.stream.outputs)
 
