@@ -82,9 +82,8 @@ class Equation:
         return b, co, ci
 
     def subset(self, items: Tensor, frame: Frame) -> Equation:
-        """The same equation for some batch items, in another frame; to know `items` on the host saves a wait."""
-        here = items.to(self.weight.device, non_blocking=True)
-        return replace(self, weight=self.weight[here], frame=frame, noise=self.noise.of(items))
+        """The same equation for some batch items, in another frame."""
+        return replace(self, weight=self.weight[items], frame=frame, noise=self.noise.of(items))
 
     @property
     def transposed(self) -> Equation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class Practical(Solver):
         tol = equation.tolerance if self.tol is None else self.tol
         open_items, traces = np.arange(batch), [np.empty((0, batch))]
         for inner in frame.shrinking():
-            items, part = sent(open_items, weight), equation.subset(torch.from_numpy(open_items), inner)
+            items = sent(open_items, weight)
+            part = replace(equation, weight=weight.index_select(0, items), frame=inner)  # it draws no noise
             one, two, trace = alternate_until(part, noise.index_select(0, items), tol=tol, most=2 * self.max_iter)
             before = tuple(widths[0] for widths in frame.second_padding(inner))
             first.index_copy_(0, items, one)

@@ -76,7 +76,8 @@ def alternate_until(equation: Equation, first: Tensor, *, tol: float, most: int)
         return one, two, np.array(told), unsolved
 
     while step < most and len(items):
-        steps = range(step, min(step + every, most))
+        few = next((k for k in range(1, every) if exact[SIDES[(step + k - 1) % 2]]), every)  # a look where all should be exact
+        steps = range(step, min(step + few, most))
         new = advance(steps, wait=every == 1)
         if every > 1 and new[3].any():
             new = advance(steps, wait=True)
