@@ -50,6 +50,12 @@ class Lineage:
         if past is not None:
             self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
 
+    def copied(self, new: nn.Parameter, old: nn.Parameter, linear: Map | None, square: Map | None) -> None:
+        """Let `new` descend from what `old` descends from, beside it."""
+        past = self._of.get(old)
+        if past is not None:
+            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
+
     def joined(self, new: nn.Parameter, near: nn.Parameter) -> None:
         """Let `new`, unless it is known, share the options of `near` and start afresh."""
         past = self._of.get(near)
