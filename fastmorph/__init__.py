@@ -1,5 +1,8 @@
 """fastmorph: grow a trained PyTorch network without changing what it computes."""
 
+import importlib
+from typing import Any
+
 from fastmorph import graph, nn
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.verify import verify
@@ -102,3 +105,10 @@ __all__ = [
     "verify",
     "widen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fastmorph.distributed`, imported when it is used: PyTorch's engine takes its time."""
+    if name == "distributed":
+        return importlib.import_module("fastmorph.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 import fastmorph.plan.known_layers  # noqa: F401 - registers them
+from fastmorph.elsewhere import Elsewhere
 from fastmorph.errors import MorphError
 from fastmorph.nn.computed import weight_hooks
 from fastmorph.plan.layer_types import LayerRule, find_rule
@@ -155,7 +156,11 @@ def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
 
 def check_weight(name: str, weight: Any) -> None:
     """Refuse a layer whose weight is no plain floating-point tensor."""
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+    if (
+        type(weight) not in (Tensor, nn.Parameter, Elsewhere)
+        or not weight.is_floating_point()
+        or torch.finfo(weight.dtype).bits < 16
+    ):
         raise refusal(
             name,
             f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
@@ -213,6 +218,8 @@ def _items(value: object) -> Iterator[object]:
 def _same_memory(one: Tensor, two: Any) -> bool:
     if one is two:
         return True
+    if isinstance(one, Elsewhere) or isinstance(two, Elsewhere):
+        return False
     if isinstance(one, nn.parameter.UninitializedParameter) or not one.numel():
         return False
     return one.device == two.device and one.device.type != "meta" and one.data_ptr() == two.data_ptr()
