@@ -18,6 +18,7 @@ from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompos
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, Structure, coupled, follow
+from fastmorph.morphs.add_experts import AddExperts, add_experts
 from fastmorph.morphs.add_heads import AddHeads, add_heads
 from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
@@ -38,6 +39,7 @@ from fastmorph.plan.transfer import transfer_optimizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddExperts",
     "AddHeads",
     "Auto",
     "Candidate",
@@ -72,6 +74,7 @@ __all__ = [
     "Sum",
     "Transaction",
     "Widen",
+    "add_experts",
     "add_heads",
     "alternate",
     "candidates",

@@ -142,7 +142,7 @@ def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Laye
     layer = Layer(name, module, rule)
     if layer.is_plain:
         check_weight(name, module.weight)
-    _check_surroundings(model, name, module, modules)
+    check_surroundings(model, name, module)
     return layer
 
 
@@ -174,8 +174,12 @@ def _origins(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if not name.startswith(biases)]
 
 
-def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Refuse what other modules do with this one, or with its weight, besides calling it."""
+def check_surroundings(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse what other modules do with this one, or with its weight, besides calling it.
+
+    Raises MorphError, with the layer, the cause and the remedy.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for owner_name, attribute, owner in _owners(model, module):
         if isinstance(owner, _READ_WEIGHTS):
             raise refusal(
