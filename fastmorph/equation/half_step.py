@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.backends import Backend
-from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad, taps_first, taps_last
-from fastmorph.equation.frame import Size, tap_count
+from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad
+from fastmorph.equation.frame import Size
+from fastmorph.equation.system import System
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
@@ -36,12 +37,11 @@ class HalfStep:
     def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
         """Factor the system. `wait=False` never waits for the device, in refinement either, and only marks singular items."""
         self.wait = wait
-        self.first, self.k2, self.backend = first, k2, backend
-        self.size = tuple(a + b - 1 for a, b in zip(first.shape[3:], k2, strict=True))
-        self.by_rows = first.shape[1] * tap_count(k2) <= first.shape[2] * tap_count(self.size)
-        gram = backend.row_gram(first, k2) if self.by_rows else backend.column_gram(first, k2)
+        self.system = system = System(first, k2, backend)
+        self.by_rows = system.shape[0] <= system.shape[1]
+        gram = system.row_gram() if self.by_rows else system.column_gram()
         # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
-        blocks, width = (1, 0) if self.by_rows or not k2 else (self.size[0], first.shape[3] - 1)
+        blocks, width = (1, 0) if self.by_rows or not k2 else (system.size[0], first.shape[3] - 1)
         few = host_waits(first.device) and gram.shape[1] <= _DENSE
         if few or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
@@ -54,21 +54,15 @@ class HalfStep:
 
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
-        b, co, ci = target.shape[:3]
-        ch = self.first.shape[1]
         if self.by_rows:
-            right = taps_first(self.backend.correlate(target, before, self.first, self.k2))  # (*K2, B, Co, Ch)
-            right = right.reshape(tap_count(self.k2), b, co, ch).permute(1, 0, 3, 2).reshape(b, -1, co)
-            second = self._unflatten(self.factor.solve(right))
+            rows = self.factor.solve(self.system.right_side(target, before))
         else:
-            dims = range(3, target.ndim)
-            right = pad(target, before, self.size).permute(0, *dims, 2, 1).reshape(b, -1, co)  # (B, |N|*Ci, Co)
-            weights = self.factor.solve(right).view(b, *self.size, ci, co).permute(0, -1, -2, *(d - 2 for d in dims))
-            second = self.backend.correlate(weights, (0,) * len(before), self.first, self.k2)
+            rows = self.system.image(self.factor.solve(self.system.columns(target, before)))
+        second = self.system.kernel(rows)
         if self.inverse is not None:
-            padded = pad(target[self.singular], before, self.size).flatten(2)
+            padded = pad(target[self.singular], before, self.system.size).flatten(2)
             second = second.clone()
-            second[self.singular] = self._unflatten((padded @ self.inverse).mT)
+            second[self.singular] = self.system.kernel((padded @ self.inverse).mT)
         return second
 
     def refined(
@@ -93,7 +87,7 @@ class HalfStep:
         self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of iterative refinement, for the items that it brings nearer."""
-        candidate = second + self.solve(error, (0,) * len(self.size))
+        candidate = second + self.solve(error, (0,) * len(self.system.size))
         candidate_error, candidate_norm = self.error(target, before, candidate)
         better = candidate_norm < norm
         error = per_item(better, candidate_error, error)
@@ -101,13 +95,7 @@ class HalfStep:
 
     def error(self, target: Tensor, before: Size, second: Tensor) -> tuple[Tensor, Tensor]:
         """Target minus composition, (B, Co, Ci, *N), and its norm (B,)."""
-        return self.backend.error(target, before, self.first, second)
-
-    def _unflatten(self, rows: Tensor) -> Tensor:
-        """(B, |K2|*Ch, Co) -> (B, Co, Ch, *K2)."""
-        b, _, co = rows.shape
-        by_tap = rows.view(b, tap_count(self.k2), -1, co).permute(1, 0, 3, 2)  # (|K2|, B, Co, Ch)
-        return taps_last(by_tap.reshape(*self.k2, b, co, -1))
+        return self.system.error(target, before, second)
 
 
 def per_item(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from bench.launches import CALLS, Count, Counting, count, counting
 CEILINGS = {
     "Direct 2048 -> 4096": (Count(24, 1), Count(340, 2)),
     "Direct 64 -> 128": (Count(24, 1), Count(110, 2)),
-    "half-step 64 -> 192": (Count(130, 2), Count(220, 2)),
-    "half-step 64 -> 228, 2052 unknowns": (Count(140, 2), Count(220, 2)),
-    "Gauss-Newton, 6 problems": (Count(1350, 32), Count(3450, 32)),
+    "half-step 64 -> 192": (Count(122, 1), Count(212, 1)),
+    "half-step 64 -> 228, 2052 unknowns": (Count(132, 1), Count(212, 1)),
+    "Gauss-Newton, 6 problems": (Count(1140, 23), Count(1150, 23)),
     "VGG-16's 13 convolutions": (Count(300, 1), Count(900, 9)),
     "100 alike layers": (Count(130, 1), Count(220, 2)),
 }

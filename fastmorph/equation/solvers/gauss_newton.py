@@ -25,11 +25,13 @@ from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import dense_system, frobenius
 from fastmorph.equation.bounds import freedom
+from fastmorph.equation.frame import Size
 from fastmorph.equation.half_step import HalfStep, per_item
 from fastmorph.equation.solvers.base import Equation, Solution
 from fastmorph.equation.solvers.steihaug import MOST_STEPS, Linearised, Numbers, across, direction, ridged_factor
 from fastmorph.equation.solvers.sweeps import project, unit
 from fastmorph.equation.solvers.whiten import Whitened, mix_in, mix_out, whiten
+from fastmorph.equation.system import System
 
 _RADIUS = 0.5  # of the first step, as a share of |G|
 _NOISE = 0.1  # share of the noise in the start
@@ -119,13 +121,13 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
 
 def _start(equation: Equation, noise: Tensor) -> tuple[Whitened, _State, _Told]:
     """The whitened weight, and where a power step on its windows leads."""
-    frame, backend, (_, co, ci) = equation.frame, equation.backend, equation.sizes
+    frame, (_, co, ci) = equation.frame, equation.sizes
     solvable = equation.hidden >= min(co, ci) and freedom(frame, co, ci, equation.hidden) >= 0
     roundoff = torch.finfo(equation.dtype).eps
     whitened = whiten(equation.weight, roundoff) if solvable else whiten(equation.weight, roundoff, passes=0)
     weight = whitened.weight
-    second = backend.correlate(weight, frame.before, noise, frame.second)
-    mirrored = backend.correlate(weight.transpose(1, 2), frame.before, second.transpose(1, 2), frame.first)
+    second = _adjoint(System(noise, frame.second, equation.backend), weight, frame.before).transpose(1, 2)
+    mirrored = _adjoint(System(second, frame.first, equation.backend), weight.transpose(1, 2), frame.before)
     first = unit(unit(mirrored.transpose(1, 2)) + _NOISE * unit(noise))
     left = whitened.left / equation.norm[:, None, None]
     state, residual, remaining = _projected(equation, (weight, left, whitened.right), first, near=True)
@@ -141,6 +143,10 @@ def _start(equation: Equation, noise: Tensor) -> tuple[Whitened, _State, _Told]:
         stalled=no,
     )
     return whitened, state, told
+
+
+def _adjoint(system: System, target: Tensor, before: Size) -> Tensor:
+    return system.kernel(system.right_side(target, before))
 
 
 def _projected(
@@ -164,7 +170,7 @@ def _projected(
     # Once more, where the pseudo-inverse was needed.
     factor = step.factor.dense if step.by_rows else None
     if factor is None:
-        factor = ridged_factor(equation.backend.row_gram(first, k2))
+        factor = ridged_factor(step.system.row_gram())
     elif step.inverse is not None:
         factor = factor.clone()
         factor[step.singular] = ridged_factor(equation.backend.row_gram(first[step.singular], k2))
@@ -244,8 +250,9 @@ def _directions_alike(equation: Equation, state: _State, told: _Told, tol: float
     most = np.minimum((limit - told.used - 1) // 2, MOST_STEPS)
     first, second, lower1 = (x.to(dtype) for x in (state.first, state.second.transpose(1, 2), state.factor))
     across1 = across(lower1, dense_system(first, equation.frame.second))
-    lower2 = ridged_factor(equation.backend.row_gram(second, equation.frame.first))
-    across2 = across(lower2, dense_system(second, equation.frame.first))
+    system2 = System(second, equation.frame.first, equation.backend)
+    lower2 = ridged_factor(system2.row_gram())
+    across2 = across(lower2, system2.dense)
     about = Linearised(state.error.to(dtype), told.residual, across1, across2, lower2)
     found = direction(about, equation.frame.first, forcing, told.radius / told.residual, most)
     return _Step(found.change.to(work), found.length * told.residual, found.gain, found.on_sphere, found.steps)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import frobenius
+from fastmorph.equation.gauge import floored
 
 _PASSES = 2  # whitening one side colours the other a little; a third pass gained nothing
 
 
 class Whitened(NamedTuple):
-    """G' (B, Co, Ci, *K) of norm 1 (0 where G is zero), Lo (B, Co, Co) and Li (B, Ci, Ci), symmetric products."""
+    """G' (B, Co, Ci, *K) of norm 1 (0 where G is zero), Lo (B, Co, Co), products of lower factors, Li (B, Ci, Ci) of upper."""
 
     weight: Tensor
     left: Tensor
@@ -29,7 +30,7 @@ class Whitened(NamedTuple):
 def whiten(weight: Tensor, roundoff: float, *, passes: int = _PASSES) -> Whitened:
     """G = Lo G' Li, (B, Co, Ci, *K), with nearly white channels; `passes=0` takes the norm out and no more.
 
-    Directions with less than sqrt(roundoff) of the power of the strongest are left weak. What is weak on both sides (the
+    Directions with less than sqrt(roundoff) of the power of all are left weak. What is weak on both sides (the
     rounding errors of a G of low rank, say) is solved for like a signal, and so costs half the digits at most.
     """
     floor = roundoff**0.5
@@ -37,10 +38,13 @@ def whiten(weight: Tensor, roundoff: float, *, passes: int = _PASSES) -> Whitene
     left = torch.eye(co, dtype=weight.dtype, device=weight.device).repeat(b, 1, 1)
     right = torch.eye(ci, dtype=weight.dtype, device=weight.device).repeat(b, 1, 1)
     for _ in range(passes):
-        half, inverse = _roots(weight.flatten(2), floor)
-        weight, left = mix_out(inverse, weight), left @ half
-        half, inverse = _roots(weight.transpose(1, 2).flatten(2), floor)
-        weight, right = mix_in(weight, inverse), half @ right
+        rows = weight.flatten(2)
+        lower = _factor(rows, floor)
+        weight, left = torch.linalg.solve_triangular(lower, rows, upper=False).view(weight.shape), left @ lower
+        rows = weight.transpose(1, 2).flatten(2)
+        lower = _factor(rows, floor)
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+        weight, right = rows.view(b, ci, co, *weight.shape[3:]).transpose(1, 2), lower.mT @ right
     norm = frobenius(weight)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     return Whitened(weight / norm.view(-1, *(1,) * (weight.ndim - 1)), left * norm[:, None, None], right)
@@ -48,21 +52,14 @@ def whiten(weight: Tensor, roundoff: float, *, passes: int = _PASSES) -> Whitene
 
 def mix_out(matrix: Tensor, kernel: Tensor) -> Tensor:
     """A matrix, (B, P, O), times the kernel of each tap, (B, O, I, *K) -> (B, P, I, *K)."""
-    return torch.einsum("bpo,boi...->bpi...", matrix, kernel)
+    return torch.bmm(matrix, kernel.flatten(2)).view(len(kernel), -1, *kernel.shape[2:])
 
 
 def mix_in(kernel: Tensor, matrix: Tensor) -> Tensor:
     """The kernel of each tap, (B, O, I, *K), times a matrix, (B, I, Q) -> (B, O, Q, *K)."""
-    return torch.einsum("boi...,biq->boq...", kernel, matrix)
+    return mix_out(matrix.mT, kernel.transpose(1, 2)).transpose(1, 2)
 
 
-def _roots(rows: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Square root of the covariance of (B, C, n) rows, scaled to norm 1 and floored, and its inverse; (B, C, C) each."""
-    covariance = rows @ rows.mT
-    home = covariance.device
-    if home.type == "mps":  # Apple's GPUs have no eigenvalue solver
-        covariance = covariance.cpu()
-    values, basis = (x.to(home) for x in torch.linalg.eigh(covariance))
-    values = values / values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
-    root = values.clamp(floor, 1.0).sqrt()[:, None, :]
-    return (basis * root) @ basis.mT, (basis / root) @ basis.mT
+def _factor(rows: Tensor, floor: float) -> Tensor:
+    """Lower triangular factor, (B, C, C), of the covariance of (B, C, n) rows, floored."""
+    return torch.linalg.cholesky_ex(floored(rows @ rows.mT, floor))[0]
