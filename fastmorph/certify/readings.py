@@ -1,9 +1,9 @@
-"""How a child's outputs are read as its parent's, where a growth makes them larger: what is compared, and what is said of it."""
+"""How a child's outputs are read as its parent's, where a growth makes them larger."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,24 +49,11 @@ class InsertedLayer:
         """Without the new entry; of a list that begins with what the first layer is given, without the one behind it."""
         before, after = _lengths(parent), _lengths(child)
         longer = {
-            path: self.place + before[path] - self.count
+            path: self.place + length - self.count - 1
             for path, length in after.items()
-            if before.get(path) in (self.count, self.count + 1) and length == before[path] + 1
+            if length in (self.count + 1, self.count + 2) and before.get(path, length) < length
         }
-        found: Outputs = {}
-        for path, leaf in child.items():
-            kept: list[object] | None = []
-            for depth, key in enumerate(path):
-                gone = longer.get(path[:depth])
-                if gone is not None and isinstance(key, int) and key >= gone:
-                    if key == gone:
-                        kept = None
-                        break
-                    key -= 1
-                kept.append(key)
-            if kept is not None:
-                found[tuple(kept)] = leaf
-        return found
+        return {kept: leaf for path, leaf in child.items() if (kept := _without(path, longer)) is not None}
 
     def layer(self, name: str) -> str | None:
         """Later ones stood one place before."""
@@ -97,13 +84,26 @@ class MoreIds:
 
     def _cut(self, old: Any, new: Any) -> Any:
         tensors = isinstance(old, Tensor) and isinstance(new, Tensor) and old.ndim == new.ndim > 0
-        if tensors and (old.shape[-1], new.shape[-1]) == (self.old, self.new):
+        if tensors and old.shape[-1] < new.shape[-1] == self.new:
             return new[..., : self.old]
         return new
 
     def layer(self, name: str) -> str | None:
         """No layer is new."""
         return name
+
+
+def _without(path: Path, gone: Mapping[Path, int]) -> Path | None:
+    """A path when some lists have lost an entry; None if it was in such an entry."""
+    kept: list[object] = []
+    for depth, key in enumerate(path):
+        place = gone.get(path[:depth])
+        if place is not None and isinstance(key, int):
+            if key == place:
+                return None
+            key -= key > place
+        kept.append(key)
+    return tuple(kept)
 
 
 def read(readings: Sequence[Reading], parent: Outputs, child: Outputs) -> Outputs:

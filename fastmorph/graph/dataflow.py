@@ -18,6 +18,7 @@ from fastmorph.inputs import Inputs
 from fastmorph.outputs import Path
 
 _NUMBERS = (bool, int, float, str, type(None))
+_SAME = frozenset({"detach", "alias", "lift_fresh"})  # the tensor itself: outputs are looked at by these
 
 
 class Value(NamedTuple):
@@ -79,6 +80,7 @@ class Dataflow(Watcher):
         self.nodes: list[Node] = []
         self.visits: dict[str, list[Visit]] = {}
         self.outputs: list[tuple[Path, Any]] = []
+        self.ended = 0  # how many operators had run when the model returned; then its outputs were looked at
         self._made: dict[tuple[int, int], Node] = {}
         self._versions: dict[int, int] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
@@ -136,6 +138,7 @@ def record(skeleton: Skeleton, call: Inputs, modules: Iterable[str]) -> Dataflow
         module = skeleton.model.get_submodule(name)
         hooks.append(module.register_forward_pre_hook(_entering(flow, name), with_kwargs=True))
         hooks.append(module.register_forward_hook(_leaving(flow, name)))
+    hooks.append(skeleton.model.register_forward_hook(lambda *_: setattr(flow, "ended", len(flow.nodes))))
     try:
         flow.outputs = skeleton.run(call, flow, train=False)
     finally:
@@ -185,8 +188,13 @@ def story(
         name = flow.name(value)
         return known.get(value.key) or (rename.get(name, name) if name else (tuple(value.tensor.shape), value.tensor.dtype))
 
-    for node in flow.nodes:
+    for number, node in enumerate(flow.nodes):
         if not without.keys().isdisjoint(node.stack):
+            continue
+        if node.name in _SAME:
+            known[id(node.call.outputs[0]), 0] = ref(node.values()[0])
+            continue
+        if number >= flow.ended:
             continue
         numbers = tuple(leaf for leaf in pytree.tree_leaves(node.call.args) if isinstance(leaf, _NUMBERS))
         told.append((node.name, numbers, tuple(map(ref, node.values()))))

@@ -23,16 +23,32 @@ Kind = Literal["matrix", "gain", "shift"]
 
 # Operators that leave values where they are, or move them.
 MOVES = frozenset(
-    """view _unsafe_view reshape _reshape_alias alias detach clone contiguous transpose t permute movedim expand squeeze unsqueeze
-    _to_copy slice select narrow split split_with_sizes chunk unbind flatten unflatten roll flip index index_select gather
-    constant_pad_nd as_strided lift_fresh unfold dropout native_dropout numpy_T mT im2col""".split()
+    {
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "alias",
+            "detach",
+            "clone",
+            "contiguous",
+            "lift_fresh",
+            "_to_copy",
+        ),
+        *("transpose", "t", "permute", "movedim", "numpy_T", "mT", "expand", "squeeze", "unsqueeze", "flatten", "unflatten"),
+        *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "roll", "flip", "as_strided"),
+        *("index", "index_select", "gather", "constant_pad_nd", "unfold", "im2col", "dropout", "native_dropout"),
+    }
 )
 AGAIN = frozenset({"relu", "clamp", "clamp_min", "clamp_max", "hardtanh"})  # applied twice they are what they are once
-_ZERO = AGAIN | set("gelu silu tanh hardswish mish leaky_relu elu celu selu sin neg abs".split())  # f(0) = 0
+_ZERO = AGAIN | {"gelu", "silu", "tanh", "hardswish", "mish", "leaky_relu", "elu", "selu", "sin", "neg", "abs"}  # f(0) = 0
 _SUMS = frozenset({"add", "sub", "rsub"})
 _NORMS = frozenset(
-    """native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-    cudnn_batch_norm batch_norm_with_update _batch_norm_no_update _fused_rms_norm miopen_batch_norm""".split()
+    {
+        *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_batch_norm", "_native_batch_norm_legit"),
+        *("_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm_with_update", "_batch_norm_no_update"),
+    }
 )
 _ROOTS = frozenset({"rsqrt", "sqrt", "reciprocal", "pow", "std", "var", "linalg_vector_norm", "norm", "var_mean", "div"})
 PRODUCTS = {"mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
@@ -131,10 +147,10 @@ def _cause(flow: Dataflow, node: Node | None, block: str) -> str:
     place = f"module {module!r}" if module != block else "it"
     if node.name in _NORMS or (module != block and _is_norm(flow, node)):
         return (
-            f"it is a post-norm block: {module!r} normalises the stream behind the sum, and to normalise it once more is not to "
-            "leave it as it is (LN(LN(x)) is not LN(x))"
+            f"it is a post-norm block: {module!r} normalises the stream behind the sum, and to do so once more is not to leave "
+            "it as it is (LN(LN(x)) is not LN(x))"
         )
-    return f"it is no residual block: {place} applies {node.name} to the stream, so that what it returns is not its input plus something"
+    return f"it is no residual block: {place} applies {node.name} to the stream, which is not to add something to it"
 
 
 def _is_norm(flow: Dataflow, node: Node) -> bool:
@@ -258,6 +274,8 @@ def named(flow: Dataflow, value: Value) -> tuple[str, float] | None:
         if node is None or node.name not in MOVES | {"add"} or len(node.values()) != 1:
             return None
         if node.name == "add":
-            offset += next(item for key, item in node.call.args.items() if key in ("self", "other") and not isinstance(item, Tensor))
+            offset += next(
+                item for key, item in node.call.args.items() if key in ("self", "other") and not isinstance(item, Tensor)
+            )
         value = node.values()[0]
     return name, offset

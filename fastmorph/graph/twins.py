@@ -107,7 +107,8 @@ class _Labeller:
         sides = [node.operand(key) for key in keys]
         where = max(place for place, side in enumerate(sides) if side is not None and named(self._flow, side) is not None)
         weight, other = sides[where], sides[1 - where]
-        assert weight is not None and other is not None
+        assert weight is not None
+        assert other is not None
         along = _weight_dims(self._flow, weight)
         if "convolution" in node.name:
             if node.call.args["groups"] > 1:
@@ -123,9 +124,7 @@ class _Labeller:
     def of(self, value: Value) -> Labels:
         """Of each position of a value, which rows make its channel, and in which contexts. Raises Stuck."""
         if value.key not in self._known:
-            self._known[value.key] = {
-                key: label.expand(value.tensor.shape) for key, label in self._find(value).items()
-            }
+            self._known[value.key] = {key: label.expand(value.tensor.shape) for key, label in self._find(value).items()}
         return self._known[value.key]
 
     def _find(self, value: Value) -> Labels:
@@ -168,7 +167,7 @@ class _Labeller:
         return {(Row(name, dim), 0): _range(tensor, dim) for dim in range(tensor.ndim) if tensor.shape[dim] > 1}
 
     def _product(self, node: Node, out: Tensor) -> Labels:
-        """A weight's rows make channels; a product of two computed things mixes positions, alike for channels of one context."""
+        """A weight's rows make channels; a product of two computed things mixes positions, alike within one context."""
         flow, keys = self._flow, PRODUCTS[node.name]
         sides = [side for key in keys if (side := node.operand(key)) is not None]
         found: Labels = {}
@@ -177,12 +176,11 @@ class _Labeller:
             bias = node.operand(key)
             if bias is not None:
                 dim = 1 if "convolution" in node.name else out.ndim - 1
-                _add(found, {row: _shaped(label, out, dim) for row, label in self.of(bias).items()})
+                _add(found, {key: _shaped(label, out, dim) for key, label in self.of(bias).items()})
         if not weights:
             if len(sides) != 2 or node.name not in ("bmm", "baddbmm"):
                 raise Stuck(f"module {node.stack[-1]!r} applies {node.name} to what it computed")
-            for key, label in self.of(sides[1]).items():
-                _add(found, {key: label[..., :1, :].expand(out.shape)})
+            _add(found, {key: label[..., :1, :].expand(out.shape) for key, label in self.of(sides[1]).items()})
             return found | {f"{id(node)}": _leading(out, 2)}
         weight, other = sides[weights[-1]], sides[1 - weights[-1]]
         along = _weight_dims(flow, weight)
@@ -222,7 +220,7 @@ class _Labeller:
                 raise Stuck(f"module {node.stack[-1]!r} normalises several dimensions")
             if weight is not None:
                 rows = self._rows(weight) if self._flow.name(weight) else self.of(weight)
-                _add(found, {row: _shaped(label, out, dim) for row, label in rows.items()})
+                _add(found, {key: _shaped(label, out, dim) for key, label in rows.items()})
         if node.name == "native_group_norm":
             found[f"{id(node)}"] = _range(out, 1) // (out.shape[1] // node.call.args["group"])
         return found
@@ -247,7 +245,9 @@ class _Labeller:
         keys = dict.fromkeys(key for each in labels for key in each)
         join = torch.cat if node.name == "cat" else torch.stack
         return {
-            key: join([each.get(key, torch.full(side.tensor.shape, _NONE)) for each, side in zip(labels, sides, strict=True)], dim)
+            key: join(
+                [each.get(key, torch.full(side.tensor.shape, _NONE)) for each, side in zip(labels, sides, strict=True)], dim
+            )
             for key in keys
         }
 
@@ -273,9 +273,6 @@ def _weight_dims(flow: Dataflow, value: Value) -> list[int]:
         moves.append(node)
         value = node.values()[0]
     dims = torch.empty(value.tensor.shape, device="meta")
-    for dim, size in enumerate(value.tensor.shape):
-        if size < 1:
-            raise Stuck("a weight is empty")
     labels = [_range(dims, dim) for dim in range(dims.ndim)]
     for node in reversed(moves):
         if node.name in ("_to_copy", "clone", "contiguous", "detach", "alias"):
@@ -299,10 +296,9 @@ def _add(found: Labels, more: Labels) -> None:
             row, ways = key[0], 0
             while (row, ways) in found and not torch.equal(found[row, ways], label):
                 ways += 1
-            key = row, ways
-        elif key in found and not torch.equal(found[key], label):
-            key = f"{key} {len(found)}"
-        found[key] = label
+            found[row, ways] = label
+        else:
+            found[f"{key} {len(found)}" if key in found and not torch.equal(found[key], label) else key] = label
 
 
 def _range(like: Tensor, dim: int) -> Tensor:
