@@ -16,6 +16,8 @@ The words of this room, each with one meaning:
 - bent: a mark, of a weight's entries that go into a product more than once, so that opposite columns would not cancel.
 - block: atoms that cannot be copied, with the cause.
 - poison: a tensor that blocks atoms if anything reads it, e.g. the place of a maximum among them.
+- whole: indices of a parameter that are followed as one channel, called by the first: the rows of a head of attention.
+- split: channels that a module's forward arranges in several dimensions; scores: what it takes a softmax of.
 - journal: the operators that computed, in order, with their numbers; a grown model must run the same.
 - norm: a layer that normalises channels, in a record with the atoms of these (`Record.norms`).
 - structure: the model without weights, and the record of one run of it.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,6 +18,14 @@ _REFRESHED = (
     *(_ConvNd, _NormBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.GroupNorm, nn.LayerNorm),
     nn.RMSNorm,
 )
+# Of modules of attention that get more heads: names of numbers that count something else; of widths, which heads may leave as
+# they are; of how many query heads share keys and values, which is the size of nothing.
+_NO_HEADS = re.compile(
+    r"window|layer|position|max|len|bucket|distance|chunk|stride|patch|rotary|idx|index|block|scal|pad|seq"
+    r"|(?<!all_)head_(dim|size)|dim_head"
+)
+_WIDTH = re.compile(r"model|embed|hidden|width")
+_REPEATS = re.compile(r"rep|(value|kv)_groups")
 
 
 def update_attributes(model: nn.Module, growth: Growth) -> None:
@@ -37,8 +47,9 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
             module.normalized_shape = (growth.total(atoms),)
     if growth.numbers:
         for module_name in record.sized:
-            sizes, cuts = _new_numbers(growth, module_name)
-            _renumber(model.get_submodule(module_name), sizes, cuts, lists=module_name not in growth.plain)
+            module = model.get_submodule(module_name)
+            if not isinstance(module, _REFRESHED):
+                _Numbers(growth, module_name).renumber(module)
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
@@ -50,31 +61,56 @@ def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
         setattr(module, attribute, new)
 
 
-def _new_numbers(growth: Growth, module: str) -> tuple[dict[int, int], dict[tuple[int, ...], tuple[int, ...]]]:
-    """What becomes of sizes, and of sequences of them, that the module's forward handles."""
-    record = growth.coupling.record
-    grown: dict[int, set[int]] = {}
-    for (size, _), line in record.sizes(module).items():
-        grown.setdefault(size, set()).add(growth.total(line))
-    if module not in growth.cautious:
-        grown = {old: new - {old} for old, new in grown.items()}
-    cuts = {sizes: tuple(map(growth.total, lines)) for sizes, lines in record.cuts.get(module, [])}
-    return {old: new.pop() for old, new in grown.items() if len(new) == 1}, cuts
+class _Numbers:
+    """What becomes of the numbers of one module.
 
+    Attributes:
+        sizes: of sizes that its forward handles; `unsure` are those that are also the size of something that stays.
+        cuts: of sequences of such sizes.
+        repeats: of how many query heads share keys and values, where that is known of the module.
+    """
 
-def _renumber(module: nn.Module, sizes: dict[int, int], cuts: dict[tuple[int, ...], tuple[int, ...]], *, lists: bool) -> None:
-    """Replace the module's own numbers, and those in its tuples and lists, that are sizes."""
+    def __init__(self, growth: Growth, module: str) -> None:
+        record = growth.coupling.record
+        self.repeats = growth.repeats.get(module)
+        grown: dict[int, set[int]] = {}
+        for (size, _), line in record.sizes(module).items():
+            if self.repeats is None or not _recurs(line):
+                grown.setdefault(size, set()).add(growth.total(line))
+        new = {old: found - {old} for old, found in grown.items()}
+        self.sizes = {old: found.pop() for old, found in new.items() if len(found) == 1}
+        self.unsure = {old for old in self.sizes if old in grown[old]}
+        self.cuts = {sizes: tuple(map(growth.total, lines)) for sizes, lines in record.cuts.get(module, [])}
+        self._cautious, self._lists = module in growth.cautious, module not in growth.plain
 
-    def renumbered(value: Any) -> Any:
-        if type(value) is int:
-            return sizes.get(value, value)
-        flat = all(type(item) is int for item in value)
-        return type(value)((flat and cuts.get(tuple(value))) or (map(renumbered, value) if lists else value))
-
-    if not isinstance(module, _REFRESHED):
+    def renumber(self, module: nn.Module) -> None:
+        """Replace the module's own numbers, and those in its tuples and lists, that are such sizes."""
         for key, value in list(vars(module).items()):
-            if not key.startswith("_") and _is_of_ints(value) and renumbered(value) != value:
-                setattr(module, key, renumbered(value))
+            new = self._after(key, value) if not key.startswith("_") and _is_of_ints(value) else value
+            if new != value:
+                setattr(module, key, new)
+
+    def _after(self, key: str, value: Any) -> Any:
+        if self.repeats is not None and _NO_HEADS.search(key):
+            return value
+        if self.repeats is not None and value == self.repeats[0] and _REPEATS.search(key):
+            return self.repeats[1]
+        if self.repeats is not None and self._cautious and _WIDTH.search(key):
+            return value
+        return self._replaced(value, wary=self._cautious and self.repeats is None)
+
+    def _replaced(self, value: Any, *, wary: bool) -> Any:
+        if type(value) is int:
+            return value if wary and value in self.unsure else self.sizes.get(value, value)
+        cut = self.cuts.get(tuple(value)) if all(type(item) is int for item in value) else None
+        if cut is None and self._lists:
+            cut = tuple(self._replaced(item, wary=wary) for item in value)
+        return value if cut is None else type(value)(cut)
+
+
+def _recurs(line: Tensor) -> bool:
+    """Whether something comes again behind something else: heads of one example of a batch behind those of another."""
+    return len(torch.unique(line)) != len(torch.unique_consecutive(line))
 
 
 def _is_of_ints(value: Any) -> bool:

@@ -10,9 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from fastmorph.graph.ragged import first_alike, positions
-from fastmorph.graph.record import Bools, Edges, Grouping, Ints, Record, unique
+from fastmorph.graph.record import NO_EDGES, Bools, Edges, Grouping, Ints, Record, unique
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+QUERIES = "queries"  # the attribute in whose name query heads that share keys and values are more in every group
 
 
 class Coupling:
@@ -22,14 +25,19 @@ class Coupling:
         record: the record.
         wider: attributes of those grouped operators whose groups get wider; there will be more of all others'.
         edges: all ties, each once.
+        shared: those left out: of query heads with their keys and values, where every group of queries gets more of them.
         classes: (count,), the smallest atom of each atom's class, by which the class is called.
     """
 
     def __init__(self, record: Record, wider: frozenset[str]) -> None:
         self.record = record
         self.wider = wider
+        self.shared: Edges = NO_EDGES
+        found, alike = record.edges, NO_EDGES
+        if QUERIES in wider:
+            found, self.shared, alike = _queries_apart(record)
         chosen = [grouping.inside if self.is_wider(grouping) else grouping.more for grouping in record.groupings]
-        self.edges: Edges = unique(np.concatenate([record.edges, *chosen]))
+        self.edges: Edges = unique(np.concatenate([found, alike, *chosen]))
         self.classes = _components(record.count, self.edges)
 
     def is_wider(self, grouping: Grouping) -> bool:
@@ -175,6 +183,33 @@ class Coupling:
         first = self.record.axis_of(cls)
         rivals = np.unique(self.classes[first.start : first.start + first.size])
         return rivals[(self.kinds[rivals] == self.kinds[cls]) & ~self.fixed[rivals]]
+
+
+def _queries_apart(record: Record) -> tuple[Edges, Edges, Edges]:
+    """Ties but those of query heads with keys and values; the latter; ties of every group's first, second, ... query head."""
+    role = np.zeros(record.count, np.int64)  # of heads of keys and values 1, of query heads 2
+    for (name, dim), size in record.whole.items():
+        axis = record.parameter(name)[dim]
+        if len(record.parameter(name)) > 1:  # no bias
+            role[axis.start : axis.start + axis.size : size] = 1
+    scores = [np.unique(label.numpy()) for _, label in record.scores]
+    for queries in scores:
+        role[queries[queries >= 0]] = 2
+    sides = role[record.edges]
+    apart = (sides[:, 0] != sides[:, 1]) & (sides > 0).all(1)
+    shared = unique(record.edges[apart])
+    group = np.full(record.count, -1)
+    reader = np.where(role[shared[:, :1]] == 2, shared, shared[:, ::-1])
+    group[reader[::-1, 0]] = reader[::-1, 1]  # its first partner
+    alike = [NO_EDGES]
+    for queries in scores:
+        numbers = group[queries]
+        order = queries[np.argsort(numbers, kind="stable")]
+        sizes = np.unique(numbers, return_counts=True)[1]
+        if len(sizes) > 1 and (sizes == sizes[0]).all() and numbers.min() >= 0:
+            lines = order.reshape(len(sizes), -1)
+            alike.append(np.stack([lines[:-1].ravel(), lines[1:].ravel()], 1))
+    return record.edges[~apart], shared, np.concatenate(alike)
 
 
 def kinds(*couplings: Coupling, among: Ints | None = None) -> list[Ints]:

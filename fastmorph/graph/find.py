@@ -23,6 +23,16 @@ def weights_of(model: nn.Module, record: Record) -> dict[int, str]:
     return {id(tensor_of(model, name)): name for name in record.outputs}
 
 
+def submodule_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name; MorphError, with names like it, if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        near = difflib.get_close_matches(name, [name for name, _ in model.named_modules(remove_duplicate=False)], n=3)
+        hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
+        raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).") from None
+
+
 def channels_of(model: nn.Module, record: Record, layer: str, weights: dict[int, str]) -> Tensor:
     """The atoms of the channels that a layer, or a weight, makes, in order; `weights` as `weights_of` gives them.
 
@@ -30,12 +40,7 @@ def channels_of(model: nn.Module, record: Record, layer: str, weights: dict[int,
     """
     if layer in record.outputs:
         return record.outputs[layer]
-    try:
-        module = model.get_submodule(layer)
-    except AttributeError:
-        near = difflib.get_close_matches(layer, [name for name, _ in model.named_modules(remove_duplicate=False)], n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
-        raise MorphError(f"the model has no layer {layer!r}{hint} (see model.named_modules()).") from None
+    module = submodule_of(model, layer)
     own = [id(parameter) for parameter in module.parameters(recurse=False)]
     made = [weights[parameter] for parameter in own if parameter in weights]
     if len(made) == 1:

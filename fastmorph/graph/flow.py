@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 FIXED = -1  # a position with data that belong to no channel, e.g. to the model's input
@@ -105,10 +104,7 @@ def line(label: Tensor, dim: int) -> Tensor:
     return label[tuple(slice(None) if other == dim else 0 for other in range(label.ndim))]
 
 
-def leaf(shape: Sequence[int], starts: Sequence[int], *, linear: bool) -> Flow:
-    """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with atoms from its start on."""
-    slots = [
-        torch.arange(start, start + size).view([size if other == dim else 1 for other in range(len(shape))])
-        for dim, (size, start) in enumerate(zip(shape, starts, strict=True))
-    ]
+def leaf(labels: Sequence[Tensor], *, linear: bool) -> Flow:
+    """The flow of a parameter (`linear`) or buffer: a slot for each dimension, with the atoms of its indices."""
+    slots = [label.view([-1 if other == dim else 1 for other in range(len(labels))]) for dim, label in enumerate(labels)]
     return Flow(tuple(slots), opaque=False, linear=linear)

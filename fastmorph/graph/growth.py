@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,11 @@ def _told(entry: tuple[Any, ...]) -> str:
     return f"{entry[1]}{entry[2:]}".replace("None", "n").replace("'", "")
 
 
+def _flat(entry: Any) -> list[Any]:
+    """The numbers of a nest, in order."""
+    return [item for part in entry for item in _flat(part)] if isinstance(entry, tuple) else [entry]
+
+
 @dataclass(frozen=True, eq=False)
 class Growth:
     """Copies of classes.
@@ -55,6 +60,7 @@ class Growth:
         numbers: whether numbers that modules keep, where they are the size of something that grows, grow with it.
         cautious: modules whose numbers do not, if they are the size of something else too.
         plain: modules whose lists and tuples of numbers do not.
+        repeats: of modules of attention, how many query heads share keys and values, before and after.
         given: the layouts, where they do not follow from `copies`.
         known: whether there was a channel of each new one's kind.
     """
@@ -66,6 +72,7 @@ class Growth:
     numbers: bool = False
     cautious: frozenset[str] = frozenset()
     plain: frozenset[str] = frozenset()
+    repeats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     given: dict[Axis, Layout] | None = None
     known: bool = True
 
@@ -86,7 +93,8 @@ class Growth:
         for part in parts:
             copies[part.atoms] = part.copies[part.atoms]
         layouts = {axis: layout for part in parts for axis, layout in part.layouts.items()}
-        return cls(parts[0].coupling, copies, given=layouts)
+        repeats = {module: numbers for part in parts for module, numbers in part.repeats.items()}
+        return cls(parts[0].coupling, copies, numbers=parts[0].numbers, repeats=repeats, given=layouts)
 
     @cached_property
     def atoms(self) -> Ints:
@@ -144,10 +152,11 @@ class Growth:
             if entries == others:
                 continue
             for entry, other in zip(entries, others, strict=False):
-                if entry != other:
+                if entry != other and not self._repeated(entry, other):
                     name = repr(entry[0]) if entry[0] else "the model itself"
                     return Difference(f"{name} would run {_told(other)} instead of {_told(entry)}", entry[0])
-            return Difference("the model would run other operators")
+            if len(entries) != len(others):
+                return Difference("the model would run other operators")
         if parent.result != child.result:
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.groupings) != len(child.groupings):
@@ -173,7 +182,16 @@ class Growth:
         odd = self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
         return Difference(odd) if odd else None
 
+    def _repeated(self, entry: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+        """Whether an operator repeats keys and values for more query heads, and does else what it did."""
+        before, after = self.repeats.get(entry[0], (0, 0))
+        ways = zip(_flat(entry), _flat(other), strict=False)
+        alike = len(_flat(entry)) == len(_flat(other)) and entry[:2] == other[:2]
+        return alike and all(one == two or (one, two) == (before, after) for one, two in ways)
+
     def _other_ties(self, after: Coupling, source: Ints, copy: Ints) -> str | None:
+        if not np.array_equal(self.coupling.shared, unique(source[after.shared])):
+            return "query heads would meet keys and values of others"
         is_new = copy[after.edges] > 0
         mixed = is_new[:, 0] != is_new[:, 1]
         odd = source[after.edges[mixed][:1]]

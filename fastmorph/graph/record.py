@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -134,15 +135,25 @@ class Block:
 
 
 class Record:
-    """Everything that one traced run found; filled by a `Tracer`."""
+    """Everything that one traced run found; filled by a `Tracer`.
 
-    def __init__(self) -> None:
+    Args:
+        whole: of dimensions of parameters, given as (name, dim), how many neighbours are followed as one channel, called by
+            the first of them: the rows of a head of attention.
+    """
+
+    def __init__(self, whole: Mapping[tuple[str, int], int] = MappingProxyType({})) -> None:
+        self.whole = whole
         self.axes: list[Axis] = []
         self.count = 0
         self.groupings: list[Grouping] = []
         self.blocks: list[Block] = []
         self.outputs: dict[str, Tensor] = {}  # weight's name -> atoms of the channels that it produces, in order
         self.norms: list[tuple[str, Tensor]] = []  # a norm's module and the atoms of its channels
+        self.splits: dict[str, list[Tensor]] = {}  # channels that a module's forward arranges in several dimensions
+        self.scores: list[
+            tuple[str, Tensor]
+        ] = []  # a module that takes a softmax, and the channels apart from each other in it
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
@@ -166,6 +177,7 @@ class Record:
             if isinstance(value, list | dict | set):
                 setattr(new, name, value.copy())
         new.cuts = {module: [*cuts] for module, cuts in self.cuts.items()}
+        new.splits = {module: [*labels] for module, labels in self.splits.items()}
         new._marks = {kind: [*labels] for kind, labels in self._marks.items()}
         new._sizes = {module: {**labels} for module, labels in self._sizes.items()}
         new._masks = {}
@@ -182,6 +194,21 @@ class Record:
     def add_parameter(self, name: str, shape: tuple[int, ...]) -> None:
         """An axis for each dimension of a parameter or buffer."""
         self._parameters[name] = [self.add_axis(name, dim, size, parameter=True) for dim, size in enumerate(shape)]
+        for axis in self._parameters[name]:
+            if (name, axis.dim) in self.whole:
+                self.tie_edges(chain(self.atoms_of(axis).view(-1, self.whole[name, axis.dim])))
+
+    def atoms_of(self, axis: Axis) -> Tensor:
+        """The atoms of an axis, (size,)."""
+        return torch.arange(axis.start, axis.start + axis.size)
+
+    def labels_of(self, name: str) -> list[Tensor]:
+        """(size,) for each dimension of a parameter or buffer: the atoms by which its indices are followed."""
+        labels = []
+        for axis in self._parameters[name]:
+            count = self.whole.get((name, axis.dim), 1)
+            labels.append(self.atoms_of(axis).view(-1, count)[:, :1].expand(-1, count).reshape(-1))
+        return labels
 
     def parameter(self, name: str) -> list[Axis]:
         """The axes of a parameter or buffer."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,7 +111,14 @@ class Skeleton:
             tensors[key] = new
         self._values.pop(name, None)
 
-    def trace(self, inputs: Inputs, *, also: Sequence[Inputs] = (), runs: Sequence[Run] = ()) -> Record:
+    def trace(
+        self,
+        inputs: Inputs,
+        *,
+        also: Sequence[Inputs] = (),
+        runs: Sequence[Run] = (),
+        whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
+    ) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
@@ -120,7 +128,7 @@ class Skeleton:
 
         Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
-        record = Record()
+        record = Record(whole)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             record.add_parameter(name, tuple(tensors[name].shape))

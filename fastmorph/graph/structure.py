@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -52,7 +53,13 @@ class Structure:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
         known = fingerprint(skeleton.model)
-        return Structure(skeleton, skeleton.trace(self.inputs, runs=self.record.runs), self.inputs, known)
+        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole)
+        return Structure(skeleton, record, self.inputs, known)
+
+    def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
+        """The same model followed anew, with neighbours as one channel: see `Record.whole`."""
+        record = self.skeleton.trace(self.inputs, runs=self.record.runs, whole=whole)
+        return Structure(self.skeleton, record, self.inputs, self._known)
 
     def check(self, model: nn.Module) -> None:
         """Raise MorphError if this is not the structure of `model` as it stands."""
@@ -67,7 +74,8 @@ class Structure:
     def untouched(self, growth: Growth) -> str | None:
         """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
         sizes = {axis.size for axis in growth.layouts}
-        return next((axis.name for axis in self._untouched if axis.size in sizes), None)
+        near = tuple(f"{module}." for module in growth.repeats) or ("",)  # heads are of no meaning outside of attention
+        return next((axis.name for axis in self._untouched if axis.size in sizes and axis.name.startswith(near)), None)
 
     @cached_property
     def _untouched(self) -> list[Axis]:

@@ -108,8 +108,7 @@ class Tracer(Watcher):
         self._names[id(tensor)] = name
         if value is not None:
             self._values[id(tensor)] = value
-        starts = [axis.start for axis in self.record.parameter(name)]
-        self.set(tensor, leaf(tensor.shape, starts, linear=isinstance(tensor, nn.Parameter)))
+        self.set(tensor, leaf(self.record.labels_of(name), linear=isinstance(tensor, nn.Parameter)))
 
     def flow(self, tensor: Tensor) -> Flow:
         """What is known about a tensor."""

@@ -21,14 +21,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from fastmorph.elsewhere import values_of
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_write import Side, write
 from fastmorph.plan.lineage import Map
+from fastmorph.plan.transaction import Transaction
 
 FILLS = ("pair", "zero", "duplicate")
 _SAMPLE, _LINES = 2**15, 64  # entries, and indices of a dimension, from which the size of a tensor's entries is taken
@@ -57,10 +61,12 @@ class Filling:
         fill: "pair", "zero" or "duplicate".
         noise: what noise is drawn from; each dimension of each tensor has a stream of its own under it.
         marks: of the growth's record.
+        share: whether, with "pair", a copy that has no twin takes the rows of what it copies, W / 2 + R of its columns and
+            leaves it W / 2 - R; without, its columns are zeros.
     """
 
-    def __init__(self, growth: Growth, fill: str, noise: Stream, marks: Marks) -> None:
-        self.growth = growth
+    def __init__(self, growth: Growth, fill: str, noise: Stream, marks: Marks, *, share: bool = False) -> None:
+        self.growth, self._share = growth, share
         self._fill, self._noise, self._marks, self._record = fill, noise, marks, growth.coupling.record
         self._copied = growth.even or fill == "duplicate"  # whether columns are shared out among copies
         self._donors = _Donors(growth, noise.of("donors")) if growth.given is None and not growth.even else None
@@ -96,6 +102,16 @@ class Filling:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
             first, second, alone = _twins(layout)
+            if self._share and len(alone):
+                places = np.empty(len(given["to"]), np.int64)
+                places[given["of"]] = given["to"]
+                old, source = places[layout.origin[alone]], layout.origin[given["fresh"]]
+                if not reads:
+                    return Side(**given, drawn=first, mirror=second, source=source, paired=True)
+                shares = np.ones(len(layout.origin), np.int64)
+                shares[old] = shares[alone] = 2
+                both = np.stack([old, alone])
+                return Side(**given, drawn=first, mirror=second, source=source, divisor=shares, balanced=both, paired=True)
             standard = reads and self._marks.has("standardised", axis)
             if reads and not standard:
                 return Side(**given, drawn=first, mirror=second, rest=alone, paired=True)
@@ -117,8 +133,10 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, _ = _twins(layout)
+            first, second, alone = _twins(layout)
             source[second] = source[first]
+            if self._share:
+                source[alone] = layout.origin[alone]
         return source, np.bincount(source)[source]
 
     def _rows_may_be_zero(self) -> bool:
@@ -151,6 +169,7 @@ def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Te
     Returns:
         The new tensor, and the maps that take its first and its squared moments to the new shape.
     """
+    old = values_of(old)
     sides = _ordered(side for filling in fillings for side in filling.sides(name))
     drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
 
@@ -159,6 +178,19 @@ def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Te
 
     new = write(old, sides, _root_mean_square(old) if drawn else 0.0)
     return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
+
+
+@torch.no_grad()
+def put_grown(transaction: Transaction, growth: Growth, fillings: Sequence[Filling]) -> None:
+    """Put all tensors that grow, filled, in the place of the old ones."""
+    for name in growth.names:
+        old = tensor_of(transaction.model, name)
+        if transaction.with_weights:
+            new, linear, square = fill_tensor(fillings, name, old)
+            transaction.replace(old, new, linear=linear, square=square)
+            del new  # before the next one is made
+        else:
+            transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:

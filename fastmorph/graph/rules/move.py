@@ -30,6 +30,7 @@ MOVE = (
     *("unsqueeze", "diagonal", "unfold", "repeat", "repeat_interleave", "tile", "rot90", "triu", "tril"),
 )
 _BY_DIMS = ("permute", "transpose", "flip", "movedim", "pixel_shuffle", "pixel_unshuffle", "rot90", "triu", "tril", "diagonal")
+_SHAPED = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 _FREED = ("view", "_unsafe_view", "_reshape_alias")  # of a label that is expanded, only `reshape` is always possible
 
 
@@ -51,6 +52,8 @@ def move(tracer: Tracer, call: Call) -> list[Flow]:
         label = slot.expand(tensor.shape)
         result = label.reshape(call.out.shape) if call.name in _FREED else call.on(label)
         moved.append([compress(item) for item in pytree.tree_leaves(result)])
+        if call.name in _SHAPED and len(varying_dims(moved[-1][0])) > len(varying_dims(slot)):
+            tracer.record.splits.setdefault(tracer.stack[-1], []).append(moved[-1][0])
     if call.name.endswith("split_with_sizes"):
         dim, sizes = call["dim"] % tensor.ndim, call["split_sizes"]
         for labels in moved:

@@ -19,6 +19,7 @@ from fastmorph.graph.tracer import Call, NoSuchDimension, Tracer
 
 _ROLES = 62  # a place of the journal's entry beyond any operand's
 _MEANS = ("mean", "amax", "amin", "max", "min")
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 REDUCTIONS = (
     *_MEANS,
     *("sum", "prod", "norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp", "all", "any", "median"),
@@ -61,6 +62,8 @@ def mixer(tracer: Tracer, call: Call) -> list[Flow]:
         left = mix(tracer, slot, dims, f"takes {call.name.strip('_')} over them", fair=False)
         if left is not None:
             slots.append(slot)
+            if call.name in _SOFTMAX and left is slot and slot.numel() > 1:
+                tracer.record.scores.append((tracer.stack[-1], slot.reshape(-1)))
     outs = call.out if isinstance(call.out, tuple | list) else [call.out]
     return [Flow(tuple(slots), flow.opaque)] * len(outs)
 
