@@ -287,7 +287,7 @@ _IDS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 
         ("Llama", _SIZES | _IDS, "model.layers.0", "self_attn.layer_idx"),
         ("Gemma3", _SIZES | _IDS | {"head_dim": 4, "sliding_window": 4}, "model.layers.1", "self_attn.layer_idx"),
         ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 12, **_IDS}, "transformer.h.0", "attn.layer_idx"),
-        ("T5", _T5 | _IDS, "decoder.block.0", "layer.0.SelfAttention.layer_idx"),
+        ("T5", _T5 | _IDS | {"decoder_start_token_id": 0}, "decoder.block.0", "layer.0.SelfAttention.layer_idx"),
     ],
 )
 def test_transformers_with_their_caches(kind, config, after, places):
