@@ -83,8 +83,8 @@ class Morphed(Generic[M]):
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
     untouched: tuple[str, ...] = ()
-    readings: tuple[Reading, ...] = field(default=(), repr=False)
     _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
+    readings: tuple[Reading, ...] = field(default=(), repr=False)
 
     def rebind(self, scheduler: Any) -> Any:
         """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
