@@ -215,8 +215,8 @@ def morph(
         history,
         tuple(transaction.steps),
         transaction.untouched,
-        tuple(transaction.readings),
         twins,
+        tuple(transaction.readings),
     )
 
 
