@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import islice
 from typing import Any
@@ -18,30 +18,6 @@ Outputs = dict[Path, Any]
 
 PLAIN = (type, type(None), str, bytes, torch.dtype, torch.device, torch.layout, Enum)  # no numbers, but equal or not
 _LONGEST = 100_000  # items taken from an iterator: one without end is refused
-
-
-@dataclass(frozen=True)
-class WiderOutput:
-    """An output that has more channels than the parent's.
-
-    Attributes:
-        dim: the dimension along which it has.
-        size: how many the parent's has: the first ones of the child's are these
-        factor: times this; None: old and new ones are mixed, and there is nothing to compare.
-    """
-
-    dim: int
-    size: int
-    factor: float | None
-
-    def old(self, output: Tensor) -> Tensor:
-        """The parent's channels in the child's output."""
-        return output.narrow(self.dim, 0, self.size) / (self.factor or 1.0)
-
-    def then(self, other: WiderOutput) -> WiderOutput:
-        """Both, one behind the other."""
-        mixed = self.factor is None or other.factor is None
-        return WiderOutput(self.dim, self.size, None if mixed else self.factor * other.factor)  # type: ignore[operator]
 
 
 def flatten(value: Any, path: Path = (), around: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:

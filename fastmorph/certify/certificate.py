@@ -124,7 +124,6 @@ class Certificate:
             numbers = (row.max_abs, row.max_rel, row.tolerance, row.noise)
             word = row.unchecked and f"unchecked: {row.unchecked}"
             word = word or ("ok" if row.holds else f"FAILS {row.problem}")
-            word += row.changed and f" (changed: {row.changed})"
             shown = ["-" if number is None else f"{number:.1e}" for number in numbers]
             table.append([row.mode, row.precision, row.output, *shown, word])
         return table

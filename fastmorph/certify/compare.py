@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmorph.certify.outputs import is_float
-from fastmorph.outputs import PLAIN, Outputs, Path, WiderOutput
+from fastmorph.outputs import PLAIN, Outputs
 
 # Largest |child - parent| over the output's largest value: (in the own dtype, in the run in float64).
 # - float64: solved weights carry the condition of their equation, 1e5 or so, times 2e-16, times depth: 1e-9 leaves
@@ -43,7 +43,7 @@ class Comparison:
     `max_abs` is max |child - parent|; `max_rel` is that over max |parent|, with 0/0 = 0; both are inf where the values
     cannot be subtracted. `noise` is the parent's own rounding on the scale of `max_rel`, None where it is not measured;
     `raised` says that it raised `tolerance`. `problem` says why a row fails whatever its numbers; `unchecked` says why
-    there was nothing to compare. `changed` says what the child has more of there: the parent's part of it was compared.
+    there was nothing to compare.
     """
 
     mode: str
@@ -56,7 +56,6 @@ class Comparison:
     raised: bool = False
     problem: str = ""
     unchecked: str = ""
-    changed: str = ""
 
     @property
     def opaque(self) -> bool:
@@ -69,28 +68,12 @@ class Comparison:
         return not self.problem and self.max_rel <= self.tolerance
 
 
-def compare(
-    before: Outputs,
-    after: Outputs,
-    mode: str,
-    dtype: torch.dtype,
-    tolerance: float,
-    wider: Mapping[Path, WiderOutput] | None = None,
-) -> Iterator[Comparison]:
-    """A row for each tensor output, and for whatever else differs or cannot be looked into; of a `wider` one, its old part."""
+def compare(before: Outputs, after: Outputs, mode: str, dtype: torch.dtype, tolerance: float) -> Iterator[Comparison]:
+    """A row for each tensor output, and for whatever else differs or cannot be looked into."""
     for path in dict.fromkeys(chain(before, after)):
         old, new = before.get(path, _NOTHING), after.get(path, _NOTHING)
-        max_abs, max_rel, problem, unchecked, changed = 0.0, 0.0, "", "", ""
-        wide = (wider or {}).get(path)
-        if wide is not None and isinstance(old, Tensor) and isinstance(new, Tensor) and _is_wider(old, new, wide.dim):
-            changed = f"{new.shape[wide.dim]} channels instead of {old.shape[wide.dim]}, of which the old ones " + (
-                "are mixed with the new ones" if wide.factor is None else f"are times {wide.factor:.6g}"
-            )
-            if wide.factor is None:
-                unchecked = "its channels are mixed with new ones"
-            else:
-                max_abs, max_rel, problem, unchecked = difference(old, wide.old(new))
-        elif isinstance(old, Tensor) and isinstance(new, Tensor):
+        max_abs, max_rel, problem, unchecked = 0.0, 0.0, "", ""
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
             max_abs, max_rel, problem, unchecked = difference(old, new)
         elif old is new or (isinstance(old, PLAIN) and _kind(old) == _kind(new)):
             continue  # equal; a container's items have rows of their own
@@ -99,12 +82,7 @@ def compare(
             problem = f"{_kind(old)} in the parent, {_kind(new)} in the child"
             if not isinstance(old, (Tensor, *PLAIN)) and type(old) is type(new):
                 problem = f"{_OPAQUE} a {_kind(old)}; let the model return tensors, or register it as a pytree"
-        numbers = (max_abs, max_rel, tolerance, None, False)
-        yield Comparison(mode, dtype_name(dtype), _name(path), *numbers, problem, unchecked, changed)
-
-
-def _is_wider(old: Tensor, new: Tensor, dim: int) -> bool:
-    return old.ndim == new.ndim and old.shape[dim] < new.shape[dim]
+        yield Comparison(mode, dtype_name(dtype), _name(path), max_abs, max_rel, tolerance, None, False, problem, unchecked)
 
 
 def with_noise(

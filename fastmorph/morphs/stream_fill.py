@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +23,58 @@ from fastmorph.equation.randomness import Stream as Noise
 from fastmorph.errors import MorphError
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.record import Axis
-from fastmorph.graph.streams.algebra import Change
+from fastmorph.graph.streams.algebra import Change, WiderOutput
 from fastmorph.morphs.turn import Turn
 from fastmorph.morphs.widen_fill import root_mean_square
 from fastmorph.morphs.widen_write import Side, write
+from fastmorph.outputs import Outputs, Path
 from fastmorph.plan.lineage import Map
+
+
+@dataclass(frozen=True)
+class OldChannels:
+    """Outputs as wide as a stream that grew are compared on its old channels: a `Reading` of certificates.
+
+    Attributes:
+        wider: these outputs, by path.
+        sizes: d and D.
+        turn: how the stream is turned; None: old channels come first.
+        gains: of norms that readers have taken over, by name.
+    """
+
+    wider: Mapping[Path, WiderOutput]
+    sizes: tuple[int, int]
+    turn: Turn | None
+    gains: Mapping[str, Tensor]
+
+    @property
+    def told(self) -> str:
+        """What a certificate says of it."""
+        names = ", ".join(dict.fromkeys(".".join(map(str, path)) or "output" for path in self.wider))
+        factors = " or ".join(f"{factor:.6g}" for factor in sorted({output.factor for output in self.wider.values()}))
+        turned = ", turned back" if self.turn else ""
+        return (
+            f"the {self.sizes[0]} old ones of {self.sizes[1]} channels of {names}, which have changed (times {factors}{turned})"
+        )
+
+    def outputs(self, parent: Outputs, child: Outputs) -> Outputs:
+        """With old channels alone, and as they were."""
+        return {path: self._old(self.wider.get(path), leaf) for path, leaf in child.items()}
+
+    def _old(self, output: WiderOutput | None, leaf: Any) -> Any:
+        if output is None or not isinstance(leaf, Tensor) or leaf.ndim <= output.dim:
+            return leaf
+        wide = leaf if leaf.dtype in (torch.float32, torch.float64) else leaf.float()
+        if self.turn is not None:
+            wide = self.turn.apply(wide.clone(memory_format=torch.contiguous_format), output.dim, back=True)
+        old = wide.narrow(output.dim, 0, self.sizes[0]) / output.factor
+        for name in output.absorbs:
+            old = old * _along(output.dim, self.gains[name].to(old), old)
+        return old.to(leaf.dtype)
+
+    def layer(self, name: str) -> str | None:
+        """No layer is new."""
+        return name
 
 
 class StreamFilling:
@@ -52,7 +101,14 @@ class StreamFilling:
     def gains(growth: Growth) -> set[str]:
         """The vectors that others take over, or are made by."""
         changes = () if growth.stream is None else growth.stream.changes.values()
-        return {name for change in changes for name in (*change.behind, *change.absorbs, *change.shifts)}
+        outputs = () if growth.stream is None else growth.stream.outputs.values()
+        return {name for change in changes for name in (*change.behind, *change.absorbs, *change.shifts)} | {
+            name for output in outputs for name in output.absorbs
+        }
+
+    def reading(self) -> OldChannels:
+        """How outputs as wide as the stream are read."""
+        return OldChannels(self._stream.outputs, self._sizes, self._turn, self._vectors)
 
     def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map | None, Map | None]:
         """The new values of a parameter or buffer, and the maps that take its first and squared moments to the new shape."""

@@ -37,9 +37,9 @@ class Turn:
             inner[at, at] = 2
         self._vectors, self._inner = torch.from_numpy(vectors.T.copy()), torch.from_numpy(inner)
 
-    def apply(self, tensor: Tensor, dim: int) -> Tensor:
-        """H along a dimension of D entries, in place; a contiguous tensor of float32 or float64, which is returned."""
-        vectors, inner = (each.to(tensor) for each in (self._vectors, self._inner))
+    def apply(self, tensor: Tensor, dim: int, *, back: bool = False) -> Tensor:
+        """H along a dimension of D entries, or its transpose, in place; a contiguous tensor of float32 or float64, returned."""
+        vectors, inner = (each.to(tensor) for each in (self._vectors, self._inner.T if back else self._inner))
         before, after = tensor.shape[:dim].numel(), tensor.shape[dim + 1 :].numel()
         if after == 1:
             flat = tensor.view(before, -1)

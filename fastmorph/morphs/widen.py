@@ -142,7 +142,8 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
         if transaction.with_weights:
             new, linear, square = filling.tensor(name, old)
         transaction.replace(old, new, linear=linear, square=square)
-    transaction.widened(growth.stream.outputs)
+    if growth.stream.outputs:
+        transaction.readings.append(filling.reading())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.readings import Reading
 from fastmorph.certify.recorded import certify, record
 from fastmorph.certify.verify import verify as verify_models
 from fastmorph.context import plain_context
@@ -25,7 +26,6 @@ from fastmorph.graph.structure import Structure
 from fastmorph.graph.trail import guess_call
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
-from fastmorph.outputs import Path, WiderOutput
 from fastmorph.plan.calibrate import calibrate_norms
 from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.history import remember
@@ -72,10 +72,9 @@ class Morphed(Generic[M]):
         history: the plan with its seed, all sizes and the shapes of `example_inputs`: `morph(parent, history)` gives the same
             bits, at the same settings on the same machine, but for what `calibrate` batches decided.
         steps: what each operator did.
-        wider: outputs that have more channels than the parent's, by their path: as wide as a stream that grew. The certificate
-            names them as changed, and compares their old channels.
         untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed:
             what is computed with them was not compared.
+        readings: how outputs that became larger are read as the parent's, for `verify`.
     """
 
     model: M
@@ -84,8 +83,8 @@ class Morphed(Generic[M]):
     history: Plan
     steps: tuple[Step, ...] = field(repr=False)
     untouched: tuple[str, ...] = ()
-    wider: Mapping[Path, WiderOutput] = field(default_factory=dict, repr=False)
     _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
+    readings: tuple[Reading, ...] = field(default=(), repr=False)
 
     def rebind(self, scheduler: Any) -> Any:
         """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
@@ -192,12 +191,13 @@ def morph(
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
     if before is not None:
-        certificate = certify(before, child, compared, transaction.wider)
+        certificate = certify(before, child, compared, transaction.readings)
     elif compared is not None:
-        exact, wider = verify is True, transaction.wider
-        certificate = verify_models(model, child, *compared.args, kwargs=compared.kwargs, exact=exact, wider=wider)
+        certificate = verify_models(
+            model, child, *compared.args, kwargs=compared.kwargs, exact=verify is True, readings=transaction.readings
+        )
     if certificate is not None and compared is not None and given is None:
-        certificate = replace(certificate, on=described(compared))
+        certificate = replace(certificate, on=", ".join(filter(None, (described(compared), certificate.on))))
     certificate = with_layers(certificate, transaction.compared, child)
     if certificate is not None and not certificate and not allow_inexact:
         raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
@@ -208,8 +208,16 @@ def morph(
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
     history = plan.recorded(transaction.resolved(), seed, given)
     remember(child, model, history)
-    told = transaction.untouched, transaction.wider
-    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), *told, twins)
+    return Morphed(
+        cast(M, child),
+        carried,
+        certificate,
+        history,
+        tuple(transaction.steps),
+        transaction.untouched,
+        twins,
+        tuple(transaction.readings),
+    )
 
 
 def morph_(

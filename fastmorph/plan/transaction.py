@@ -8,7 +8,7 @@ where nothing can read them by mistake; an operator that needs a model's or a la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastmorph.certify.compare import Comparison
+from fastmorph.certify.readings import Reading
 from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
@@ -27,7 +28,6 @@ from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure
 from fastmorph.inputs import Inputs
-from fastmorph.outputs import Path, WiderOutput
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
@@ -94,9 +94,9 @@ class Transaction:
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
+        readings: how outputs that became larger are read as the parent's.
         untouched: parameters that the model does not use in eval mode, as far as it was followed.
         compared: what was found where layers were compared by themselves.
-        wider: outputs of the model that have more channels than the parent's, by their path.
     """
 
     model: nn.Module
@@ -111,9 +111,9 @@ class Transaction:
     solving: dict[str, Any] = field(default_factory=dict)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
+    readings: list[Reading] = field(default_factory=list, init=False)
     untouched: tuple[str, ...] = field(default=(), init=False)
     compared: list[Comparison] = field(default_factory=list, init=False)
-    wider: dict[Path, WiderOutput] = field(default_factory=dict, init=False)
     _around: Surroundings | None = field(default=None, init=False)
     _pieces: list[Piece] = field(default_factory=list, init=False)
     _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
@@ -228,12 +228,6 @@ class Transaction:
             return ()
         weights = (part._parameters.get("weight") for part in module.modules())
         return tuple(tuple(w.shape) for w in weights if w is not None and not is_lazy(w) and w.ndim > 1)
-
-    def widened(self, outputs: Mapping[Path, WiderOutput]) -> None:
-        """Note that outputs of the model get more channels."""
-        for path, output in outputs.items():
-            before = self.wider.get(path)
-            self.wider[path] = output if before is None else before.then(output)
 
     # --- equations ------------------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def grown(model, layer="tokens", fill="zero", inputs=IDS, width=WIDER, **options
     """The finished plan; the child is within rounding of its parent, and not one bit of that has changed."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = fm.morph(model, fm.Widen(layer, width, fill), example_inputs=inputs, generator=3, verify=False, **options)
-    certificate = fm.verify(model, found.model, inputs, tolerance=1e-12, wider=found.wider)
+    certificate = fm.verify(model, found.model, inputs, tolerance=1e-12, readings=found.readings)
     assert certificate, certificate
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return found

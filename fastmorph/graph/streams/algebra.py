@@ -25,7 +25,7 @@ from typing import Literal, TypeGuard
 
 from fastmorph.graph.streams.scales import ONE, Scale, Scales, Unknown
 from fastmorph.graph.tape import Ref
-from fastmorph.outputs import Path, WiderOutput
+from fastmorph.outputs import Path
 
 Kind = Literal["zero", "mean", "turned"]
 New = Literal["zero", "mean", "turned", "any"]  # what new channels of a tensor are; "any": some number, the same for all or not
@@ -79,6 +79,21 @@ class Stream:
     centred: bool
     changes: dict[str, Change] = field(default_factory=dict)
     outputs: dict[Path, WiderOutput] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WiderOutput:
+    """An output of the model that is as wide as the stream.
+
+    Attributes:
+        dim: the dimension of its channels.
+        factor: its old channels are times this, after the turn if there is one, and
+        absorbs: without these gains of a norm, by name.
+    """
+
+    dim: int
+    factor: float
+    absorbs: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -288,8 +303,9 @@ class Algebra:
 
     def output(self, dim: int, state: State) -> WiderOutput:
         """What is known of an output as wide as the stream."""
-        known = self.kind != "turned"
-        return WiderOutput(dim, self.sizes[0], self.factor(state.scale) if known else None)
+        if state.fill is not None and state.fill.root.new is None:
+            self.settle(state, "zero")
+        return WiderOutput(dim, self.factor(state.scale), state.absorbs)
 
 
 _EXACT = 1e-6  # of a power of s
