@@ -121,7 +121,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 @torch.no_grad()
 def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
     if fillings:
-        new, linear, square = fill_tensor(fillings, name, old.detach())
+        new, linear, square = fill_tensor(fillings, name, old)
         transaction.replace(old, new, linear=linear, square=square)
     else:  # without weights
         transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)

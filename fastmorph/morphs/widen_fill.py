@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmorph.elsewhere import values_of
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import tensor_of
@@ -168,6 +169,7 @@ def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Te
     Returns:
         The new tensor, and the maps that take its first and its squared moments to the new shape.
     """
+    old = values_of(old)
     sides = _ordered(side for filling in fillings for side in filling.sides(name))
     drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
 
@@ -184,8 +186,9 @@ def put_grown(transaction: Transaction, growth: Growth, fillings: Sequence[Filli
     for name in growth.names:
         old = tensor_of(transaction.model, name)
         if transaction.with_weights:
-            new, linear, square = fill_tensor(fillings, name, old.detach())
+            new, linear, square = fill_tensor(fillings, name, old)
             transaction.replace(old, new, linear=linear, square=square)
+            del new  # before the next one is made
         else:
             transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
