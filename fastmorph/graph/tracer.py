@@ -161,7 +161,7 @@ class Tracer(Watcher):
         """Note what an operator did to return `out`, by its rule."""
         if func.namespace == "prim":
             return
-        call = _call(func, args, kwargs, out)
+        call = call_of(func, args, kwargs, out)
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.record.used.add(self._names[id(tensor)])
@@ -239,7 +239,8 @@ def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
     return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+def call_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+    """The call, with its arguments by name."""
     name, arguments = _signature(func)
     named = {key: value for (key, _, _), value in zip(arguments, args, strict=False)}
     for key, has_default, default in arguments[len(args) :]:
