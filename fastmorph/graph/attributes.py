@@ -86,8 +86,7 @@ class _Numbers:
     def renumber(self, module: nn.Module) -> None:
         """Replace the module's own numbers, and those in its tuples and lists, that are such sizes."""
         for key, value in list(vars(module).items()):
-            new = self._after(key, value) if not key.startswith("_") and _is_of_ints(value) else value
-            if new != value:
+            if not key.startswith("_") and _is_of_ints(value) and (new := self._after(key, value)) != value:
                 setattr(module, key, new)
 
     def _after(self, key: str, value: Any) -> Any:
