@@ -360,6 +360,7 @@ def unique(pairs: Edges) -> Edges:
         return pairs
     low, high = np.minimum(pairs[:, 0], pairs[:, 1]), np.maximum(pairs[:, 0], pairs[:, 1])
     bits = int(high.max()).bit_length()
-    keys = np.sort(((low << bits) | high)[low != high])  # as one number, which sorts much faster than pairs
+    # As one number, which sorts much faster than pairs; and they come in few runs, which a merge sort makes use of.
+    keys = np.sort(((low << bits) | high)[low != high], kind="stable")
     keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
     return np.stack([keys >> bits, keys & ((1 << bits) - 1)], 1)

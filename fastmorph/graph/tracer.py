@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmorph.errors import MorphError
-from fastmorph.graph import attention
 from fastmorph.graph.flow import DATA, FIXED, FREE, UNIFORM, Flow, compress, leaf
 from fastmorph.graph.record import Record
 from fastmorph.graph.tape import Ref, Tape, ref_to
@@ -68,6 +68,7 @@ class NoSuchDimension(IndexError):
     """The model's forward asks for a dimension that its tensor does not have."""
 
 
+_DEVICE = torch.ops.prim.device.default
 _NOTED = 64  # elements of a constant that two runs are compared by
 Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
 
@@ -154,15 +155,15 @@ class Tracer(Watcher):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then follow it."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked by some operators several times, and known
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        if attention.is_fused(func):
-            with self:
-                return (attention.plain(call_of(func, args, kwargs or {}, out).args), *out[1:])
         with torch._C._DisableTorchDispatch():  # in this thread alone
-            self._follow(func, args, kwargs or {}, out)
+            self.follow(func, args, kwargs or {}, out)
         return out
 
-    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Note what an operator did to return `out`, by its rule."""
         if func.namespace == "prim":
             return
         call = call_of(func, args, kwargs, out)
