@@ -42,13 +42,14 @@ def train(task: Task, start: Start, seed: int, first: int, steps: int, *, decays
     model.train()
     for step, (x, y) in enumerate(task.batches(seed, first, steps), 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if decays else min(1.0, step / 20))
+            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if decays else 1.0
+            group["lr"] = rate * decay * min(1.0, step / max(1, start.warm_up * steps))
         optimizer.zero_grad()
         task.data.loss(model, x, y).backward()
         optimizer.step()
         start.each_step(step / steps)
         if step % every == 0 or step == steps:
-            curve.append((step, score(task, model, step == steps)))
+            curve.append((step, score(task, model, whole=False)))
     return curve
 
 
@@ -63,7 +64,7 @@ def make_parent(task: Task, seed: int) -> tuple[Parent, float]:
     torch.manual_seed(seed)
     model = task.make()
     optimizer = adamw(task, model)
-    train(task, Start(model, optimizer), seed, 0, task.epochs * task.data.steps, decays=False)
+    train(task, Start(model, optimizer, warm_up=0.05), seed, 0, task.epochs * task.data.steps, decays=False)
     return (model, optimizer, task.data.batch(seed, 0)[0][:2]), score(task, model)
 
 
@@ -81,7 +82,7 @@ def run_arm(task: Task, name: str, parent: Parent, parents_score: float, seed: i
         "seed": seed,
         "parent": parents_score,
         "birth": birth,
-        "final": curve[-1][1],
+        "final": score(task, start.model),
         "steps": steps,
         "flops_a_step": own,
         "parameters": sum(parameter.numel() for parameter in start.model.parameters()),

@@ -26,12 +26,14 @@ class Start:
         optimizer: its optimizer.
         budget: compute of the run, in that of the child's own epochs after the growth.
         each_step: called after each optimizer step, with the share of the run that is done.
+        warm_up: the share of the run in which the learning rate rises from 0.
     """
 
     model: nn.Module
     optimizer: Optimizer
     budget: float = 1.0
     each_step: Callable[[float], None] = lambda done: None
+    warm_up: float = 0.0
 
 
 Parent = tuple[nn.Module, Optimizer, Any]  # the network, its optimizer, and inputs of the network
@@ -67,13 +69,20 @@ def scratch(task: Task, parent: Parent, seed: int, budget: float) -> Start:
         for embedding in (model.embed, model.place):
             nn.init.normal_(embedding.weight, std=0.1)
     model = fold_activations(model)
-    return Start(model, adamw(task, model), budget)
+    return Start(model, adamw(task, model), budget, warm_up=0.05)
 
 
 def on(task: Task, parent: Parent, seed: int) -> Start:
     """The parent itself, trained on."""
     model, optimizer, _ = copy.deepcopy(parent)
     return Start(model, optimizer)
+
+
+def warmed(task: Task, parent: Parent, seed: int) -> Start:
+    """The learning rate rises again, so that the new entries' moments are there before large steps are taken."""
+    found = child(task, parent, seed)
+    found.warm_up = 0.1
+    return found
 
 
 def fresh(task: Task, parent: Parent, seed: int) -> Start:
@@ -127,6 +136,7 @@ HEADLINE: dict[str, Callable[[Task, Parent, int], Start]] = {
     "child from scratch": lambda task, parent, seed: scratch(task, parent, seed, 1.0),
     "child from scratch, twice": lambda task, parent, seed: scratch(task, parent, seed, 2.0),
     "pair": child,
+    "pair, warmed up": warmed,
     "pair, fresh optimizer": fresh,
     "duplicate": lambda task, parent, seed: child(task, parent, seed, "duplicate"),
     "zero": lambda task, parent, seed: child(task, parent, seed, "zero"),

@@ -27,8 +27,10 @@ def read(results: Path) -> list[Row]:
 
 
 def write(results: Path) -> None:
-    """Write results.md beside the file."""
-    (results.parent / "results.md").write_text(page(read(results)), encoding="utf-8")
+    """Write results.md and results.svg beside the file."""
+    rows = read(results)
+    (results.parent / "results.md").write_text(page(rows), encoding="utf-8")
+    draw(rows, results.parent / "results.svg")
 
 
 def page(rows: list[Row]) -> str:
@@ -59,3 +61,40 @@ def reaches(row: Row, mark: float | None) -> float | None:
     if mark is None:
         return None
     return next((step / row["steps"] for step, score in row["curve"] if score >= mark), None)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Scores over the compute since birth, medians over the seeds, one picture a task."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "fastmorph"
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], names, strict=True):
+        for arm, style in _DRAWN.items():
+            own = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
+            if own:
+                curves = [[row["curve"][place][1] for row in own] for place in _places(own)]
+                unit = own[0]["flops_a_step"] / 1e9
+                steps = [own[0]["curve"][place][0] * unit for place in _places(own)]
+                axis.plot(steps, [median(values) for values in curves], style, label=arm)
+        parents = median(row["parent"] for row in rows if row["task"] == task)
+        axis.axhline(parents, color="gray", linewidth=0.8, linestyle=":")
+        low = parents - 1.2 * abs(max(row["final"] for row in rows if row["task"] == task) - parents)
+        axis.set_ylim(bottom=low)
+        axis.set_title(task)
+        axis.set_xlabel("compute since birth, GFLOP")
+    axes[0][0].set_ylabel("score")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+_DRAWN = {"pair": "C3-", "child from scratch, twice": "C0--", "child from scratch": "C0-", "parent, trained on": "C7-"}
+
+
+def _places(rows: list[Row]) -> range:
+    return range(min(len(row["curve"]) for row in rows))
