@@ -220,6 +220,11 @@ class Transaction:
             self.settle()
             self._compare_pieces()
 
+    def say(self, note: str) -> None:
+        """Note what else the operator that is being applied does: see `Step.note`."""
+        if self._step is not None:
+            self._step.note = note
+
     def kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
         """The shapes of the weights, of two or more dimensions, that stand under a name; none where that is no module's."""
         try:
