@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastmorph.certify.run import run
 from fastmorph.equation.randomness import Generator
 from fastmorph.errors import MorphError
+from fastmorph.inputs import as_call
 from fastmorph.plan.morph import Morphed, morph
 from fastmorph.plan.parents import CannotSave
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import rewrite, size_of
+from fastmorph.transformers.sizes import rewrite, say_inner, size_of
 
 M = TypeVar("M", bound=nn.Module)
 _IGNORED = frozenset({"training", "dropout", "is_hf_initialized"})
@@ -31,7 +34,7 @@ def grow(
     num_hidden_layers: int | None = None,
     vocab_size: int | None = None,
     num_experts: int | None = None,
-    fill: str = "pair",
+    fill: str | None = None,
     untie: bool = False,
     optimizer: Optimizer | None = None,
     example_inputs: Any = None,
@@ -50,7 +53,8 @@ def grow(
             of equally many, both.
         vocab_size: ids; logits of the old ones stay.
         num_experts: experts of a mixture; a dense model becomes one of another class, see `fastmorph.AddExperts`.
-        fill: what new channels, heads and blocks begin with: "pair", "zero", or "rotate" for the stream's width.
+        fill: what new channels, heads and blocks begin with: "pair", "zero", or "rotate" for the stream's width; None: "zero"
+            for the stream's width, which works wherever any number does, and "pair" for the rest.
         untie: give the head a weight of its own first, where it shares the embedding's.
         optimizer: as in `fastmorph.morph`.
         example_inputs: as in `fastmorph.morph`; None: ids, pixels or features of a small call.
@@ -89,12 +93,17 @@ def grow(
         new = sizes[name]
         if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
             rewrite(child, name, old, new)
-    check_stock(child)
+    if olds["intermediate_size"] is not None:
+        say_inner(child, intermediate_size or olds["intermediate_size"])
+    check_stock(child, call, {(olds[name], new) for name, new in sizes.items()})
     return replace(done, model=child)
 
 
-def check_stock(child: Any) -> None:
-    """Raise MorphError unless the class makes, with the child's config, a network like the child; then let it be saved."""
+def check_stock(child: Any, call: Any, grown: Collection[tuple[Any, Any]]) -> None:
+    """Raise MorphError unless the class makes, with the child's config, a network like the child; then let it be saved.
+
+    Numbers of modules that are a size as it was, where the class sets it as it is, are set so, if that computes the same.
+    """
     kind = type(child).__name__
     try:
         with torch.device("meta"):
@@ -113,6 +122,18 @@ def check_stock(child: Any) -> None:
                 f"child {wanted.get(name, 'none')}; its code ties sizes that were not grown together, so grow these in "
                 "proportion, or use fastmorph.morph, whose child is saved by fastmorph.save."
             )
+    late = [
+        (ours, key, vars(theirs)[key])
+        for ours, theirs in zip(child.modules(), stock.modules(), strict=True)
+        for key in _differing(ours, theirs)
+        if (vars(ours)[key], vars(theirs)[key]) in grown
+    ]
+    before = run(child, "child", "eval", as_call(call, child), torch.float32).outputs if late else {}
+    for ours, key, value in late:
+        setattr(ours, key, value)
+    after = run(child, "child", "eval", as_call(call, child), torch.float32).outputs if late else {}
+    if any(isinstance(leaf, Tensor) and not torch.equal(leaf, after[path]) for path, leaf in before.items()):
+        raise MorphError(f"{kind} computes otherwise with the numbers that the class sets, {late[0][1]!r} among them.")
     for (name, ours), (_, theirs) in zip(child.named_modules(), stock.named_modules(), strict=True):
         for key in _differing(ours, theirs):
             raise MorphError(

@@ -43,14 +43,13 @@ def _attention(module: nn.Module) -> Iterator[str]:
             yield name
 
 
-def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str = "pair", *, untie: bool = False) -> Plan:
+def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None = None, *, untie: bool = False) -> Plan:
     """The plan that gives a model's config these sizes, widths of every layer alike.
 
     Args:
         model: the parent.
         sizes: what the config is to have, by the names of `grow`; None: as it is.
-        fill: what new channels, heads and blocks begin with; "rotate" is for the width of the stream, and the rest then is
-            in pairs.
+        fill: what new channels, heads and blocks begin with, see `grow`.
         untie: give the head a weight of its own first.
 
     Raises MorphError for a size that the config does not have, or a smaller one.
@@ -60,7 +59,7 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str = "pair"
     wanted = {name: size for name, size in wanted.items() if size != olds[name]}
     if not wanted and not untie:
         raise MorphError("nothing is to grow: give a size that is larger than the model's.")
-    inner = "pair" if fill == "rotate" else fill
+    inner = "pair" if fill in (None, "rotate") else str(fill)
     operators: list[Operator] = []
     lists = blocks(model)
     if untie:
@@ -68,7 +67,7 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str = "pair"
     if "vocab_size" in wanted:
         operators.append(GrowVocabulary(_embedding(model), wanted["vocab_size"]))
     if "hidden_size" in wanted:
-        operators.append(Widen(_stream(model), wanted["hidden_size"], fill))
+        operators.append(Widen(_stream(model), wanted["hidden_size"], fill or "zero"))
     if "num_attention_heads" in wanted or "num_key_value_heads" in wanted:
         heads, groups = _heads(model, wanted)
         for name, layers in lists.items():

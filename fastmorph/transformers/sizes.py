@@ -66,28 +66,29 @@ def _held(config: Any, size: str) -> Iterator[int]:
 
 
 def rewrite(model: nn.Module, size: str, old: int, new: int) -> None:
-    """Write a grown size wherever configs and modules keep the old one under its name.
-
-    Raises MorphError where a config cannot say it.
-    """
+    """Write a grown size wherever configs and modules keep the old one under its name."""
     for holder in (*configs(model), *model.modules()):
         for name in NAMES[size]:
             if type(vars(holder).get(name)) is int and vars(holder)[name] == old:
                 setattr(holder, name, new)
     for config in configs(model):
-        if size == "intermediate_size":
-            _rewrite_ratio(config, old, new)
         if size == "num_attention_heads" and "head_dim" in vars(config) and config.head_dim is None:
             config.head_dim = next(_held(config, "hidden_size")) // old  # which the class would take from the new number
 
 
-def _rewrite_ratio(config: Any, old: int, new: int) -> None:
-    held = vars(config)
-    width = next(_held(config, "hidden_size"), 0)
-    if type(held.get("mlp_ratio")) in (int, float) and int(width * held["mlp_ratio"]) == old:
-        ratio = new // width if new % width == 0 else new / width
-        if int(width * ratio) != new:
-            raise MorphError(f"mlp_ratio of a {type(config).__name__} cannot say intermediate_size={new} at width {width}.")
-        config.mlp_ratio = ratio
-    elif "n_inner" in held and held["n_inner"] is None and 4 * width == old:
-        config.n_inner = new
+def say_inner(model: nn.Module, inner: int) -> None:
+    """Let configs that tell the inner channels of MLPs by the width say how many there are.
+
+    Raises MorphError where one cannot.
+    """
+    for config in configs(model):
+        held, width = vars(config), next(_held(config, "hidden_size"), 0)
+        if type(held.get("mlp_ratio")) in (int, float) and width and int(width * held["mlp_ratio"]) != inner:
+            ratio = inner // width if inner % width == 0 else inner / width
+            if int(width * ratio) != inner:
+                raise MorphError(
+                    f"mlp_ratio of a {type(config).__name__} cannot say intermediate_size={inner} at width {width}."
+                )
+            config.mlp_ratio = ratio
+        elif "n_inner" in held and held["n_inner"] is None and 4 * width != inner:
+            config.n_inner = inner

@@ -71,9 +71,18 @@ def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("llama", {"intermediate_size": 17, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}),
+        (
+            "llama",
+            {
+                "hidden_size": 24,
+                "intermediate_size": 17,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "num_hidden_layers": 3,
+            },
+        ),
         ("qwen3", {"intermediate_size": 19, "num_attention_heads": 6, "num_hidden_layers": 5}),
-        ("gpt2", {"intermediate_size": 70, "num_hidden_layers": 3}),
+        ("gpt2", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 70, "num_hidden_layers": 3}),
         ("t5", {"num_hidden_layers": 3}),
         ("bert", {"intermediate_size": 21}),
         ("vit", {"intermediate_size": 21, "num_hidden_layers": 4}),
