@@ -134,12 +134,14 @@ def morph(
             carried, twins = carry_shards(optimizer, network, _of_child(transaction.lineage, grown, network), shelf)
         certificate: Certificate | None = None
         if verify and given is not None:
-            certificate = certify(parent, made, given, ranks)
+            certificate = certify(parent, made, given, ranks, transaction.readings)
             if not certificate and not allow_inexact:
                 raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
         history = plan.recorded(transaction.resolved(), seed, given)
         remember(network, model, history)
-    return Morphed(made, carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
+    return Morphed(
+        made, carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins, tuple(transaction.readings)
+    )
 
 
 def _group(mesh: DeviceMesh | None) -> Any:
