@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from commands import fastmorph, refuses
 from sharded_networks import PLANS, batch, fsdp, llama, resnet
 from test_sharded_growth import full, train
 from torch.distributed.checkpoint.state_dict import (
@@ -115,3 +116,23 @@ def test_a_checkpoint_grows_again_and_others_are_refused(tmp_path):
             fm.distributed.grow_checkpoint(source, tmp_path / "new", network, [])
     with pytest.raises(fm.MorphError, match="is not empty"):
         fm.distributed.grow_checkpoint(tmp_path / "0", tmp_path / "1", resnet, [])
+
+
+def network_for_the_command():
+    return resnet()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_grows_a_directory(tmp_path):
+    dcp.save({"model": resnet().state_dict()}, checkpoint_id=tmp_path / "parent")
+    images, _ = batch(resnet)
+    fm.Plan(PLANS["resnet"], seed=5).save(tmp_path / "plan.toml")
+    words = ("--model", f"{__name__}:network_for_the_command", "--plan", tmp_path / "plan.toml")
+    ran = fastmorph("grow", tmp_path / "parent", tmp_path / "child", *words, "--input-shape", "6,3,6,6")
+    assert ran.status == 0, ran.err
+    assert 'operator = "insert_subnet"' in ran.out
+    child = fm.morph(resnet(), PLANS["resnet"], example_inputs=images, generator=5).model
+    state = {"model": {key: torch.empty_like(value) for key, value in child.state_dict().items()}}
+    dcp.load(state, checkpoint_id=tmp_path / "child")
+    assert all(torch.equal(value, child.state_dict()[key]) for key, value in state["model"].items())
+    refuses(fastmorph("grow", tmp_path, tmp_path / "new", *words), "is no directory that torch.distributed.checkpoint wrote")
