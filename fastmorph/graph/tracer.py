@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmorph.errors import MorphError
 from fastmorph.graph.flow import DATA, FIXED, FREE, UNIFORM, Flow, compress, leaf
 from fastmorph.graph.record import Record
+from fastmorph.graph.tape import Ref, Tape, ref_to
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ class Watcher(TorchDispatchMode):
 
 
 class Tracer(Watcher):
-    """Follows channels while it is the innermost mode."""
+    """Follows channels while it is the innermost mode; `tape`, where there is one, gets every operator."""
 
-    def __init__(self, rule_of: Callable[[Any], Rule], record: Record) -> None:
+    def __init__(self, rule_of: Callable[[Any], Rule], record: Record, tape: Tape | None = None) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.tape = record, tape
         self._rule_of = rule_of
         self._flows: dict[int, Flow] = {}
         self._names: dict[int, str] = {}
@@ -130,6 +131,10 @@ class Tracer(Watcher):
         if type(tensor) is Tensor:
             return tensor
         return self._values.get(id(tensor), getattr(tensor, "constant", None))
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """What a tape has in a tensor's place."""
+        return ref_to(tensor, self._names.get(id(tensor), ""), self.value(tensor))
 
     def poison(self, tensor: Tensor, labels: list[Tensor], cause: str) -> None:
         """Block atoms if anything reads this tensor."""
@@ -184,6 +189,8 @@ class Tracer(Watcher):
         if len(self.record.journal) > entries:
             for place, slots in enumerate([*held, *(self.flow(tensor).slots for tensor in call.outputs)]):
                 self.record.note_operand(place, slots)
+        if self.tape is not None:
+            self.tape.note(self.stack[-1], call.name, call.args, call.outputs, self.ref)
         for tensor in [*call.tensors, *call.outputs]:
             self.record.note_sizes(self.stack[-1], tensor.shape, self.flow(tensor).varying)
 
