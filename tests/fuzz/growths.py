@@ -15,7 +15,7 @@ from torch import nn
 import fastmorph as fm
 from tests.fuzz.grammar import Network, network
 from tests.fuzz.judge import bound, difference, fingerprint, other_modes, outputs
-from tests.fuzz.plans import Circumstances, circumstances, plan
+from tests.fuzz.plans import CONTEXTS, Circumstances, circumstances, plan
 
 GOOD = ("ok", "refused")
 KINDS = (*GOOD, "wrong", "raw", "parent changed", "cannot run", "replay differs", "restructure differs", "optimizer")
@@ -74,6 +74,8 @@ def run(seed: int, pieces: Collection[int] | None = None, steps: Collection[int]
         parent = net.build()
         operators = plan(seed, parent, net.mode, steps)
         how = circumstances(seed)
+        if how.context == "channels last":
+            _channels_last(parent)
         try:
             _grow(seed, net, parent, operators, how)
             found = ("ok", "", "")
@@ -105,10 +107,14 @@ def _grow(seed: int, net: Network, parent: nn.Module, operators: list[Any], how:
     if how.inputs:
         args, keywords = net.call(seed + 1, 2, 7, how.options)
         options["example_inputs"] = keywords or args
-    optimizer = _optimizer(net, parent, how.optimizer)
-    before = fingerprint(parent)
+    optimizer = None if how.consume else _optimizer(net, parent, how.optimizer)
+    before, given = fingerprint(parent), net.build() if how.consume else parent
+    generator = torch.Generator().manual_seed(seed)
     try:
-        morphed = fm.morph(parent, operators, optimizer=optimizer, generator=torch.Generator().manual_seed(seed), **options)
+        with CONTEXTS[how.context]():
+            if how.followed:
+                options["structure"] = fm.follow(given, options.get("example_inputs"))
+            morphed = fm.morph(given, operators, optimizer=optimizer, generator=generator, consume=how.consume, **options)
     except fm.MorphError as error:
         _unchanged(before, parent)
         raise _Found("refused", family(str(error)), str(error)) from None
@@ -116,10 +122,16 @@ def _grow(seed: int, net: Network, parent: nn.Module, operators: list[Any], how:
         raise _Found("raw", f"{type(error).__name__}: {family(str(error))}", repr(error)) from error
     _unchanged(before, parent)
     _compare(net, parent, morphed.model, fresh)
-    if how.replay:
+    if how.replay and not how.consume:
         _replay(parent, morphed, options, fresh)
     if optimizer is not None:
         _trains(net, parent, morphed, before)
+
+
+def _channels_last(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def _runs(net: Network, parent: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
