@@ -12,6 +12,7 @@ import numpy as np
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.find import how_to_bake
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.record import Ints
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
@@ -81,7 +82,10 @@ class Proposals:
             return found
         nearest = self._nearest(width, found)
         if nearest is None:
-            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
+            cause = found[0].cause
+            blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else self.layer
+            remedy = how_to_bake(self._structure.skeleton.model, blamed) or found[0].remedy
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {cause}; {remedy}.")
         near, cause = nearest
         raise MorphError(
             f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."

@@ -154,6 +154,7 @@ class Record:
         self.scores: list[
             tuple[str, Tensor]
         ] = []  # a module that takes a softmax, and the channels apart from each other in it
+        self.normed: list[tuple[str, str, int]] = []  # a weight's direction and magnitude, and the dimension of the latter
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size

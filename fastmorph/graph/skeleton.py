@@ -73,6 +73,8 @@ class Skeleton:
                 if tensor.device.type != "meta" and not tensor.is_floating_point():  # an index; weights are not held
                     self._values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
+        # PyTorch copies nothing that was computed with gradients.
+        memo |= {id(tensor): tensor.detach().clone() for tensor in _attributes(model) if not tensor.is_leaf}
         self.model: nn.Module = clone(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -97,7 +99,8 @@ class Skeleton:
         """Another one that can be resized on its own."""
         new = copy.copy(self)
         new._values = dict(self._values)
-        new.model = clone(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
+        computed = (tensor for tensor in _attributes(self.model) if isinstance(tensor, FakeTensor))
+        new.model = clone(self.model, {id(tensor): tensor for tensor in (*dict(_tensors(self.model)).values(), *computed)})
         return new
 
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
@@ -229,7 +232,7 @@ class Skeleton:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise MorphError(
-                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                f"the model cannot be traced: {watcher.module} branches on the values of a tensor ({error.func}); "
                 "rewrite that part so that it depends on shapes alone."
             ) from error
         except Exception as error:
@@ -247,6 +250,12 @@ def _is_of(tensor: Tensor, form: torch.memory_format) -> bool:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep without PyTorch's knowledge."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

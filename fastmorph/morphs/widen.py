@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Unpack, cast
 
 import torch
-from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
@@ -20,6 +19,7 @@ from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.structure import follow
 from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.morphs.weight_norm import Magnitudes
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
@@ -95,6 +95,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
     if whole is not None and transaction.with_weights:
         transaction.settle()
     marks = Marks(whole.coupling.record) if whole is not None and transaction.with_weights else None
+    magnitudes = Magnitudes(transaction, whole if marks is not None else None)
     fillings: dict[str, list[Filling]] = {name: [] for name in ([] if whole is None else whole.names)}
     last = {name: at for at, growth in enumerate(stage.growths) if growth is not None for name in growth.names}
     steps = []
@@ -110,8 +111,9 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
                     fillings[name].append(filling)
             for name in growth.names:
                 if last[name] == at:
-                    old = tensor_of(transaction.model, name)
-                    _replace(transaction, old, name, whole, fillings.pop(name))
+                    magnitudes.follow(name, fillings[name])
+                    _replace(transaction, name, whole, fillings.pop(name), fresh=name in magnitudes.directions)
+    magnitudes.settle()
     for step in steps:
         step.after = transaction.kernel_shapes(step.layer)
     if whole is not None:
@@ -119,10 +121,11 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 
 
 @torch.no_grad()
-def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
+def _replace(transaction: Transaction, name: str, growth: Growth, fillings: Sequence[Filling], *, fresh: bool) -> None:
+    old = tensor_of(transaction.model, name)
     if fillings:
         new, linear, square = fill_tensor(fillings, name, old.detach())
-        transaction.replace(old, new, linear=linear, square=square)
+        transaction.replace(old, new, linear=None if fresh else linear, square=None if fresh else square)
     else:  # without weights
         transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
