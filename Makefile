@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test bench zoo fuzz docs lint clean
+.PHONY: demo test bench zoo fuzz docs experiments lint clean
 
 demo: .venv/.ready
 	$(BIN)/fastmorph demo $(DEMO)
@@ -15,6 +15,9 @@ bench: .venv/.ready
 
 zoo: .venv/.ready
 	$(BIN)/python -m bench.zoo $(ZOO)
+
+experiments: .venv/.ready
+	$(BIN)/python -m bench.learning $(EXPERIMENTS)
 
 fuzz: .venv/.ready
 	$(BIN)/python -m tests.fuzz $(FUZZ)

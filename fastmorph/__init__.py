@@ -1,5 +1,8 @@
 """fastmorph: grow a trained PyTorch network without changing what it computes."""
 
+import importlib
+from typing import Any
+
 from fastmorph import graph, nn
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.verify import verify
@@ -15,6 +18,7 @@ from fastmorph.equation.sequence import Chain, Sum, decompose_sequence, decompos
 from fastmorph.equation.solvers import Auto, Direct, General, Practical, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph import Coupled, Structure, coupled, follow
+from fastmorph.morphs.add_experts import AddExperts, add_experts
 from fastmorph.morphs.add_heads import AddHeads, add_heads
 from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
@@ -35,6 +39,7 @@ from fastmorph.plan.transfer import transfer_optimizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddExperts",
     "AddHeads",
     "Auto",
     "Candidate",
@@ -69,6 +74,7 @@ __all__ = [
     "Sum",
     "Transaction",
     "Widen",
+    "add_experts",
     "add_heads",
     "alternate",
     "candidates",
@@ -99,3 +105,10 @@ __all__ = [
     "verify",
     "widen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fastmorph.distributed`, imported when it is used: PyTorch's engine takes its time."""
+    if name == "distributed":
+        return importlib.import_module("fastmorph.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

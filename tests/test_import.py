@@ -18,6 +18,7 @@ assert "fastmorph_kernels" not in sys.modules
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 heavy = new & {"matplotlib", "sklearn", "safetensors", "triton"}
 assert not heavy, heavy
+assert "fastmorph.distributed" not in sys.modules
 answer = fm.decompose(torch.randn(4, 3, 3, 3), 8)
 assert bool(answer.converged)
 if BLOCK:

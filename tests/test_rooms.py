@@ -16,10 +16,10 @@ FILES = {
 }
 FLOORS = (
     ("errors",),
-    ("context", "inputs", "outputs"),
+    ("context", "elsewhere", "inputs", "outputs", "ranks"),
     ("nn", "equation", "graph", "certify"),
     ("plan",),
-    ("morphs", "checkpoint", "integrations"),
+    ("morphs", "checkpoint", "distributed", "integrations"),
     ("cli", "__main__"),
 )
 
@@ -95,7 +95,7 @@ def test_kernels_know_no_models():
 
 def test_the_equation_knows_no_modules():
     for module in modules_of("equation"):
-        assert {room(name) for name in IMPORTS[module]} <= {"equation", "errors", ""}, module
+        assert {room(name) for name in IMPORTS[module]} <= {"equation", "errors", "elsewhere", "ranks", ""}, module
         assert not modules_used(module), module
 
 

@@ -135,6 +135,8 @@ def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.multi_head_attention_forward:  # it fuses unless it is asked for the weights of attention
         out, weights = func(*args, **{**kwargs, "need_weights": True})
         return out, weights if kwargs.get("need_weights", True) else None
+    if getattr(func, "__name__", "") == "_grouped_mm" and args[0].dtype == torch.float64:
+        return _grouped_product(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except RuntimeError:
@@ -169,6 +171,13 @@ def _attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
     return out
+
+
+def _grouped_product(one: Tensor, two: Tensor, offs: Tensor, **_: Any) -> Tensor:
+    """(rows, k) @ (groups, k, n), each group's rows up to its offset by its own matrix, which PyTorch has not in float64."""
+    groups = one[: int(offs[-1])].tensor_split(offs[:-1].long().cpu())
+    out = torch.cat([rows @ matrix for rows, matrix in zip(groups, two, strict=True)])
+    return torch.cat([out, out.new_zeros(len(one) - len(out), out.shape[1])])
 
 
 def _renormalises(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -28,14 +28,10 @@ _DENSE = 2048  # unknowns up to which one large factorisation is quicker than ma
 
 
 class HalfStep:
-    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets.
-
-    Attributes:
-        singular: (B,) items whose Gram matrix is numerically singular.
-    """
+    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets."""
 
     def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
-        """Factor the system. `wait=False` never waits for the device, in refinement either, and only marks singular items."""
+        """Factor the system. `wait=False` never waits for the device, in refinement either, and only tells singular items."""
         self.wait = wait
         self.system = system = System(first, k2, backend)
         self.by_rows = system.shape[0] <= system.shape[1]
@@ -46,19 +42,22 @@ class HalfStep:
         if few or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
             blocks, width = 1, 0
         self.factor = backend.factor(gram, blocks, width)
-        self.singular = self.factor.failed
         self.inverse: Tensor | None = None
         if wait and bool(self.singular.any()):
             self.factor.drop_failed()
             self.inverse = torch.linalg.pinv(dense_system(first[self.singular], k2))
 
+    @property
+    def singular(self) -> Tensor:
+        """Items, (B,), whose Gram matrix is numerically singular."""
+        return self.factor.failed
+
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
         if self.by_rows:
-            rows = self.factor.solve(self.system.right_side(target, before))
+            second = self.system.kernel(self.factor.solve(self.system.right_side(target, before)))
         else:
-            rows = self.system.image(self.factor.solve(self.system.columns(target, before)))
-        second = self.system.kernel(rows)
+            second = self.system.image(self.factor.solve(self.system.columns(target, before)))
         if self.inverse is not None:
             padded = pad(target[self.singular], before, self.system.size).flatten(2)
             second = second.clone()

@@ -9,14 +9,13 @@ from tqdm.auto import tqdm
 
 from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.arrays import host_waits
+from fastmorph.equation.chunks import chunks_of
 from fastmorph.equation.decomposition import Array, Decomposition
 from fastmorph.equation.problem import Checked, Problem, check
 from fastmorph.equation.randomness import Generator, draw_seeds
 from fastmorph.equation.solve import accepted, look_at, solve_alike
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
-
-_BYTES = 8  # of a working-precision number
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def decompose_many(
     seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
-        for chunks in _together(_chunks(checked, memory_budget), checked, memory_budget):
+        for chunks in _together(chunks_of(checked, memory_budget), checked, memory_budget):
             solved = [solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk]) for chunk in chunks]
             for chunk, outcomes in zip(chunks, look_at(solved), strict=True):
                 for index, outcome in zip(chunk, outcomes, strict=True):
@@ -87,27 +86,3 @@ def _together(chunks: list[list[int]], problems: Sequence[Checked], memory_budge
             waiting, held = [], 0
     if waiting:
         yield waiting
-
-
-def _chunks(problems: Sequence[Checked], memory_budget: int) -> list[list[int]]:
-    """Indices of problems that are solved together, in the order of each chunk's first."""
-    buckets: dict[object, list[int]] = {}
-    for index, p in enumerate(problems):
-        co, ci = p.weight.shape[1:3]
-        lone = None if p.choice.factors is None else index  # factors are one problem's own
-        key = (co, ci, p.hidden, p.frame, p.weight.dtype, p.weight.device, p.backend, p.choice.solver, p.choice.role, lone)
-        buckets.setdefault(key, []).append(index)
-    chunks: list[list[int]] = []
-    for bucket in buckets.values():
-        p = problems[bucket[0]]
-        co, ci = p.weight.shape[1:3]
-        item = _BYTES * p.choice.solver.memory(co, ci, p.hidden, p.frame)
-        room = 0.0
-        for index in bucket:
-            need = item * len(problems[index].weight)
-            if need > room:
-                chunks.append([])
-                room = float(memory_budget)
-            chunks[-1].append(index)
-            room -= need
-    return chunks

@@ -11,6 +11,7 @@ from typing import Any, Generic, Self
 import torch
 from torch import Tensor
 
+from fastmorph.elsewhere import Elsewhere
 from fastmorph.equation.arrays import Restore, host_waits, refuse_transforms, times_power_of_two, to_tensor
 from fastmorph.equation.backends import Backend, find_backend
 from fastmorph.equation.decomposition import Array
@@ -108,7 +109,8 @@ def check(problem: Problem[Any], *, solver: Solver, backend: str | None, precisi
     entries = hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second)) * batch
     kernels = f"hidden_channels={hidden}: two kernels of sizes {frame.first} and {frame.second}"
     check_memory(kernels, entries * weight.element_size(), weight.device, "ask for fewer channels or smaller kernels")
-    measured = not (host_waits(weight.device) and solver.chooses_by_sizes(co, ci, hidden, frame))
+    away = isinstance(problem.weight, Elsewhere)
+    measured = not ((away or host_waits(weight.device)) and solver.chooses_by_sizes(co, ci, hidden, frame))
     given = given.in_range() if measured else given
     chosen = find_backend(backend, weight, precision)
     choice = solver.choose(given.weight, hidden, frame, allow_inexact=allow_inexact)

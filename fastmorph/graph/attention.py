@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,12 +53,19 @@ class _InParts(TorchDispatchMode):
 
 
 def use_plain_modules(model: nn.Module) -> None:
-    """Let modules of attention run in operators that have rules: in train mode, without dropout, they take no fast path."""
+    """Let modules run in operators that have rules: attention takes no fast path in train mode, without dropout, and a mixture
+    branches on no values where all experts compute all positions."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             module.training, module.dropout = True, 0.0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
+        config: Any = vars(module).get("config")
+        if getattr(config, "_experts_implementation", None) is not None:
+            config = copy.copy(config)  # transformers: one product of matrices, which branches on no values
+            config._experts_implementation = "batched_mm"
+            vars(module)["config"] = config
+        vars(module).update(getattr(module, "followed_with", {}))
 
 
 class _PlainKernels:

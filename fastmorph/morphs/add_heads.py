@@ -22,7 +22,8 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.heads import Heads, by_heads, find_heads, try_heads
 from fastmorph.graph.propose import Refusal
 from fastmorph.graph.structure import Structure, follow
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, put_grown
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import put_grown
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Unpack, cast
 
-import torch
-
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
-from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.structure import follow
 from fastmorph.graph.widths import Stage, Width, find_stages
-from fastmorph.morphs.weight_norm import Magnitudes
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import Grown
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
@@ -95,7 +92,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
     if whole is not None and transaction.with_weights:
         transaction.settle()
     marks = Marks(whole.coupling.record) if whole is not None and transaction.with_weights else None
-    magnitudes = Magnitudes(transaction, whole if marks is not None else None)
+    grown = None if whole is None else Grown(transaction, whole)
     fillings: dict[str, list[Filling]] = {name: [] for name in ([] if whole is None else whole.names)}
     last = {name: at for at, growth in enumerate(stage.growths) if growth is not None for name in growth.names}
     steps = []
@@ -103,7 +100,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
         with transaction.step(operator) as step:
             step.milliseconds += share
             steps.append(step)
-            if whole is None or growth is None:
+            if grown is None or growth is None:
                 continue
             if marks is not None:
                 filling = Filling(growth, operator.fill, transaction.noise("widen", operator.layer), marks)
@@ -111,23 +108,12 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
                     fillings[name].append(filling)
             for name in growth.names:
                 if last[name] == at:
-                    magnitudes.follow(name, fillings[name])
-                    _replace(transaction, name, whole, fillings.pop(name), fresh=name in magnitudes.directions)
-    magnitudes.settle()
+                    grown.put(name, fillings.pop(name))
     for step in steps:
         step.after = transaction.kernel_shapes(step.layer)
-    if whole is not None:
+    if whole is not None and grown is not None:
+        grown.finish()
         update_attributes(transaction.model, whole)
-
-
-@torch.no_grad()
-def _replace(transaction: Transaction, name: str, growth: Growth, fillings: Sequence[Filling], *, fresh: bool) -> None:
-    old = tensor_of(transaction.model, name)
-    if fillings:
-        new, linear, square = fill_tensor(fillings, name, old.detach())
-        transaction.replace(old, new, linear=None if fresh else linear, square=None if fresh else square)
-    else:  # without weights
-        transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
 
 def widen(

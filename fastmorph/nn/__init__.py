@@ -3,6 +3,7 @@
 from fastmorph.nn.activation import PActivation, PReLU
 from fastmorph.nn.branches import Branches
 from fastmorph.nn.fading import ActivationSchedule, activation_penalty, fold_activations
+from fastmorph.nn.mixture import Mixture
 from fastmorph.nn.norm import BatchNormLast, BatchNormMap1d, BatchNormMap2d, BatchNormMap3d, identity_batch_norm
 from fastmorph.nn.replacement import Replacement
 from fastmorph.nn.same_pad import SamePad
@@ -14,6 +15,7 @@ __all__ = [
     "BatchNormMap2d",
     "BatchNormMap3d",
     "Branches",
+    "Mixture",
     "PActivation",
     "PReLU",
     "Replacement",

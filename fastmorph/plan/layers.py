@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 import fastmorph.plan.known_layers  # noqa: F401 - registers them
+from fastmorph.elsewhere import Elsewhere
 from fastmorph.errors import MorphError
 from fastmorph.nn.computed import weight_hooks
 from fastmorph.plan.layer_types import LayerRule, find_rule
@@ -141,7 +142,7 @@ def find_layer(model: nn.Module, name: str, *, transposed: bool = False) -> Laye
     layer = Layer(name, module, rule)
     if layer.is_plain:
         check_weight(name, module.weight)
-    _check_surroundings(model, name, module, modules)
+    check_surroundings(model, name, module)
     return layer
 
 
@@ -155,7 +156,11 @@ def _is_computed_elsewhere(module: nn.Module, rule: LayerRule) -> bool:
 
 def check_weight(name: str, weight: Any) -> None:
     """Refuse a layer whose weight is no plain floating-point tensor."""
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+    if (
+        type(weight) not in (Tensor, nn.Parameter, Elsewhere)
+        or not weight.is_floating_point()
+        or torch.finfo(weight.dtype).bits < 16
+    ):
         raise refusal(
             name,
             f"its weight is a {type(weight).__name__} of {weight.dtype} (quantised, complex, sharded or of another library)",
@@ -169,8 +174,12 @@ def _origins(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if not name.startswith(biases)]
 
 
-def _check_surroundings(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Refuse what other modules do with this one, or with its weight, besides calling it."""
+def check_surroundings(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse what other modules do with this one, or with its weight, besides calling it.
+
+    Raises MorphError, with the layer, the cause and the remedy.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for owner_name, attribute, owner in _owners(model, module):
         if isinstance(owner, _READ_WEIGHTS):
             raise refusal(
@@ -209,6 +218,8 @@ def _items(value: object) -> Iterator[object]:
 def _same_memory(one: Tensor, two: Any) -> bool:
     if one is two:
         return True
+    if isinstance(one, Elsewhere) or isinstance(two, Elsewhere):
+        return False
     if isinstance(one, nn.parameter.UninitializedParameter) or not one.numel():
         return False
     return one.device == two.device and one.device.type != "meta" and one.data_ptr() == two.data_ptr()

@@ -50,6 +50,19 @@ class Lineage:
         if past is not None:
             self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
 
+    def copied(self, new: nn.Parameter, old: nn.Parameter, linear: Map | None, square: Map | None) -> None:
+        """Let `new` descend from what `old` descends from, beside it."""
+        past = self._of.get(old)
+        if past is not None:
+            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
+
+    def of_twins(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> Lineage:
+        """The same ancestries for another model's parameters, given as (this model's, the other's)."""
+        new = Lineage(())
+        new._of = {twin: self._of[parameter] for parameter, twin in pairs}
+        new.ancestors = self.ancestors
+        return new
+
     def joined(self, new: nn.Parameter, near: nn.Parameter) -> None:
         """Let `new`, unless it is known, share the options of `near` and start afresh."""
         past = self._of.get(near)

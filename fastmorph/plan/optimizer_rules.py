@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.plan.lineage import Ancestry
 
@@ -70,6 +71,7 @@ def follow_moment(moment: Tensor, follow: Follow, past: Ancestry) -> Tensor | No
     maps = past.linear if follow == "linear" else past.square
     if maps is None:
         return None
+    moment = values_of(moment) if maps else moment
     new = moment.square() if follow == "size" and maps else moment
     for step in maps:
         new = step(new).to(moment)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastmorph.nn import PActivation
 from fastmorph.plan.lineage import Ancestry, Lineage
 from fastmorph.plan.optimizer_rules import FreshStateWarning, OptimizerRule, find_optimizer_rule, follow_moment
 
+Place = Callable[[Tensor, nn.Parameter], Tensor]
 _OWN = ("param_groups", "state", "defaults", "step")  # a scheduler wraps `step`
 
 
@@ -68,7 +70,7 @@ def _held(value: Any, seen: set[int]) -> Iterator[Any]:
 
 @torch.no_grad()
 def carry_over(
-    optimizer: Optimizer, child: nn.Module, lineage: Lineage, *, consume: bool = False
+    optimizer: Optimizer, child: nn.Module, lineage: Lineage, *, consume: bool = False, place: Place | None = None
 ) -> tuple[Optimizer, tuple[int, ...]]:
     """An optimizer of the same class for the child's parameters; the one given is left as it is, unless it is consumed.
 
@@ -77,6 +79,8 @@ def carry_over(
     is known, it has the moments and the step count too. New vectors (the weights and biases of norms, the `a` of P-activations)
     join a group without weight decay where there is one. Where there is none, each group that decays and would get an `a` gets
     a twin without weight decay at the end.
+
+    `place` takes a tensor of a parameter's state, once it is there, and the parameter, and returns what is kept of it.
 
     Returns the optimizer, and for each of those new groups the index of the group that it is a twin of.
 
@@ -87,7 +91,7 @@ def carry_over(
     for parameter, name in names.items():
         if parameter not in lineage:
             raise MorphError(f"the child's {name!r} has no ancestor in the parent, and so no parameter group.")
-    state, lost = _carried_state(optimizer, names, lineage, rule, consume)
+    state, lost = _carried_state(optimizer, names, lineage, rule, consume, place or (lambda value, parameter: value))
     if lost:
         keys = ", ".join(sorted({str(key) for found in lost.values() for key in found}))
         warnings.warn(
@@ -178,7 +182,12 @@ def _group(old: Mapping[str, Any], params: list[nn.Parameter], names: Mapping[nn
 
 
 def _carried_state(
-    optimizer: Optimizer, names: Mapping[nn.Parameter, str], lineage: Lineage, rule: OptimizerRule | None, consume: bool
+    optimizer: Optimizer,
+    names: Mapping[nn.Parameter, str],
+    lineage: Lineage,
+    rule: OptimizerRule | None,
+    consume: bool,
+    place: Place,
 ) -> tuple[dict[Any, dict[str, Any]], dict[str, set[str]]]:
     """State by the child's parameters, and by their names, the keys without a rule for which it starts afresh."""
     state: dict[Any, dict[str, Any]] = {}
@@ -189,10 +198,11 @@ def _carried_state(
             continue
         before = optimizer.state.pop(past.ancestor, {}) if consume else optimizer.state.get(past.ancestor, {})
         if past.linear == past.square == ():
-            state[parameter] = dict(before) if consume else deepcopy(dict(before))
+            kept = dict(before) if consume else deepcopy(dict(before))
+            state[parameter] = {key: _placed(value, parameter, place) for key, value in kept.items()}
         elif unknown := {key for key, value in before.items() if not _has_rule(key, value, rule)}:
             lost[name] = unknown
-        elif after := _followed(before, rule, past):
+        elif after := _followed(before, rule, past, partial(_placed, parameter=parameter, place=place)):
             state[parameter] = after
     return {parameter: each for parameter, each in state.items() if each}, lost
 
@@ -203,7 +213,13 @@ def _has_rule(key: str, value: Any, rule: OptimizerRule | None) -> bool:
     return key in rule.moments or not any(isinstance(leaf, Tensor) and leaf.ndim for leaf in pytree.tree_leaves(value))
 
 
-def _followed(before: Mapping[str, Any], rule: OptimizerRule | None, past: Ancestry) -> dict[str, Any]:
+def _placed(value: Any, parameter: nn.Parameter, place: Place) -> Any:
+    return place(value, parameter) if isinstance(value, Tensor) and value.ndim else value
+
+
+def _followed(
+    before: Mapping[str, Any], rule: OptimizerRule | None, past: Ancestry, placed: Callable[[Any], Any]
+) -> dict[str, Any]:
     """A descendant's state; empty where part of it would start afresh: a step count without its moments would mislead."""
     after = {}
     for key, value in before.items():
@@ -213,6 +229,7 @@ def _followed(before: Mapping[str, Any], rule: OptimizerRule | None, past: Ances
                 return {}
             if after[key] is value:
                 after[key] = value.clone()
+            after[key] = placed(after[key])
         else:
             after[key] = deepcopy(value)
     return after

@@ -33,19 +33,25 @@ def check_parent(model: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
             raise MorphError(
                 f"{what} is wrapped in DistributedDataParallel, which goes on reducing the parent's gradients: morph its "
-                ".module on each process, with one seed (generator=), then wrap the child anew."
+                ".module on each process, with one seed (generator=), then wrap the child anew; or let "
+                "fastmorph.distributed.morph do that."
             )
         sharded = next((_SHARDED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _SHARDED), None)
         if sharded is not None:
             raise MorphError(
-                f"{what} is sharded by {sharded}, so that no process holds whole weights: gather its full state dict into an "
-                "unsharded copy of the model, morph that, then shard the child."
+                f"{what} is sharded by {sharded}, so that no process holds whole weights: "
+                + (
+                    "fastmorph.distributed.morph grows it shard by shard."
+                    if "FSDP2" in sharded
+                    else "gather its full state dict into an unsharded copy of the model and morph that, or into one "
+                    "sharded by fully_shard, which fastmorph.distributed.morph grows shard by shard."
+                )
             )
     for name, parameter in model.named_parameters():
         if type(parameter.data).__module__.startswith("torch.distributed"):
             raise MorphError(
-                f"the parameter {name!r} is a {type(parameter.data).__name__}, distributed over a mesh: morph a copy of the "
-                "model with whole parameters (full_tensor()), then distribute the child."
+                f"the parameter {name!r} is a {type(parameter.data).__name__}, distributed over a mesh: "
+                "fastmorph.distributed.morph grows the model shard by shard."
             )
 
 

@@ -271,29 +271,38 @@ class Transaction:
             return
         while self._queue:
             queue, self._queue = self._queue, []
-            began = perf_counter()
-            answers = self._decompose(queue)
-            elapsed = 1e3 * (perf_counter() - began)
-            total = sum(answer.cost for answer in answers) or 1.0
             waiting = [(equation.step, equation.assign) for equation in queue]
-            queue.clear()  # and with it the weights that are no longer needed
-            for answer, (step, assign) in zip(answers, waiting, strict=True):
+            further: dict[int, list[_Equation]] = {}
+            for index, answer, milliseconds in self._answers(queue):
+                step, assign = waiting[index]
                 if step is not None:
-                    step.add(answer, elapsed * answer.cost / total)
+                    step.add(answer, milliseconds)
                 with self._resumed(step):
                     assign(answer)
+                further[index], self._queue = self._queue, []
+            self._queue = [equation for index in sorted(further) for equation in further[index]]
 
     def _is_pending(self, *modules: nn.Module) -> bool:
         pending = {module for equation in self._queue for module in equation.modules}
         return any(part in pending for module in modules for part in module.modules())
 
-    def _decompose(self, queue: Sequence[_Equation]) -> list[Decomposition[Tensor]]:
+    def _answers(self, queue: list[_Equation]) -> Iterator[tuple[int, Decomposition[Tensor], float]]:
+        """The answers to equations, which leave the queue, with each one's number and milliseconds."""
+        began = perf_counter()
         try:
-            return decompose_many([e.problem for e in queue], generator=[e.seed for e in queue], **self.solving)
+            answers = decompose_many([e.problem for e in queue], generator=[e.seed for e in queue], **self.solving)
         except MorphError as error:
-            if error.problem is None or error.inner is None:
-                raise
-            raise error.inner.within(queue[error.problem].name) from None
+            raise self._of_layer(error, queue) from None
+        elapsed = 1e3 * (perf_counter() - began)
+        total = sum(answer.cost for answer in answers) or 1.0
+        queue.clear()  # and with it the weights that are no longer needed
+        for index, answer in enumerate(answers):
+            yield index, answer, elapsed * answer.cost / total
+
+    @staticmethod
+    def _of_layer(error: MorphError, queue: Sequence[_Equation]) -> MorphError:
+        """An error met in a queue's equations, with the layer that it is about."""
+        return error if error.problem is None or error.inner is None else error.inner.within(queue[error.problem].name)
 
     @contextmanager
     def _resumed(self, step: Step | None) -> Iterator[None]:
@@ -305,6 +314,10 @@ class Transaction:
             self._step = current
 
     # --- tensors and modules --------------------------------------------------------------------------------------------------
+
+    def keep(self, value: nn.Parameter) -> nn.Parameter:
+        """What is to stand in the model for a new parameter: itself, unless its values are to be elsewhere."""
+        return value
 
     def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
         """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.
@@ -318,7 +331,7 @@ class Transaction:
         value = value.detach().reshape(old.shape)
         if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
             value = value.clone(memory_format=torch.contiguous_format)  # part of a batch, which it would keep alive
-        module._parameters[name] = new = nn.Parameter(value, requires_grad=old.requires_grad)
+        module._parameters[name] = new = self.keep(nn.Parameter(value, requires_grad=old.requires_grad))
         self.lineage.replaced(old, new, None, None)
 
     @torch.no_grad()
@@ -334,7 +347,7 @@ class Transaction:
         """
         value = new.detach().to(old)
         if isinstance(old, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=old.requires_grad)
+            value = self.keep(nn.Parameter(value, requires_grad=old.requires_grad))
             value.__dict__.update(old.__dict__)  # attributes by which training code marks parameters
         places = self._places_of(old)
         for tensors, name in places:

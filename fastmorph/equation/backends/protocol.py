@@ -47,7 +47,7 @@ class Backend(Protocol):
         """A A^T, (B, |K2|*Ch, |K2|*Ch), lower triangle at least, rows ordered tap by tap."""
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
-        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least, columns ordered tap by tap."""
+        """A^T A, (B, |N|*Ci, |N|*Ci), both triangles, columns ordered tap by tap."""
 
     def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
         """Cholesky factor of a Gram matrix of so many block rows, zero further than `width` blocks from the diagonal."""

@@ -53,7 +53,7 @@ class TritonBackend(TorchBackend):
         return out
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
-        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least."""
+        """A^T A, (B, |N|*Ci, |N|*Ci), both triangles."""
         out: Tensor = kernels().column_gram(first, k2, precision=self.products)
         return out
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastmorph.equation import reference
 from fastmorph.equation.arrays import host_waits
-from fastmorph.equation.bounds import exact_side, half_step_is_exact
-from fastmorph.equation.frame import SIDES, Frame, Side, tap_count
+from fastmorph.equation.bounds import exact_side
+from fastmorph.equation.frame import Frame, tap_count
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.solvers.anderson import MEMORY, anderson
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.gauss_newton import gauss_newton
-from fastmorph.equation.solvers.sweeps import History, alternate_half_steps, project
+from fastmorph.equation.solvers.sweeps import History, alternate_until
 from fastmorph.errors import MorphError
 
 _CACHE = 16 * 2**20  # bytes
@@ -98,34 +98,11 @@ class General(Solver):
 
     def run(self, equation: Equation, first: Tensor) -> Solution:
         """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""
-        tol, scale, history = self._tol(equation.tolerance), equation.norm, History(equation.weight)
-        batch, co, ci = equation.sizes
-        active = torch.arange(batch, device=equation.weight.device)
-        exact = {side: half_step_is_exact(equation.frame, co, ci, equation.hidden, side=side) for side in SIDES}
-
-        unseen = host_waits(first.device) and self.chooses_by_sizes(co, ci, equation.hidden, equation.frame)
-
-        def half_step(side: Side, fixed: Tensor, last: Tensor, target: Tensor, frame: Frame) -> Tensor | None:
-            nonlocal active
-            if unseen:  # one half-step, exact for almost all noise; the others are found with the residual, and drawn again
-                step = HalfStep(fixed, frame.second, equation.backend, wait=False)
-                found, _, norm = project(step, target, frame.before, always_refine=True)
-                history.rows.append(norm / scale)
-                return found
-            if len(active) == 0:
-                return None
-            step = HalfStep(fixed[active], frame.second, equation.backend)
-            found, _, norm = project(step, target[active], frame.before, always_refine=exact[side])
-            residual = norm / scale[active]
-            history.add(active, residual)
-            kernel = last.index_copy(0, active, found)
-            # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
-            active = active[~(residual <= tol)]
-            return kernel
-
-        one, two = alternate_half_steps(equation.weight, equation.frame, first, 1 if unseen else 2 * self.max_iter, half_step)
-        trace = history.stacked()
-        return Solution(one, two, trace, (~trace.isnan()).sum(0))
+        _, co, ci = equation.sizes
+        if host_waits(first.device) and self.chooses_by_sizes(co, ci, equation.hidden, equation.frame):
+            return _once(equation, first)
+        found = alternate_until(equation, first, tol=self._tol(equation.tolerance), most=2 * self.max_iter)
+        return Solution.told(*found)
 
     def _tol(self, exact: float) -> float:
         return exact if self.tol is None else self.tol
@@ -164,6 +141,16 @@ class General(Solver):
             "gauss-newton": reference.general_gauss_newton,
         }[None if side else self.acceleration]
         return algorithm(weight, reference.start(draw, hidden, ci, frame.first), frame, max_iter=self.max_iter, tol=limit)
+
+
+def _once(equation: Equation, first: Tensor) -> Solution:
+    """One half-step, unseen: exact for almost all noise. The others are found with the residual, and drawn again."""
+    target, before = equation.weight, equation.frame.before
+    step = HalfStep(first, equation.frame.second, equation.backend, wait=False)
+    second = step.solve(target, before)
+    second = second + step.solve(step.error(target, before, second)[0], (0,) * len(before))
+    residual = step.error(target, before, second)[1] / equation.norm
+    return Solution(first, second, residual[None], torch.ones_like(residual, dtype=torch.int64))
 
 
 def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:

@@ -35,6 +35,15 @@ def lookup(tracer: Tracer, call: Call) -> Flow:
         else:
             zeros = pytree.tree_map(_zeros, indices)
             slots.append(compress(_apply(call, slot.expand(tensor.shape), zeros)))
+    if (
+        not known
+        and flow.linear
+        and not flow.opaque
+        and looked_up == {0}
+        and tensor.ndim > 2
+        and tensor.ndim == len(flow.slots)
+    ):
+        return Flow(tuple(slots), False, True)  # matrices of a stack, of experts say, each a weight
     return Flow(tuple(slots), flow.opaque or not known)
 
 
