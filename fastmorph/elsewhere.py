@@ -69,6 +69,11 @@ class Elsewhere(Tensor):
                 found = view(found)
         return found
 
+    def forget(self) -> None:
+        """Let go of what the values are fetched from; the tensor cannot be read any more."""
+        self._shelf.let_go()
+        self._fetch = _forgotten
+
     def numpy(self, *, force: bool = False) -> Any:
         """The values."""
         return self.values().numpy(force=force)
@@ -113,6 +118,10 @@ class Shelf(ABC):
     def let_go(self) -> None:
         """Hold no values."""
         self._held = None
+
+
+def _forgotten() -> Tensor:
+    raise MorphError("these values were let go.")
 
 
 def values_of(tensor: Tensor) -> Tensor:

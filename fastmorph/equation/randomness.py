@@ -40,6 +40,7 @@ VERSION = 1  # of the noise: another one would give the same plan another child
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 _STEP, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 _SCALE = 12.0**0.5 / 2**16
+_FEW = 2**18  # values that are made on the host, wherever they go: quicker than the launches that it takes to make them there
 _BLOCK = 2**15  # words at a time on a CPU: they stay in its cache, and calls cost little beside them
 
 
@@ -181,6 +182,11 @@ def _mix(key: Any, number: Any) -> Any:
 def _fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
     """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`; in blocks on a CPU."""
     if not out.numel():
+        return
+    if out.device.type != "cpu" and out.numel() <= _FEW:
+        here = torch.empty(out.shape, dtype=out.dtype, device="cpu", pin_memory=out.device.type == "cuda")
+        _fill(here, keys, start, scale)
+        out.copy_(here, non_blocking=True)
         return
     size, most = out.shape[-1], 2 * _BLOCK if out.device.type == "cpu" else out.numel()
     if not isinstance(keys, int) and len(keys) > (together := max(1, most // size)):

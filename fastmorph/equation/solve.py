@@ -208,7 +208,7 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
     if not solver.closed_form:
         if equation.dtype != first.dtype:
             first, second = balance(first, second)
-        first, second = equalise(first, second)
+        first, second = equalise(first, second, equation.work if equation.corrected else equation.dtype)
     if equation.corrected:
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
         first, second = first.to(equation.dtype).to(equation.work), second.to(equation.work)

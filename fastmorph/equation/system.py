@@ -59,6 +59,10 @@ class System:
         by_tap, ci = self.backend.column_gram(self.first, self.k2), self.first.shape[2]
         return by_tap.view(-1, self.shape[1] // ci, ci, self.shape[1] // ci, ci).permute(0, 2, 1, 4, 3).reshape(by_tap.shape)
 
+    def framed(self, target: Tensor, before: Size) -> tuple[Tensor, Size]:
+        """A target and the zeros before it, as the maps take them at once: in its frame, if A was built."""
+        return (target, before) if self.matrix is None else (pad(target, before, self.size), (0,) * len(before))
+
     def columns(self, target: Tensor, before: Size) -> Tensor:
         """A target, (B, Co, Ci, *K), that stands behind `before` zeros in the frame, transposed: (B, m, Co)."""
         target = pad(target, before, self.size)
@@ -85,9 +89,15 @@ class System:
         """Target minus composition, (B, Co, Ci, *N), and its norm (B,)."""
         if self.matrix is None:
             return self.backend.error(target, before, self.first, second)
-        target = pad(target, before, self.size)
-        error = torch.baddbmm(target.flatten(2), self.rows(second).mT, self.matrix, alpha=-1).view(target.shape)
+        error = self.missed(target, before, second)
         return error, frobenius(error)
+
+    def missed(self, target: Tensor, before: Size, second: Tensor) -> Tensor:
+        """Target minus composition, (B, Co, Ci, *N)."""
+        if self.matrix is None:
+            return self.backend.error(target, before, self.first, second)[0]
+        target = pad(target, before, self.size)
+        return torch.baddbmm(target.flatten(2), self.rows(second).mT, self.matrix, alpha=-1).view(target.shape)
 
     def kernel(self, rows: Tensor) -> Tensor:
         """(B, n, Co) as second kernels, (B, Co, Ch, *K2), a view."""

@@ -152,7 +152,7 @@ class Tracer(Watcher):
         out = func(*args, **(kwargs or {}))
         if attention.is_fused(func):
             with self:
-                return (attention.plain(_call(func, args, kwargs or {}, out).args), *out[1:])
+                return (attention.plain(call_of(func, args, kwargs or {}, out).args), *out[1:])
         with torch._C._DisableTorchDispatch():  # in this thread alone
             self._follow(func, args, kwargs or {}, out)
         return out
@@ -160,7 +160,7 @@ class Tracer(Watcher):
     def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         if func.namespace == "prim":
             return
-        call = _call(func, args, kwargs, out)
+        call = call_of(func, args, kwargs, out)
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.record.used.add(self._names[id(tensor)])
@@ -238,7 +238,8 @@ def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
     return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+def call_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+    """The call, with its arguments by name."""
     name, arguments = _signature(func)
     named = {key: value for (key, _, _), value in zip(arguments, args, strict=False)}
     for key, has_default, default in arguments[len(args) :]:

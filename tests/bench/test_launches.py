@@ -16,10 +16,10 @@ from bench.launches import CALLS, Count, Counting, count, counting
 CEILINGS = {
     "Direct 2048 -> 4096": (Count(24, 1), Count(340, 2)),
     "Direct 64 -> 128": (Count(24, 1), Count(110, 2)),
-    "half-step 64 -> 192": (Count(96, 1), Count(116, 1)),
-    "half-step 64 -> 228, 2052 unknowns": (Count(100, 1), Count(116, 1)),
-    "Gauss-Newton, 6 problems": (Count(1110, 23), Count(1120, 23)),
-    "Practical, 6 problems": (Count(260, 6), Count(270, 6)),
+    "half-step 64 -> 192": (Count(69, 1), Count(89, 1)),
+    "half-step 64 -> 228, 2052 unknowns": (Count(73, 1), Count(89, 1)),
+    "Gauss-Newton, 6 problems": (Count(1105, 22), Count(1115, 22)),
+    "Practical, 6 problems": (Count(251, 6), Count(263, 6)),
     "VGG-16's 13 convolutions": (Count(300, 1), Count(900, 9)),
     "100 alike layers": (Count(130, 1), Count(220, 2)),
 }

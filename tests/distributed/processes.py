@@ -47,6 +47,7 @@ class Processes:
             context.Process(target=_serve, args=(rank, size, str(folder / "store"), theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # theirs: freed tensors go back, so that peaks can be told
         for process in self.processes:
             process.start()
         for _, theirs in pairs:

@@ -145,10 +145,10 @@ class General(Solver):
 
 def _once(equation: Equation, first: Tensor) -> Solution:
     """One half-step, unseen: exact for almost all noise. The others are found with the residual, and drawn again."""
-    target, before = equation.weight, equation.frame.before
     step = HalfStep(first, equation.frame.second, equation.backend, wait=False)
+    target, before = step.system.framed(equation.weight, equation.frame.before)
     second = step.solve(target, before)
-    second = second + step.solve(step.error(target, before, second)[0], (0,) * len(before))
+    second = second + step.solve(step.system.missed(target, before, second), (0,) * len(before))
     residual = step.error(target, before, second)[1] / equation.norm
     return Solution(first, second, residual[None], torch.ones_like(residual, dtype=torch.int64))
 
