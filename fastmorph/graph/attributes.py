@@ -92,7 +92,9 @@ class _Numbers:
     def renumber(self, module: nn.Module) -> None:
         """Replace the module's own numbers, and those in its tuples and lists, that are such sizes."""
         for key, value in list(vars(module).items()):
-            new = self._after(key, value) if not key.startswith("_") and _is_of_ints(value) else value
+            if key.startswith("_") or not _is_of_ints(value):
+                continue
+            new = self._after(key, value)
             if new != value:
                 setattr(module, key, new)
 

@@ -37,8 +37,11 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def how_to_bake(model: nn.Module, name: str) -> str | None:
-    """Where a module computes its weight: how to make that a plain one, a clause."""
-    module = model.get_submodule(name)
+    """Where a module, or what holds a tensor of that name, computes its weight: how to make that a plain one, a clause."""
+    modules = dict(model.named_modules())
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    module = modules[name]
     how = None
     for hook in weight_hooks(module).values():
         how = "remove_spectral_norm(layer)" if isinstance(hook, SpectralNorm) else "remove_weight_norm(layer)"

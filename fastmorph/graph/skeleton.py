@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
 from fastmorph.graph.options import with_options, without_options
@@ -143,7 +144,7 @@ class Skeleton:
         places = self._run(first, record, shapes)
         fewer = without_options(self.model, first.inputs)
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
-        for name, calls in with_options(self.model, first.inputs, shapes):
+        for name, calls in with_options(self.model, first.inputs, shapes, self._asked_for(first.inputs)):
             for call in calls:
                 more, _ = self._tried(Run(self.inputs(call), option=name), record)
                 if more is not record:  # it runs on that shape
@@ -156,6 +157,14 @@ class Skeleton:
         if any(name not in record.used for name, _ in self.model.named_parameters()):
             record, _ = self._tried(replace(first, train=True), record)
         return record
+
+    def _asked_for(self, inputs: Inputs) -> Iterable[Path]:
+        """Places in bags of inputs at which the model looks for one in vain."""
+        noted, found = noting(inputs)
+        if noted is not None:
+            with suppress(ForwardError, MorphError):  # it ran without notes: it wants dicts of just that class
+                self.run(noted, Watcher(), train=False)
+        return found
 
     def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
         """A record with a further run, and the places where that compares sizes; the same record if the model does not run.

@@ -121,7 +121,8 @@ def morph(
         model: the parent. It is not touched, unless it is consumed.
         plan: morphs, in order, or a single one; each names layers as those before it left them.
         example_inputs: the arguments of one call, to verify the child on and for operators that follow channels through the
-            model: a tensor, a tuple of positional arguments, a dict of keywords, or a pair of such a tuple and such a dict.
+            model: a tensor, a tuple of positional arguments, a dict or named tuple of keywords, or a pair of such a tuple and
+            such a dict. A dict, list or named tuple whose names are not the forward's is one argument.
         structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
             carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the

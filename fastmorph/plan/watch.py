@@ -8,7 +8,6 @@ borders included.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -156,9 +155,7 @@ class Piece:
         self._before = self._run(layer.module)
 
     def _run(self, module: nn.Module) -> Outputs:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-            return run(unhooked(module), f"layer {self.name!r}", "eval", self._call, self._precision).outputs
+        return run(unhooked(module), f"layer {self.name!r}", "eval", self._call, self._precision).outputs
 
     def compare(self, model: nn.Module) -> list[Comparison]:
         """What stands in the layer's place against the layer."""

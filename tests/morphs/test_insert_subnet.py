@@ -130,7 +130,6 @@ def test_names_of_the_parts():
 # --- residual blocks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 @pytest.mark.parametrize("activation", ["relu", "gelu", torch.sin])
 @pytest.mark.parametrize("size", [1, (3, 5), (2, 3)])
 @pytest.mark.parametrize("mode", [True, False])
