@@ -113,7 +113,7 @@ def test_what_is_no_layer():
         with pytest.raises(fm.MorphError, match=cause):
             fm.widen(model, {layer: 9}, example_inputs=x)
     for channels in (7, 8.0, "8", True, -1):
-        with pytest.raises(fm.MorphError, match="must be an int of at least that|is neither a number nor a factor"):
+        with pytest.raises(fm.MorphError, match=r"must be an int of at least that|is neither a number nor a factor"):
             fm.widen(model, {"one": channels}, example_inputs=x)
     with pytest.raises(fm.MorphError, match="fill='noise' must be one of 'pair', 'zero', 'duplicate'"):
         fm.widen(model, {"one": 9}, example_inputs=x, fill="noise")
