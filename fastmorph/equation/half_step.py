@@ -18,13 +18,14 @@ from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.backends import Backend
 from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad
 from fastmorph.equation.frame import Size
+from fastmorph.equation.panels import PanelCholesky
 from fastmorph.equation.system import System
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 _REFINEMENTS_UNSEEN = 1  # where the host does not wait to see what they do; an item keeps one that brings it nearer
-_DENSE = 2048  # unknowns up to which one large factorisation is quicker than many small ones, where launches cost
+_ALONE = 512  # unknowns of each item up to which a device may factor many matrices with one processor each
 
 
 class HalfStep:
@@ -38,10 +39,10 @@ class HalfStep:
         gram = system.row_gram() if self.by_rows else system.column_gram()
         # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
         blocks, width = (1, 0) if self.by_rows or not k2 else (system.size[0], first.shape[3] - 1)
-        few = host_waits(first.device) and gram.shape[1] <= _DENSE
-        if few or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
+        if host_waits(first.device) or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:  # there few launches count for more
             blocks, width = 1, 0
-        self.factor = backend.factor(gram, blocks, width)
+        by_panels = host_waits(first.device) and len(gram) > 1 and gram.shape[1] > _ALONE
+        self.factor = PanelCholesky(gram) if by_panels else backend.factor(gram, blocks, width)
         self.inverse: Tensor | None = None
         if wait and bool(self.singular.any()):
             self.factor.drop_failed()

@@ -36,6 +36,13 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
         raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).") from None
 
 
+def backbone_hint(model: nn.Module) -> str:
+    """What else can be done with a model that cannot be followed: a detector takes lists of images and branches on values."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        return ""
+    return " The model has a backbone: morph model.backbone alone, and put the child in its place."
+
+
 def how_to_bake(model: nn.Module, name: str) -> str | None:
     """Where a module, or what holds a tensor of that name, computes its weight: how to make that a plain one, a clause."""
     modules = dict(model.named_modules())

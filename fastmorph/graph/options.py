@@ -29,8 +29,8 @@ def with_options(
 ) -> Iterator[tuple[str, list[Inputs]]]:
     """For each optional argument that the call does not give, its name and calls that give a tensor like one of its others.
 
-    That has the shape of another, or one of the shapes that modules `made`. `asked` are places in the call's bags of inputs
-    where there is none, but the model asked for one.
+    That has the shape of another, or one of the shapes that modules `made`. Where the forward says that it takes a bool, the
+    call gives True. `asked` are places in the call's bags of inputs where there is none, but the model asked for one.
     """
     given, optional = _arguments(model, call)
     if given is None:
@@ -41,9 +41,15 @@ def with_options(
         shapes = list(dict.fromkeys([*(tuple(tensor.shape) for tensor in tensors), *made]))[:_SHAPES]
         news = [tensors[0].new_empty(shape) for shape in shapes]
         for name in missing:
-            yield name, [_call(given, {name: new}) for new in news]
+            flag = _takes_bool(given.signature.parameters[name])
+            yield name, [_call(given, {name: value}) for value in ([True] if flag else news)]
         for path in paths:
             yield told(path, list(given.signature.parameters)), [Inputs(put(call.args, path, n), call.kwargs) for n in news]
+
+
+def _takes_bool(parameter: inspect.Parameter) -> bool:
+    told = str(parameter.annotation)  # a type, or what stands in the code
+    return "bool" in told and "Tensor" not in told
 
 
 def _arguments(model: nn.Module, call: Inputs) -> tuple[inspect.BoundArguments | None, list[str]]:

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from fastmorph.context import plain_context
 from fastmorph.errors import MorphError
-from fastmorph.graph.attributes import update_attributes
+from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import channels_of, weights_of
+from fastmorph.graph.find import backbone_hint, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.tape import Tape
 from fastmorph.inputs import Inputs, as_call
 
 
@@ -52,9 +53,16 @@ class Structure:
         for name in growth.names:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
+        skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole)
+        taped = bool(growth.way)
+        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole, taped=taped)
         return Structure(skeleton, record, self.inputs, known)
+
+    @cached_property
+    def tapes(self) -> list[Tape]:
+        """What the model does, operator by operator, in every run in eval mode."""
+        return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
 
     def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
         """The same model followed anew, with neighbours as one channel: see `Record.whole`."""
@@ -136,11 +144,9 @@ def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
         skeleton, known = Skeleton(model), fingerprint(model)
         inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
     except MorphError as error:
-        if not isinstance(getattr(model, "backbone", None), nn.Module):
+        if not (hint := backbone_hint(model)):
             raise
-        raise MorphError(  # a detector, which takes lists of images and branches on what it finds
-            f"{error} The model has a backbone: morph model.backbone alone, and put the child in its place."
-        ) from error
+        raise MorphError(f"{error}{hint}") from error
     return Structure(skeleton, record, skeleton.inputs(inputs), known)
 
 

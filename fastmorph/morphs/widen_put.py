@@ -30,7 +30,7 @@ class Grown:
         self._transaction, self._growth, record = transaction, growth, growth.coupling.record
         # By direction, magnitude and dimension: norms of old rows, then filled as the magnitude is.
         self._norms: dict[tuple[str, str, int], Tensor] = {}
-        for direction, magnitude, dim in record.normed if transaction.with_weights else ():
+        for direction, magnitude, dim in record.normed if transaction.with_weights and growth.stream is None else ():
             if any(axis in growth.layouts for axis in record.parameter(direction) if axis.dim != dim):
                 self._norms[direction, magnitude, dim] = self._norms_of(direction, dim)
 

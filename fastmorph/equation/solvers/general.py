@@ -19,7 +19,7 @@ from fastmorph.equation.solvers.gauss_newton import gauss_newton
 from fastmorph.equation.solvers.sweeps import History, alternate_until
 from fastmorph.errors import MorphError
 
-_CACHE = 16 * 2**20  # bytes
+_CACHE = 32 * 2**20  # bytes of `memory`: a CPU takes half of that
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class General(Solver):
     factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
     sweep; Gauss-Newton: each outer step), NaN for items that had ended.
 
-    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and
-    some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
+    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step,
+    on a GPU up to twice that, and some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds
+    it by its `memory_budget`.
 
     Attributes:
         max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
@@ -114,14 +115,14 @@ class General(Solver):
         return half_steps * {"second": second, "first": first, None: (first + second) / 2}[side]
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """The Gram matrices and their factors, both kernels and the composition, a few times."""
+        """The Gram matrices and their factors, on a GPU the systems too, both kernels and the composition, a few times."""
         n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
         second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
         kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
         if exact_side(frame, co, ci, hidden) or self.acceleration is None:
-            return 2 * max(second, first) ** 2 + kernels
+            return 4 * max(second, first) ** 2 + kernels
         if self.acceleration == "anderson":
-            return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
+            return 4 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
         return 4 * second**2 + 2 * first**2 + 4 * kernels  # a factor is kept while another is tried
 
     def reference(

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.flow import DATA, UNIFORM, Flow
-from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduce, spatial, zero
+from fastmorph.graph.rules import attention, contract, index, move, norms, pointwise, reduce, spatial, zero
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
 _RULES: dict[str, Rule] = {}
@@ -133,6 +133,7 @@ _register(norms.group_norm, "native_group_norm")
 _register(norms.weight_norm, "_weight_norm_interface")
 _register(index.lookup, "index", "index_select")
 _register(contract.convolution, "convolution")
+_register(attention.attention, *attention.FUSED)
 _register(contract.embedding, "embedding", "_embedding_bag", "_embedding_bag_forward_only")
 _register(contract.bilinear, "_trilinear")
 _register(move.as_strided, "as_strided")
