@@ -32,6 +32,11 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
     Raises MorphError if the model does not run on them.
     """
     if example_inputs is not None:
+        tensors = [leaf for leaf in pytree.tree_leaves(tuple(example_inputs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise MorphError(
+                "the example inputs are empty, and channels cannot be followed on nothing; pass at least one example."
+            )
         try:
             return example_inputs, skeleton.trace(example_inputs)
         except ForwardError as error:

@@ -153,7 +153,8 @@ class Proposals:
             normalised = coupling.norms[free]
             free = free[normalised < 0]
             if not len(free):
-                yield Refusal(f"{coupling.normalised[int(normalised[-1])][0]!r} normalises over them")
+                name = coupling.normalised[int(normalised[-1])][0]
+                yield Refusal(f"{repr(name) if name else 'the model itself'} normalises over them")
                 continue
             tried: list[Copies] = []
             for classes, counts in self._selections(coupling, sequence, free, more):
