@@ -171,6 +171,6 @@ def test_the_model_itself_is_named_where_it_normalises():
             return self[1](x - x.mean(1, keepdim=True))
 
     model = Centred(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
-    with pytest.raises(fm.MorphError, match="normalised together|the model itself normalises over them"):
+    with pytest.raises(fm.MorphError, match=r"normalised together|the model itself normalises over them"):
         fm.widen(model, {"0": 5}, example_inputs=torch.randn(1, 3, 9, 9))
     assert "the model itself normalises over them" in str(fm.coupled(model, "0", torch.randn(1, 3, 9, 9)))
