@@ -94,8 +94,9 @@ class Proposals:
         nearest = None if self._way == "turned" else self._nearest(width, found)
         if nearest is None:
             cause = found[0].cause
-            blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else self.layer
-            remedy = how_to_bake(self._structure.skeleton.model, blamed) or found[0].remedy
+            blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else None
+            bake = None if blamed is None else how_to_bake(self._structure.skeleton.model, blamed)
+            remedy = bake or found[0].remedy
             raise MorphError(f"layer {self.layer!r} cannot get more channels: {cause}; {remedy}.")
         near, cause = nearest
         cause = found[0].cause if self._way else cause

@@ -31,7 +31,7 @@ from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.history import remember
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
-from fastmorph.plan.parents import check_parent, guard_saving, savable
+from fastmorph.plan.parents import check_parent, check_targets, guard_saving, savable
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.step import Step
@@ -150,6 +150,7 @@ def morph(
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     check_parent(model)
+    check_targets(model, plan)
     shapes = savable(model)
     if structure is not None:
         structure.check(model)
@@ -260,6 +261,7 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     check_parent(model)
+    check_targets(model, plan)
     shapes = savable(model)
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given

@@ -137,7 +137,7 @@ class Transaction:
     def run(self, operators: Iterable[Operator]) -> None:
         """Run operators in order; neighbours of one class that can be applied together are.
 
-        Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
+        Raises MorphError, besides what they raise, for absurd sizes.
         """
         for kind, neighbours in groupby(operators, type):
             if not getattr(kind, "local", False):
@@ -198,12 +198,7 @@ class Transaction:
         self._ran += operators
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for operator in operators:
-            target: object = operator.target
-            if not isinstance(target, str):
-                names = [name for name, module in modules.items() if module is target]
-                hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
-                raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
-            check_sizes(operator, target, modules.get(target))
+            check_sizes(operator, operator.target, modules.get(operator.target))
 
     @contextmanager
     def step(self, operator: Operator) -> Iterator[Step]:
