@@ -1,8 +1,8 @@
 """Grown tensors in the place of old ones, and what must change with them: the magnitudes of weight norms.
 
-A weight g v / ||v|| (Salimans and Kingma, "Weight Normalization", 2016) is filled by its direction v, as any other weight: v' is
-to count as g / ||v|| v'. So g is multiplied by ||v'|| / ||v||, where ||v|| is filled as g is. Where v' would be zero, and have no
-direction, g is zero instead.
+A weight g v / ||v|| (Salimans and Kingma, "Weight Normalization", 2016) is filled by its direction v, as any other weight: the
+new v' is to count as g / ||v|| v'. So g is multiplied by ||v'|| / ||v||, where ||v|| is filled as g is. Where v' would be zero,
+and have no direction, g is zero instead.
 """
 
 from __future__ import annotations
