@@ -63,7 +63,7 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
             held += module.get_submodule("parametrizations").parameters()
         if any(id(tensor) in grown for tensor in held):
             compute_weights(module)
-            _refresh(module)
+            refresh(module)
 
 
 def new_factors(buffers: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def _is_of_ints(value: Any) -> bool:
     return type(value) is int or (type(value) in (list, tuple) and all(map(_is_of_ints, value)))
 
 
-def _refresh(module: nn.Module) -> None:
+def refresh(module: nn.Module) -> None:
     """Read the layer's sizes off its weight."""
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if weight is not None else ()

@@ -113,11 +113,23 @@ def test_other_computed_weights_are_refused_with_the_remedy(norm, options, remed
         fm.widen(model, {layer: 12}, example_inputs=X)
 
 
-def test_a_transposed_convolution_is_normed_by_its_inputs():
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fill", ["pair", "zero", "duplicate"])
+@pytest.mark.parametrize(("layer", "channels"), [(0, 8), (0, 7), (2, 9)])
+def test_a_transposed_convolution_is_normed_by_its_inputs(way, fill, layer, channels):
     torch.manual_seed(0)
-    layers = [nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), weight_norm(nn.ConvTranspose2d(4, 6, 3, stride=2)), nn.ReLU()]
+    norm, _ = WAYS[way]
+    layers = [nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), norm(nn.ConvTranspose2d(4, 6, 3, stride=2)), nn.ReLU()]
     parent = nn.Sequential(*layers, nn.Conv2d(6, 2, 1)).double().eval()
-    child = fm.widen(parent, {"2": 9}, example_inputs=X)
+    child = fm.widen(parent, {str(layer): channels}, fill=fill, example_inputs=X)
+    assert all(parameter.isfinite().all() for parameter in child.parameters())
     assert torch.allclose(child(X), parent(X), rtol=1e-12, atol=1e-13)
-    with pytest.raises(fm.MorphError, match="sums over them by a function of its entries that is not linear"):
-        fm.widen(parent, {"0": 8}, example_inputs=X)
+
+
+@pytest.mark.parametrize("fill", ["pair", "zero", "duplicate"])
+def test_whole_multiples_under_a_norm_over_channels(fill):
+    torch.manual_seed(0)
+    layers = [weight_norm(nn.Conv2d(3, 4, 3)), nn.GroupNorm(1, 4), nn.ReLU(), weight_norm(nn.ConvTranspose2d(4, 5, 3))]
+    parent = nn.Sequential(*layers, nn.Tanh(), nn.Conv2d(5, 2, 1)).double().eval()
+    child = fm.widen(parent, {"0": 12}, fill=fill, example_inputs=X)
+    assert torch.allclose(child(X), parent(X), rtol=1e-12, atol=1e-13)

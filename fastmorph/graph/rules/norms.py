@@ -56,7 +56,7 @@ def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, An
 def weight_norm(tracer: Tracer, call: Call) -> list[Flow]:
     """A weight g v / ||v||, one norm for each index of a dimension (Salimans and Kingma, 2016).
 
-    As g can make good what new entries of v add to its norms (`Record.normed`), the weight is followed as v is.
+    As g can make good what becomes of the norms of v (`Record.normed`), the weight is followed as v is.
     """
     v, g, dim = call["v"], call["g"], call["dim"]
     tracer.note(call.name, dim)
@@ -66,8 +66,6 @@ def weight_norm(tracer: Tracer, call: Call) -> list[Flow]:
         tracer.block([*direction.slots, *magnitude.slots], "computes a weight of weights that it computes")
         return [Flow(), Flow()]
     tracer.record.tie(rows.reshape(-1), magnitude.slots[dim].reshape(-1))
-    tracer.record.mark("bent", [rows])  # a column with a norm of its own
-    tracer.record.mark("makes_of_zero", [rows])
     one, two = (tracer.record.axis_of(int(flow.slots[dim].flatten()[0])).name for flow in (direction, magnitude))
     if (one, two, dim) not in tracer.record.normed:
         tracer.record.normed.append((one, two, dim))
