@@ -121,7 +121,7 @@ def _grow(seed: int, net: Network, parent: nn.Module, operators: list[Any], how:
     except Exception as error:
         raise _Found("raw", f"{type(error).__name__}: {family(str(error))}", repr(error)) from error
     _unchanged(before, parent)
-    _compare(net, parent, morphed.model, fresh)
+    _compare(net, parent, morphed.model, fresh, wider=bool(morphed.readings))
     if how.replay and not how.consume:
         _replay(parent, morphed, options, fresh)
     if optimizer is not None:
@@ -146,7 +146,8 @@ def _runs(net: Network, parent: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any]) -> None:
+def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any], *, wider: bool) -> None:
+    """`wider`: whether it is told that some outputs are as wide as a stream that grew: those are not compared."""
     if told := other_modes(parent, child):
         raise _Found("wrong", "mode", told)
     for call, before in fresh:
@@ -154,9 +155,14 @@ def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any]
             after = outputs(child, call)
         except Exception as error:
             raise _Found("cannot run", f"{type(error).__name__}: {family(str(error))}", repr(error)) from error
-        apart, where = difference(before, after)
+        grown = {path for path in before if wider and _shape(before[path]) != _shape(after.get(path))}
+        apart, where = difference(*({path: leaves[path] for path in leaves if path not in grown} for leaves in (before, after)))
         if apart > 1e-9 and apart > bound(parent, call, net.grain, net.dtype, before):
             raise _Found("wrong", "value" if apart < float("inf") else "shape", f"{apart:.1e} {where}")
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
 
 
 def _replay(parent: nn.Module, morphed: fm.Morphed, options: dict[str, Any], fresh: list[Any]) -> None:
