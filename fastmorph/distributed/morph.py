@@ -17,7 +17,7 @@ from fastmorph.distributed.certificate import certify
 from fastmorph.distributed.optimizer import carry_shards, check_sharded_optimizer
 from fastmorph.distributed.shards import RankShelf, parameter_like
 from fastmorph.distributed.unsharded import inner, is_sharded, plain_name, reshard, unsharded
-from fastmorph.elsewhere import Elsewhere, on_meta, values_of
+from fastmorph.elsewhere import Elsewhere, on_meta
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
@@ -124,7 +124,7 @@ def morph(
             made = _parallelized(child, parallelize)
             _fill(inner(made), grown)
         else:
-            child = clone(grown, {id(p): parameter_like(values_of(p), p) for p in grown.parameters()})
+            child = clone(grown, {id(p): parameter_like(p, p) for p in grown.parameters()})
             made = _parallelized(child, parallelize)
         shelf.let_go()
         network = inner(made)
@@ -194,7 +194,7 @@ def _fill(child: nn.Module, grown: nn.Module) -> None:
             if not like.is_meta:
                 raise MorphError(f"parallelize= gave {name!r} memory; it is to shard the network on the meta device alone.")
             if like not in made:
-                made[like] = parameter_like(values_of(source), like)
+                made[like] = parameter_like(source, like)
                 if isinstance(source, Elsewhere):
                     source.forget()
             module._parameters[key] = made[like]
