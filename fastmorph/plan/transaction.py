@@ -422,8 +422,10 @@ class Transaction:
         self.lineage.replaced(old, new, None, None)
 
     @torch.no_grad()
-    def replace(self, old: Tensor, new: Tensor, *, linear: Map | None, square: Map | None) -> None:
+    def replace(self, old: Tensor, new: Tensor, *, linear: Map | None, square: Map | None) -> Tensor:
         """Put `new` wherever the model has the parameter or buffer `old`, tied places included, and let `old` go.
+
+        Returns what stands there now.
 
         Args:
             old: a registered parameter or buffer.
@@ -445,6 +447,7 @@ class Transaction:
         if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
             self.lineage.replaced(old, value, linear, square)
         self.release(old)
+        return value
 
     def _places_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
         """The registers of modules that hold a tensor, and its names in them."""
