@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import fastmorph as fm
 from fastmorph.equation import arrays, problem
+from fastmorph.equation.solvers import steihaug
+from fastmorph.equation.solvers.steihaug import Linearised, direction
 
 pytest.importorskip("triton")
 
@@ -35,6 +38,23 @@ def test_no_call_asks_for_more_than_its_ceiling(call):
         found = count(call, backend).count
         assert 0 < found.launches <= most.launches
         assert 0 < found.waits <= most.waits
+
+
+def test_a_step_of_conjugate_gradients_is_twelve_operators_and_a_look_waits_once(monkeypatch):
+    monkeypatch.setattr(steihaug, "_SETTLED", 0.0)  # so that it goes on to the last step
+    draw = torch.Generator().manual_seed(0)
+    across1, across2 = (torch.linalg.qr(torch.randn(2, 40, 12, generator=draw))[0].mT for _ in range(2))
+    lower = torch.eye(12).expand(2, 12, 12)
+    error = torch.nn.functional.normalize(torch.randn(2, 160, generator=draw)).view(2, 4, 4, 10)
+    about = Linearised(error, np.ones(2), across1, across2, lower)
+    found = []
+    for steps in (4, 8):
+        with counting("cpu") as mode:
+            taken = direction(about, (3,), np.full(2, 1e-9), np.full(2, 1e9), np.full(2, steps)).steps
+        assert taken.tolist() == [steps, steps]
+        found.append(mode.count)
+    assert found[1].launches - found[0].launches <= 4 * 12 + 1  # and what was told put together
+    assert found[1].waits - found[0].waits == 1
 
 
 def counted(run) -> Counting:

@@ -34,6 +34,9 @@ class Backend(Protocol):
     def working_dtype(self, device: torch.device) -> torch.dtype:
         """What the solvers work in."""
 
+    def in_float32(self) -> Backend:
+        """The same maps, for float32 tensors in the precision of float32, as fast as that goes."""
+
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """F2 * F1, -> (B, Co, Ci, *N)."""
 

@@ -22,6 +22,9 @@ from fastmorph.errors import MorphError
 _CACHE = 32 * 2**20  # bytes of `memory`: a CPU takes half of that
 
 
+_REFINEMENTS_COARSE = 2  # of factors in float32: each takes off the two digits that a condition of 1e5 leaves
+
+
 @dataclass(frozen=True)
 class General(Solver):
     """General network morphism (Wei et al. 2016, Algorithm 1), accelerated unless told not to.
@@ -146,10 +149,12 @@ class General(Solver):
 
 def _once(equation: Equation, first: Tensor) -> Solution:
     """One half-step, unseen: exact for almost all noise. The others are found with the residual, and drawn again."""
-    step = HalfStep(first, equation.frame.second, equation.backend, wait=False)
+    coarse = equation.coarse
+    step = HalfStep(first, equation.frame.second, equation.backend, wait=False, coarse=coarse)
     target, before = step.system.framed(equation.weight, equation.frame.before)
     second = step.solve(target, before)
-    second = second + step.solve(step.system.missed(target, before, second), (0,) * len(before))
+    for _ in range(1 if coarse is None else _REFINEMENTS_COARSE):
+        second = second + step.solve(step.system.missed(target, before, second), (0,) * len(before))
     residual = step.error(target, before, second)[1] / equation.norm
     return Solution(first, second, residual[None], torch.ones_like(residual, dtype=torch.int64))
 
