@@ -57,7 +57,7 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
-            _refresh(module)
+            refresh(module)
 
 
 def new_factors(buffers: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def _is_of_ints(value: Any) -> bool:
     return type(value) is int or (type(value) in (list, tuple) and all(map(_is_of_ints, value)))
 
 
-def _refresh(module: nn.Module) -> None:
+def refresh(module: nn.Module) -> None:
     """Read the layer's sizes off its weight."""
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if weight is not None else ()

@@ -23,6 +23,7 @@ from fastmorph.graph.structure import Structure
 _WAYS: tuple[frozenset[str], ...] = (frozenset({"groups"}), frozenset())
 _RETRIES = 8
 _KINDS = 4  # kinds of channels that are tried alone
+_ANY_WIDTH = "fill='zero' allows any number, and so does fill='rotate' where no weight is tied"
 _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle allows
 
 Copies = tuple[Ints, Ints]  # classes, and how many copies of each
@@ -91,12 +92,25 @@ class Proposals:
         if isinstance(found, Found):
             return found
         nearest = None if self._way == "turned" else self._nearest(width, found)
+        ways = _ANY_WIDTH if self._is_stream_of_any(width) else ""
         if nearest is None:
-            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
+            remedy = ways or found[0].remedy
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {remedy}.")
         near, cause = nearest
         cause = found[0].cause if self._way else cause
-        raise MorphError(
-            f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."
+        near_by = f"the nearest number that works is {near}" + (ways and f"; {ways}")
+        raise MorphError(f"layer {self.layer!r} cannot have {width} channels: {cause}; {near_by}.")
+
+    def _is_stream_of_any(self, width: int) -> bool:
+        """Whether norms read the channels, or a tie keeps them, so that another fill gives them this width."""
+        coupling = self._couplings[0]
+        sequence = coupling.of(self.atoms)
+        bound = (coupling.norms[sequence] >= 0).all() or coupling.fixed[sequence].all()
+        if self._way or not bound or coupling.is_blocked(sequence):
+            return False
+        return any(
+            isinstance(proposal, Growth) and isinstance(tried(self._structure, proposal), Found)
+            for proposal in Proposals(self._structure, self.layer, "axis")._streamed(width)
         )
 
     def smallest(self, step: int) -> Found | str:
