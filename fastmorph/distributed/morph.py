@@ -113,7 +113,8 @@ def morph(
                 "memory_budget": memory_budget,
             },
         )
-        transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
+        with tqdm(total=len(plan), desc="morphing", unit="layer", disable=not progress) as bar:
+            transaction.run(plan, bar.update)
         transaction.settle()
         shelf.let_go()
 

@@ -199,6 +199,8 @@ class Skeleton:
             number = tracer.value(leaf)
             record.result.append(tuple(leaf.shape) if number is None else number.tolist())
             record.block(tracer.flow(leaf).slots, "they are the model's output", output=True)
+            if not run.train and leaf.is_floating_point():
+                record.returned.append((path, tuple(leaf.shape), tracer.flow(leaf).varying))
         if run.train:
             del record.blocks[blocks:]  # exact it must be in eval mode
         elif run.option:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,10 @@ class Structure:
     def channels(self, layer: str) -> Tensor:
         """The atoms of the channels that a layer, or a weight, makes, in order; see `channels_of`."""
         return channels_of(self.skeleton.model, self.record, layer, self._weights)
+
+    def owners(self, names: Iterable[str]) -> frozenset[str]:
+        """The modules that hold these parameters and buffers, under all their names."""
+        return frozenset(alias.rpartition(".")[0] for name in names for alias in self.skeleton.names[name])
 
     def grown(self, growth: Growth) -> Structure:
         """The structure of the resized model, followed anew.

@@ -6,8 +6,9 @@ own class: its tensors and the sizes that its modules keep are changed, its code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Unpack, cast
 
@@ -18,13 +19,14 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.structure import follow
-from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.graph.structure import Structure, follow
+from fastmorph.graph.widths import Stage, Width, find_stages, reach
 from fastmorph.morphs.stream_fill import StreamFilling
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
+from fastmorph.plan.order import EVERYTHING
 from fastmorph.plan.transaction import Transaction
 
 
@@ -70,7 +72,7 @@ class Widen:
         used = transaction.structure.record.used
         unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
         transaction.untouched = transaction.untouched or unused
-        widths = [Width(each.layer, cast(int, each.channels), each._check_fill, _WAYS.get(each.fill, "")) for each in operators]
+        widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
@@ -78,7 +80,18 @@ class Widen:
             _grow(stage, [next(left) for _ in stage.growths], transaction, share)
         transaction.structure = structure
 
-    def _check_fill(self, growth: Growth) -> None:
+    def reach(self, structure: Structure) -> frozenset[str]:
+        """The modules whose tensors change; see `fastmorph.plan.order`."""
+        return reach(structure, self._width(lambda growth: None)) if isinstance(self.channels, int) else EVERYTHING
+
+    def _width(self, accept: Callable[[Growth], None]) -> Width:
+        return Width(self.layer, cast(int, self.channels), accept, _WAYS.get(self.fill, ""))
+
+    def _check(self, transaction: Transaction, growth: Growth) -> None:
+        # A stream changes its norms, too.
+        transaction.check_reach(
+            self, EVERYTHING if growth.stream is not None else {name.rpartition(".")[0] for name in growth.names}
+        )
         record = growth.coupling.record
         standardised = growth.atoms[record.mask("standardised")[growth.atoms]]
         if len(standardised) and self.fill != "pair":

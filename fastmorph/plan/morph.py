@@ -183,7 +183,8 @@ def morph(
             "progress": progress,
         },
     )
-    transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
+    with tqdm(total=len(plan), desc="morphing", unit="layer", disable=not progress) as bar:
+        transaction.run(plan, bar.update)
     transaction.settle()
     child = transaction.model
     if calibrate is not None:

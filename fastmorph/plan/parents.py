@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ def _is_as_configured(module: nn.Module, shapes: Shapes) -> bool:
 
 
 def _counts(module: nn.Module) -> dict[str, int]:
-    return {key: value for key, value in vars(module).items() if type(value) is int and not key.startswith("_")}
+    """What a module counts, without widths that its tensors tell."""
+    numbers = ((key, value) for key, value in vars(module).items() if type(value) is int and not key.startswith("_"))
+    return {key: value for key, value in numbers if not re.search(r"embed|hidden|model|width", key)}
 
 
 def guard_saving(child: nn.Module, before: Mapping[str, Shapes]) -> None:
