@@ -18,7 +18,7 @@ from fastmorph.plan.morph import Morphed, morph
 from fastmorph.plan.parents import CannotSave
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import rewrite, say_inner, size_of
+from fastmorph.transformers.sizes import rewrite, say_chosen, say_heads, say_inner, size_of
 
 M = TypeVar("M", bound=nn.Module)
 _IGNORED = frozenset({"training", "dropout", "is_hf_initialized"})
@@ -94,12 +94,16 @@ def grow(
 
 def say_sizes(child: nn.Module, sizes: Mapping[str, int | None], olds: Mapping[str, int | None]) -> None:
     """Write grown sizes into configs and modules. Raises MorphError where a config cannot say one."""
+    if any(sizes.get(name) is not None for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")):
+        say_heads(child)
     for name, new in sizes.items():
         if name == "num_key_value_heads" and new is None and olds.get(name) == olds.get("num_attention_heads"):
             new = sizes.get("num_attention_heads")
         old = olds.get(name)
         if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
             rewrite(child, name, old, new)
+            if name == "num_experts":
+                say_chosen(child, new // old)
     inner = olds.get("intermediate_size")
     if inner is not None:
         say_inner(child, sizes.get("intermediate_size") or inner)
