@@ -157,7 +157,7 @@ def page(results: dict[str, dict[str, Found]]) -> Iterator[str]:
     yield "# Transformers: every architecture, every way to grow"
     yield ""
     yield "`make zoo ZOO=--transformers` wrote this. Small configs with random weights, norms and biases that look trained,"
-    yield "in float32. A figure is the largest difference of the logits of the saved and loaded child, over their largest value,"
+    yield "in float32. A figure is the largest difference of the logits of the saved and loaded child, over its largest value,"
     yield "beside the parent's own rounding; exact is at most 2e-6, or 4 times that. Models that generate generate the same"
     yield "tokens. Width goes from 32 to 44, with heads in proportion where code ties their size to it. Refusals are below."
     yield ""
