@@ -17,6 +17,7 @@ STREAMS = {
     "neox": ("gpt_neox.embed_in", ["zero", "rotate"]),
     "opt": ("model.decoder.embed_tokens", ["zero"]),
     "t5": ("shared", ["zero"]),
+    "dinov2": ("dinov2.embeddings.patch_embeddings.projection", ["zero", "rotate"]),
     "vit": ("vit.embeddings.patch_embeddings.projection", ["zero", "rotate"]),
 }
 
