@@ -44,8 +44,8 @@ _LAYOUTS = {  # contiguous 3x3 and 1x1 weights, into `first` and into `second`, 
 _IRREGULAR, _UNALIGNED = ("any", "far"), ("any", "far", "odd", "odd_t")
 # Channels of a block, rows of the weight and rows of noise among them; None: blocks share pairs.
 _Sizes = tuple[int, int, int | None]
-_WIDENED, _SHARED = (64, 32, 16), (64, 64, None)
-_OTHERS: tuple[_Sizes, ...] = ((64, 64, 16), (64, 16, 32), (64, 16, 64), (16, 16, 16))
+_WIDENED, _SHARED = (32, 16, 16), (32, 32, None)
+_OTHERS: tuple[_Sizes, ...] = ((32, 32, 16), (32, 16, 32), (16, 16, 16))
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -69,8 +69,9 @@ def cases(target: str) -> Iterator[Case]:
 
 
 def _scales(dtype: str) -> Case:
-    types = dict.fromkeys(("share", "least", "ratio", "noise"), "fp32")
-    return Case("direct", scales_kernel, dtype, "scales", {"BLOCK": SCALES_BLOCK}, {"num_warps": 4}, types=types)
+    types = {"balance_ptr": "*fp64"}
+    constants = {"GIVEN": False, "BLOCK": SCALES_BLOCK}
+    return Case("direct", scales_kernel, dtype, "scales", constants, {"num_warps": 4}, types=types)
 
 
 def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) -> Case:
