@@ -18,9 +18,10 @@ from bench.equation import measurements as equation
 from bench.ledger import LEDGER, append, rows
 from bench.measurements import measure, table
 from bench.networks import measurements as networks
+from bench.peers import measurements as peers
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = {"equation": equation.MEASUREMENTS, "networks": networks.MEASUREMENTS}  # by their folders
+SUITES = {"equation": equation.MEASUREMENTS, "networks": networks.MEASUREMENTS, "peers": peers.MEASUREMENTS}  # by their folders
 # Libraries read these when they are loaded, so they are set for the process that loads them.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -2,8 +2,8 @@
 
 Fields: date (UTC), commit ("-dirty" where files differ from it; the variable FASTMORPH_COMMIT tells it where git cannot),
 machine (cpu, cores, threads of every contender, gpu), versions, suite, case, median_s (of each contender), ratio, spread (of
-one visit's ratios; on a GPU, where its slowest and fastest fifth begin), residual, target, met; peak_mb (of each contender's
-run, on top of what was held before) where it was taken.
+one visit's ratios; on a GPU, where its slowest and fastest fifth begin), residual (the largest), residuals (of each contender),
+target, met; peak_mb (of each contender's run, on top of what was held before) where it was taken.
 Seconds are there to be checked against, not to be compared between lines: machines differ, and are shared.
 """
 
@@ -56,6 +56,7 @@ def figures(m: Measured) -> dict[str, Any]:
         "ratio": _short(m.ratio),
         "spread": [_short(ratio) for ratio in m.spread],
         "residual": None if m.residual is None else _short(m.residual),
+        "residuals": {name: _short(residual) for name, residual in m.residuals.items()},
         "target": m.measurement.target,
         "met": m.measurement.met(m.ratio),
         **({"peak_mb": {name: _short(peak / 1e6) for name, peak in m.peaks.items()}} if m.peaks else {}),

@@ -31,6 +31,10 @@ class Measurement:
     at_most: float | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return (self.over, self.under)
+
+    @property
     def target(self) -> str | None:
         if self.at_least is not None:
             return f">= {self.at_least:g}"
@@ -59,6 +63,10 @@ class Exponent:
     at_most: float | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.contenders
+
+    @property
     def target(self) -> str | None:
         return None if self.at_most is None else f"<= {self.at_most:g}"
 
@@ -76,6 +84,7 @@ class Measured:
         ratio: of the medians, per unit of work; or the exponent.
         spread: smallest and largest ratio of one visit's medians.
         residual: the largest of the contenders' relative residuals; None where none has one.
+        residuals: the same for each contender, by name.
         peaks: bytes that one run of each contender held at most, on top of what was there before; see `bench.peak`.
     """
 
@@ -85,15 +94,19 @@ class Measured:
     spread: tuple[float, float]
     residual: float | None
     peaks: dict[str, int] = field(default_factory=dict)
+    residuals: dict[str, float] = field(default_factory=dict)
 
 
 def measure(report: dict[str, Any], measurements: Sequence[Measurement | Exponent]) -> list[Measured]:
     """The figures of measurements from the JSON that pytest-benchmark wrote."""
-    return [_measure(m, [run for run in report["benchmarks"] if run["group"] == m.suite]) for m in measurements]
+    runs = {m.suite: [run for run in report["benchmarks"] if run["group"] == m.suite] for m in measurements}
+    there = {(suite, run["extra_info"]["contender"]) for suite, found in runs.items() for run in found}
+    # A peer that is not installed has no runs.
+    return [_measure(m, runs[m.suite]) for m in measurements if all((m.suite, name) in there for name in m.names)]
 
 
 def _measure(measurement: Measurement | Exponent, runs: Sequence[dict[str, Any]]) -> Measured:
-    names = measurement.contenders if isinstance(measurement, Exponent) else (measurement.over, measurement.under)
+    names = measurement.names
     visits = {
         name: sorted(
             (run for run in runs if run["extra_info"]["contender"] == name), key=lambda run: run["extra_info"]["visit"]
@@ -117,6 +130,7 @@ def _measure(measurement: Measurement | Exponent, runs: Sequence[dict[str, Any]]
         spread=(min(each), max(each)),
         residual=max(info["residual"] for info in taken if "residual" in info),
         peaks={info["contender"]: info["peak"] for info in taken if info.get("peak") is not None},
+        residuals={info["contender"]: info["residual"] for info in taken if "residual" in info},
     )
 
 

@@ -23,6 +23,7 @@ from fastmorph.morphs.add_heads import AddHeads, add_heads
 from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
+from fastmorph.morphs.insert_block import InsertBlock, insert_block
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
 from fastmorph.morphs.widen import Widen, widen
@@ -54,6 +55,7 @@ __all__ = [
     "General",
     "GrowKernel",
     "InexactMorphError",
+    "InsertBlock",
     "InsertSubnet",
     "LayerSpec",
     "Loaded",
@@ -89,6 +91,7 @@ __all__ = [
     "graph",
     "grow_kernel",
     "history",
+    "insert_block",
     "insert_subnet",
     "load",
     "morph",

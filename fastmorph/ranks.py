@@ -28,6 +28,8 @@ class Ranks:
     Attributes:
         rank: this process's place in the group.
         size: how many there are.
+        sent: bytes of tensors that this rank has sent to others by `move`.
+        received: bytes of tensors that it has got from others, by `move` and in parts.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -35,6 +37,7 @@ class Ranks:
             raise MorphError("there is no process group: call torch.distributed.init_process_group, or use fastmorph.morph.")
         self.group: Any = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.sent = self.received = 0
         if self.rank < 0:
             raise MorphError("this process is not of the group that is to work; call it on the ranks of the group alone.")
 
@@ -45,39 +48,37 @@ class Ranks:
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     def exchange(self, value: T) -> list[T]:
-        """What each rank has to say, in their order."""
+        """What each rank has to say, in their order. Raises RankError where another rank has left `together` by an error."""
+        told = self._told((value, None))
+        for rank, (_, error) in enumerate(told):
+            if error is not None:
+                raise RankError(f"rank {rank} failed, and so all ranks stop: {error}")
+        return [other for other, _ in told]
+
+    def _told(self, said: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        dist.all_gather_object(found, said, group=self.group)
         return found
 
     def check(self) -> None:
-        """Raise RankError where another rank has left `together` by an error. Collectives come after it."""
-        self._tell(None)
-
-    def _tell(self, error: str | None) -> None:
-        told = self.exchange(error)
-        if error is None:
-            for rank, other in enumerate(told):
-                if other is not None:
-                    raise RankError(f"rank {rank} failed, and so all ranks stop: {other}")
+        """Raise RankError where another rank has left `together` by an error: before a collective, which would wait for it."""
+        self.exchange(None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work in which an error of one rank is met by all others where they `check` next, or at the end."""
+        """Work in which all ranks meet an error of one where they `exchange` or `check` next, or at the end."""
         try:
             yield
         except RankError:
             raise
         except Exception as error:
-            self._tell(f"{type(error).__name__}: {error}")
+            self._told((None, f"{type(error).__name__}: {error}"))
             raise
         self.check()
 
     def from_rank(self, value: T, source: int) -> T:
         """One rank's value, on all."""
-        values = [value]
-        dist.broadcast_object_list(values, group=self.group, group_src=source)
-        return values[0]
+        return self.exchange(value if self.rank == source else None)[source]  # type: ignore[return-value]
 
     def same(self, what: str, value: T) -> T:
         """The value, which all ranks must have. Raises MorphError where they differ."""
@@ -94,6 +95,10 @@ class Ranks:
         if self.rank != source and destination not in (None, self.rank):
             return None
         into = torch.empty(like.shape, dtype=like.dtype, device=device) if tensor is None else tensor.contiguous()
+        if self.rank == source:
+            self.sent += into.nbytes * (self.size - 1 if destination is None else source != destination)
+        if self.rank != source:
+            self.received += into.nbytes
         if destination is None:
             dist.broadcast(into, group=self.group, group_src=source)
         elif source != destination and self.rank == source:
@@ -102,8 +107,13 @@ class Ranks:
             dist.recv(into, group=self.group, group_src=source)
         return into if destination in (None, self.rank) else None
 
+    def count(self, whole: Tensor) -> None:
+        """Note that a tensor comes of which each rank had an equal part."""
+        self.received += whole.numel() * whole.itemsize * (self.size - 1) // self.size
+
     def gather(self, part: Tensor) -> Tensor:
         """Parts of one size, (n,), of all ranks one behind the other, (size * n,)."""
         whole = part.new_empty(self.size * len(part))
+        self.count(whole)
         dist.all_gather([*whole.chunk(self.size)], part, group=self.group)
         return whole

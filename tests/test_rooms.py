@@ -16,7 +16,7 @@ FILES = {
 }
 FLOORS = (
     ("errors",),
-    ("context", "elsewhere", "inputs", "outputs", "ranks"),
+    ("context", "elsewhere", "inputs", "outputs", "ranks", "scratch"),
     ("nn", "equation", "graph", "certify"),
     ("plan",),
     ("morphs", "checkpoint", "distributed", "integrations"),

@@ -75,7 +75,7 @@ def compare(before: Outputs, after: Outputs, mode: str, dtype: torch.dtype, tole
         max_abs, max_rel, problem, unchecked = 0.0, 0.0, "", ""
         if isinstance(old, Tensor) and isinstance(new, Tensor):
             max_abs, max_rel, problem, unchecked = difference(old, new)
-        elif old is new or (isinstance(old, PLAIN) and _kind(old) == _kind(new)):
+        elif old is new or (isinstance(old, PLAIN) and _kind(old) == _kind(new)) or _are_siblings(old, new):
             continue  # equal; a container's items have rows of their own
         else:
             max_abs = max_rel = math.inf
@@ -150,6 +150,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, type) or not isinstance(value, PLAIN):
         return "Tensor" if isinstance(value, Tensor) else (value if isinstance(value, type) else type(value)).__name__
     return repr(value)
+
+
+def _are_siblings(old: object, new: object) -> bool:
+    """Whether these are classes of outputs with one base in transformers: of a model, and of the same with experts."""
+    if not (isinstance(old, type) and isinstance(new, type)) or old.__base__ is not new.__base__:
+        return False
+    packages = {cls.__module__.partition(".")[0] for cls in (old, new, old.__base__ or object)}
+    return packages == {"transformers"}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

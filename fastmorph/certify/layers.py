@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmorph.certify.compare import difference
+from fastmorph.certify.readings import Reading, read_layer
 from fastmorph.certify.run import run
 from fastmorph.inputs import Inputs
 
@@ -20,7 +22,15 @@ class _Suspect(NamedTuple):
     finding: str
 
 
-def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Inputs, dtype: torch.dtype, tolerance: float) -> str:
+def first_difference(
+    parent: nn.Module,
+    child: nn.Module,
+    mode: str,
+    call: Inputs,
+    dtype: torch.dtype,
+    tolerance: float,
+    readings: Sequence[Reading] = (),
+) -> str:
     """A sentence on the first layer whose output differs by more than `tolerance`, in the order of the parent's run.
 
     Layers that both models have are compared, call by call, on the parent's channels where the child's output grew. A
@@ -29,6 +39,7 @@ def first_difference(parent: nn.Module, child: nn.Module, mode: str, call: Input
     Runs both models once more, and holds the outputs of all their layers meanwhile.
     """
     olds, news = (run(m, who, mode, call, dtype, keep_layers=True).layers for who, m in (("parent", parent), ("child", child)))
+    news = {(read_layer(readings, name) or "", number): run for (name, number), run in news.items()}
     exact = dtype == torch.float64
     remedy = "leave it out of the plan, or solve it in float64" if exact else "run it in a finer dtype, or pass a tolerance"
     suspects: list[_Suspect] = []

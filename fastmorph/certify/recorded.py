@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, coarsest_dtype, compare, dtype_name, with_noise
+from fastmorph.certify.readings import Reading, read, told
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import as_call
@@ -43,7 +45,7 @@ def record(model: nn.Module, example_inputs: Any) -> Recorded:
     return Recorded(once.outputs, again)
 
 
-def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certificate:
+def certify(before: Recorded, child: nn.Module, example_inputs: Any, readings: Sequence[Reading] = ()) -> Certificate:
     """Compare the child with what was recorded, in its own dtype alone: without the parent nothing runs in float64."""
     call = as_call(example_inputs, child)
     dtype = coarsest_dtype([child], pytree.tree_leaves(call))
@@ -51,11 +53,11 @@ def certify(before: Recorded, child: nn.Module, example_inputs: Any) -> Certific
         raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
     tolerance = TOLERANCES[dtype][0]
     after = run(child, "child", "eval", call, dtype)
-    rows = tuple(compare(before.outputs, after.outputs, "eval", dtype, tolerance))
+    rows = tuple(compare(before.outputs, read(readings, before.outputs, after.outputs), "eval", dtype, tolerance))
     if before.shaken is not None:
         rows = tuple(with_noise(rows, before.outputs, before.shaken, dtype, judge=True))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")
     gone = "The parent is gone, so no layer can be named: morph without consume=True to learn which."
-    certificate = Certificate(rows, dtype, ("eval",), tolerance)
+    certificate = Certificate(rows, dtype, ("eval",), tolerance, on=told(readings))
     return certificate if certificate else replace(certificate, where=gone)

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, Comparison, coarsest_dtype, compare, dtype_name, with_noise
 from fastmorph.certify.layers import first_difference
+from fastmorph.certify.readings import Reading, read, told
 from fastmorph.certify.run import run
 from fastmorph.errors import MorphError
 from fastmorph.inputs import Inputs
@@ -33,6 +34,7 @@ def verify(
     tolerance: float | None = None,
     kwargs: Mapping[str, Any] | None = None,
     exact: bool = True,
+    readings: Sequence[Reading] = (),
 ) -> Certificate:
     """Compare `child(*inputs, **kwargs)` with `parent(*inputs, **kwargs)`, in their own dtype and in float64.
 
@@ -48,6 +50,7 @@ def verify(
         kwargs: keyword inputs.
         exact: False compares in the models' own dtype alone, for half of the cost or less; rounding and algebra are not told
             apart then. A float64 model always runs in float64 alone.
+        readings: how the child's outputs are read as the parent's where they are larger: `Morphed.readings`.
 
     **Outputs** may be nested: tuples, sets, mappings, dataclasses, objects, registered pytrees, iterators (which are consumed).
     Structures, shapes, dtypes, integers and values that are not finite must be equal. What cannot be looked into fails by name.
@@ -89,7 +92,8 @@ def verify(
 
     def compare_in(precision: torch.dtype, mode: str, bound: float) -> tuple[list[Comparison], Outputs]:
         before, after = (run(m, who, mode, call, precision) for who, m in (("parent", parent), ("child", child)))
-        found = list(compare(before.outputs, after.outputs, mode, precision, bound))
+        outputs = read(readings, before.outputs, after.outputs)
+        found = list(compare(before.outputs, outputs, mode, precision, bound))
         if judge and before.islands and not all(row.holds for row in found):
             shaken = run(parent, "parent", mode, call, precision, shaken=True)
             found = list(with_noise(found, before.outputs, shaken.outputs, precision, judge=True))
@@ -107,5 +111,5 @@ def verify(
     failed, where = [row for row in rows if not row.holds and not row.opaque], ""
     if failed:
         row = next((row for row in failed if row.precision == "float64"), failed[0])
-        where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance)
-    return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where)
+        where = first_difference(parent, child, row.mode, call, getattr(torch, row.precision), row.tolerance, readings)
+    return Certificate(tuple(rows), dtype, modes, float(own_tolerance), where, told(readings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fastmorph.certify.certificate import Certificate
 from fastmorph.certify.compare import TOLERANCES, Comparison, coarsest_dtype, compare, dtype_name
 from fastmorph.certify.outputs import copied, eval_mode
+from fastmorph.certify.readings import Reading, read, told
 from fastmorph.certify.run import isolated
 from fastmorph.distributed.unsharded import reshard
 from fastmorph.errors import MorphError
@@ -24,8 +25,10 @@ from fastmorph.outputs import Outputs, flatten
 from fastmorph.ranks import Ranks
 
 
-def certify(parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks) -> Certificate:
+def certify(parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks, readings: Sequence[Reading] = ()) -> Certificate:
     """Compare the outputs of two sharded models in eval mode and their own dtype, on every rank's inputs.
+
+    `readings` are as in `fastmorph.verify`.
 
     Raises MorphError where one cannot be run, and for a dtype without a tolerance.
     """
@@ -35,11 +38,12 @@ def certify(parent: nn.Module, child: nn.Module, call: Inputs, ranks: Ranks) -> 
         raise MorphError(f"there is no default tolerance for {dtype_name(dtype)}: pass verify=False.")
     tolerance = TOLERANCES[dtype][0]
     before, after = (_run(model, who, call, ranks) for model, who in ((parent, "parent"), (child, "child")))
-    found = ranks.exchange(list(compare(before, after, "eval", dtype, tolerance)))
+    found = ranks.exchange(list(compare(before, read(readings, before, after), "eval", dtype, tolerance)))
     rows = tuple(_worst(found))
     if not rows:
         raise MorphError("the models returned no tensor, so there is nothing to compare.")
     on = f"the sharded models, by {ranks.size} ranks, each on its inputs, in their own dtype"
+    on = ", ".join(filter(None, (on, told(readings))))
     return Certificate(rows, dtype, ("eval",), tolerance, on=on)
 
 

@@ -17,7 +17,7 @@ from fastmorph.distributed.certificate import certify
 from fastmorph.distributed.optimizer import carry_shards, check_sharded_optimizer
 from fastmorph.distributed.shards import RankShelf, parameter_like
 from fastmorph.distributed.unsharded import inner, is_sharded, plain_name, reshard, unsharded
-from fastmorph.elsewhere import on_meta, values_of
+from fastmorph.elsewhere import Elsewhere, on_meta
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
@@ -121,9 +121,9 @@ def morph(
         if sharded:
             child = clone(grown, {id(parameter): on_meta(parameter) for parameter in grown.parameters()})
             made = _parallelized(child, parallelize)
-            _fill(inner(made), grown, shelf)
+            _fill(inner(made), grown)
         else:
-            child = clone(grown, {id(p): parameter_like(values_of(p), p) for p in grown.parameters()})
+            child = clone(grown, {id(p): parameter_like(p, p) for p in grown.parameters()})
             made = _parallelized(child, parallelize)
         shelf.let_go()
         network = inner(made)
@@ -134,12 +134,14 @@ def morph(
             carried, twins = carry_shards(optimizer, network, _of_child(transaction.lineage, grown, network), shelf)
         certificate: Certificate | None = None
         if verify and given is not None:
-            certificate = certify(parent, made, given, ranks)
+            certificate = certify(parent, made, given, ranks, transaction.readings)
             if not certificate and not allow_inexact:
                 raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
         history = plan.recorded(transaction.resolved(), seed, given)
         remember(network, model, history)
-    return Morphed(made, carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
+    return Morphed(
+        made, carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins, tuple(transaction.readings)
+    )
 
 
 def _group(mesh: DeviceMesh | None) -> Any:
@@ -171,7 +173,7 @@ def _parallelized(child: nn.Module, parallelize: Parallelize | None) -> nn.Modul
 
 
 @torch.no_grad()
-def _fill(child: nn.Module, grown: nn.Module, shelf: RankShelf) -> None:
+def _fill(child: nn.Module, grown: nn.Module) -> None:
     """Register in the child, in the place of each parameter on the meta device, one that holds this rank's shard.
 
     Raises MorphError for another network's parameters, and for one that no operator filled.
@@ -191,7 +193,9 @@ def _fill(child: nn.Module, grown: nn.Module, shelf: RankShelf) -> None:
             if not like.is_meta:
                 raise MorphError(f"parallelize= gave {name!r} memory; it is to shard the network on the meta device alone.")
             if like not in made:
-                made[like] = parameter_like(values_of(source), like)
+                made[like] = parameter_like(source, like)
+                if isinstance(source, Elsewhere):
+                    source.forget()
             module._parameters[key] = made[like]
 
 

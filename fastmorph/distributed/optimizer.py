@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fastmorph.distributed.shards import RankShelf, shard_like
-from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
@@ -18,11 +16,12 @@ from fastmorph.plan.optimizers import carry_over, check_optimizer
 
 def check_sharded_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Refuse an optimizer that cannot be carried over, before any work. Raises MorphError with the way that works."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):  # its module warns at import
         raise MorphError(
             "a ZeroRedundancyOptimizer keeps each parameter's state on one rank alone: call consolidate_state_dict(to=rank) "
-            "for every rank, load its state_dict() into a plain optimizer of the model's parameters and pass that one, then "
-            "load Morphed.optimizer.state_dict() into a new ZeroRedundancyOptimizer; or shard the model by fully_shard instead."
+            "for every rank, which takes state_dict() when it is its turn; load that into a plain optimizer of the model's "
+            "parameters, pass that one, and load Morphed.optimizer.state_dict() into a new ZeroRedundancyOptimizer; or shard "
+            "the model by fully_shard instead."
         )
     check_optimizer(optimizer, model)
 
@@ -42,7 +41,7 @@ def carry_shards(
     }
 
     def place(value: Tensor, parameter: nn.Parameter) -> Tensor:
-        return shard_like(values_of(value), parameter) if value.shape == parameter.shape else value
+        return shard_like(value, parameter) if value.shape == parameter.shape else value
 
     carried = carry_over(away, child, lineage, place=place)
     shelf.let_go()

@@ -102,7 +102,8 @@ def fixed_half_steps(
         return per_item(moves, kernel, last)
 
     with exact_arithmetic():
-        one, two = alternate_half_steps(weight, frame, first, half_steps, half_step)
+        second = weight.new_zeros(*weight.shape[:2], first.shape[1], *second_size)
+        one, two = alternate_half_steps(weight, frame, first, second, range(half_steps), half_step)
     two = torch.ldexp(torch.ldexp(two, _column(exponent, two)), _column(lift, two))
     contiguous = torch.contiguous_format
     return one.clone(memory_format=contiguous), two.clone(memory_format=contiguous), residual

@@ -55,7 +55,14 @@ def to_tensor(array: Any, name: str) -> tuple[Tensor, Restore]:
             raise _wrong_dtype(name, str(array.dtype)) from None
         restore = _to_numpy
     elif hasattr(array, "__dlpack__"):
-        tensor, restore = torch.utils.dlpack.from_dlpack(array), _dlpack_restorer(array, name)
+        try:
+            tensor = torch.utils.dlpack.from_dlpack(array)
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise MorphError(
+                f"{name} is a {type(array).__name__} whose values cannot be had by DLPack ({error}). Inside jit, grad or vmap "
+                "an array has no values: decompose decides by them, so call it outside."
+            ) from error
+        restore = _dlpack_restorer(array, name)
     else:
         raise MorphError(
             f"{name} is a {type(array).__name__}; pass a torch.Tensor, a numpy.ndarray or an array with __dlpack__."

@@ -7,6 +7,8 @@ that is 22/42 of the operations of a dense factor.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,7 @@ _DOUBT = 2e-12  # 2**13 eps of float64
 
 
 class BandedCholesky:
-    """Factor of (B, n, n) matrices in `count` x `count` blocks that are zero further than `width` from the diagonal.
-
-    Attributes:
-        failed: (B,) items that are not positive definite, or whose pivots say that no digit of a solution would be sure.
-    """
+    """Factor of (B, n, n) matrices in `count` x `count` blocks that are zero further than `width` from the diagonal."""
 
     def __init__(self, matrix: Tensor, count: int, width: int) -> None:
         b, n, _ = matrix.shape
@@ -42,8 +40,13 @@ class BandedCholesky:
                     info.append(wrong)
                     row.append(factor)
             self.lower.append(row)
-        broken = info[0] if count == 1 else torch.stack(info).amax(0)
-        self.failed = (broken != 0) | unsure(self.lower)
+        self._info = info
+
+    @cached_property
+    def failed(self) -> Tensor:
+        """Items, (B,), that are not positive definite, or whose pivots say that no digit of a solution would be sure."""
+        broken = self._info[0] if len(self._info) == 1 else torch.stack(self._info).amax(0)
+        return (broken != 0) | unsure(self.lower)
 
     def _at(self, i: int, j: int) -> Tensor:
         return self.lower[i][j - i - 1]  # (i, i) is the last of its row

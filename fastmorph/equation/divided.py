@@ -97,19 +97,14 @@ def solve_divided(
     dealt = deal([sum(_cost(checked[index]) for index in chunk) for chunk in chunks], count)
     for wave in range(max(map(len, dealt))):
         now = [chunks[mine[wave]] if wave < len(mine) else [] for mine in dealt]
-        outcomes: dict[int, Outcome] = {}
-        mine: dict[int, Checked] = {}
+        mine: dict[int, Problem[Any]] = {}
         for rank, chunk in enumerate(now):
             for index in chunk:
                 weight = weigh(index, rank)
                 if rank == me:
-                    assert weight is not None
-                    mine[index] = settings.check(replace(problems[index], weight=weight), index)
-        if mine:
-            outcomes = _solved(list(mine), list(mine.values()), seeds)
-            mine.clear()
-        if ranks is not None:
-            ranks.check()
+                    mine[index] = replace(problems[index], weight=weight)
+                del weight
+        outcomes = _solved(mine, seeds, settings)
         for rank, chunk in enumerate(now):
             for index in chunk:
                 outcome = outcomes.pop(index, None)
@@ -131,9 +126,14 @@ def _cost(checked: Checked) -> float:
 
 @torch.no_grad()
 @exact_arithmetic()
-def _solved(numbers: Sequence[int], problems: Sequence[Checked], seeds: Sequence[int]) -> dict[int, Outcome]:
-    (outcomes,) = look_at([solve_alike(problems, [seeds[index] for index in numbers])])
-    return dict(zip(numbers, outcomes, strict=True))
+def _solved(mine: dict[int, Problem[Any]], seeds: Sequence[int], settings: Settings) -> dict[int, Outcome]:
+    """The outcomes of a chunk, whose weights are let go."""
+    if not mine:
+        return {}
+    checked = {index: settings.check(problem, index) for index, problem in mine.items()}
+    mine.clear()
+    (outcomes,) = look_at([solve_alike([*checked.values()], [seeds[index] for index in checked])])
+    return dict(zip(checked, outcomes, strict=True))
 
 
 def _told(

@@ -8,6 +8,7 @@ more than its share: relative errors of size u |F2| |F1| / |G|. `balance` uses a
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,33 +47,41 @@ def balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_root(matrix: Tensor) -> Tensor:
-    """M^(-1/2) of positive semidefinite matrices, (B, n, n), roughly, and bounded where M is below 1e-9 of its trace.
+    """M^(-1/2) of positive semidefinite M of trace 1, given times their traces, (B, n, n); roughly, and bounded below 1e-9.
 
     Where it costs nothing to wait, from eigenvalues. Else by the trapezoidal rule, from one batch of factors:
     M^(-1/2) = 2 / pi * integral of (M + t^2)^-1 dt, with t = e^u (Hale, Higham and Trefethen 2008 have better points; a basis
     that is off by some per cent of the best is as good).
     """
-    power = _trace(matrix)
-    shifts = [math.exp(1 - _STEP * k) for k in range(_POINTS)]
+    power = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    points = _points(matrix.dtype, matrix.device)
     if not host_waits(matrix.device):
         values, basis = torch.linalg.eigh(torch.nan_to_num(matrix))
-        basis = basis / values.maximum(shifts[-1] ** 2 * power[:, None]).sqrt().sqrt()[:, None, :]
+        basis = basis / (values / power[:, None]).maximum(points[-1] ** 2).sqrt().sqrt()[:, None, :]
         return basis @ basis.mT
     b, n, _ = matrix.shape
-    points = torch.tensor(shifts, dtype=matrix.dtype).to(matrix.device, non_blocking=True)
-    scaled = matrix[:, None] / points[:, None, None]  # (B, points, n, n), (M + t^2) / t in units of the trace
-    scaled.diagonal(dim1=-2, dim2=-1).add_((power[:, None] * points)[:, :, None])
+    scaled = matrix[:, None] / (power[:, None] * points)[:, :, None, None]  # (B, points, n, n)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(points[:, None])  # (M + t^2) / t
     factor, _ = torch.linalg.cholesky_ex(scaled)
     eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device).expand_as(factor)
     inverses = torch.linalg.solve_triangular(factor.mT, eye, upper=True).mT.reshape(b, -1, n)
     return inverses.mT @ inverses
 
 
-def equalise(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale both kernels, in place, to one standard deviation (Algorithm 1, line 8), item by item; a zero kernel keeps its."""
-    spread1, spread2 = _spread(first), _spread(second)
-    scale = torch.where((spread1 > 0) & (spread2 > 0), (spread2 / spread1).sqrt(), torch.ones_like(spread1))
-    return first.mul_(scale.view(-1, *(1,) * (first.ndim - 1))), second.div_(scale.view(-1, *(1,) * (second.ndim - 1)))
+@lru_cache(maxsize=64)
+def _points(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """t of the trapezoidal rule, largest first."""
+    return torch.tensor([math.exp(1 - _STEP * k) for k in range(_POINTS)], dtype=dtype).to(device, non_blocking=True)
+
+
+def equalise(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale both kernels to one standard deviation (Algorithm 1, line 8), item by item, and round; a zero kernel keeps its."""
+    ratio = (_spread(second) / _spread(first)).sqrt_().nan_to_num_(1.0, 1.0)
+    scale = ratio + (ratio == 0)
+    rounded = torch.empty_like(first, dtype=dtype), torch.empty_like(second, dtype=dtype)
+    torch.mul(first, scale.view(-1, *(1,) * (first.ndim - 1)), out=rounded[0])
+    torch.div(second, scale.view(-1, *(1,) * (second.ndim - 1)), out=rounded[1])
+    return rounded
 
 
 def _spread(kernel: Tensor) -> Tensor:
@@ -88,12 +97,8 @@ def _spread(kernel: Tensor) -> Tensor:
 
 
 def floored(covariance: Tensor, share: float) -> Tensor:
-    """Matrices, (B, n, n), in place, with a share of their trace under their directions; 1 where they are zero."""
-    covariance.diagonal(dim1=-2, dim2=-1).add_(_trace(covariance)[:, None], alpha=share)
+    """Matrices, (B, n, n), in place, with a share of their trace under their directions; that of 1 where they are zero."""
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    trace = diagonal.sum(-1)
+    diagonal.add_((trace + (trace == 0))[:, None], alpha=share)
     return covariance
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    """(B,), 1 where it is zero."""
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return trace + (trace == 0)

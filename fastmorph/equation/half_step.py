@@ -18,47 +18,53 @@ from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.backends import Backend
 from fastmorph.equation.backends.torch_backend import dense_system, frobenius, pad
 from fastmorph.equation.frame import Size
+from fastmorph.equation.panels import PanelCholesky
 from fastmorph.equation.system import System
 
 _MOST_PRODUCTS = 2000  # of blocks in one factorisation; for longer kernels blocks are too many and too small
 _ROUNDING = 32  # eps: an error that no refinement makes smaller
 _REFINEMENTS = 3  # at most; each that does not halve the residual is the last
 _REFINEMENTS_UNSEEN = 1  # where the host does not wait to see what they do; an item keeps one that brings it nearer
-_DENSE = 2048  # unknowns up to which one large factorisation is quicker than many small ones, where launches cost
+_ALONE = 512  # unknowns of each item up to which a device may factor many matrices with one processor each
 
 
 class HalfStep:
-    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets.
+    """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets."""
 
-    Attributes:
-        singular: (B,) items whose Gram matrix is numerically singular.
-    """
+    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True, coarse: Backend | None = None) -> None:
+        """Factor the system. `wait=False` never waits for the device, in refinement either, and only tells singular items.
 
-    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
-        """Factor the system. `wait=False` never waits for the device, in refinement either, and only marks singular items."""
+        A `coarse` backend solves in float32, for refinement against errors in the dtype of `first`.
+        """
         self.wait = wait
-        self.system = system = System(first, k2, backend)
+        self.system = System(first, k2, backend)
+        self.solver = system = self.system if coarse is None else System(first.float(), k2, coarse)
         self.by_rows = system.shape[0] <= system.shape[1]
         gram = system.row_gram() if self.by_rows else system.column_gram()
         # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
         blocks, width = (1, 0) if self.by_rows or not k2 else (system.size[0], first.shape[3] - 1)
-        few = host_waits(first.device) and gram.shape[1] <= _DENSE
-        if few or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:
+        if host_waits(first.device) or blocks * (width + 1) ** 2 > _MOST_PRODUCTS:  # there few launches count for more
             blocks, width = 1, 0
-        self.factor = backend.factor(gram, blocks, width)
-        self.singular = self.factor.failed
+        by_panels = host_waits(first.device) and len(gram) > 1 and gram.shape[1] > _ALONE
+        self.factor = PanelCholesky(gram) if by_panels else backend.factor(gram, blocks, width)
         self.inverse: Tensor | None = None
         if wait and bool(self.singular.any()):
             self.factor.drop_failed()
             self.inverse = torch.linalg.pinv(dense_system(first[self.singular], k2))
 
+    @property
+    def singular(self) -> Tensor:
+        """Items, (B,), whose Gram matrix is numerically singular."""
+        return self.factor.failed
+
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
+        system, given = self.solver, target.to(self.solver.first.dtype)
         if self.by_rows:
-            rows = self.factor.solve(self.system.right_side(target, before))
+            second = system.kernel(self.factor.solve(system.right_side(given, before)))
         else:
-            rows = self.system.image(self.factor.solve(self.system.columns(target, before)))
-        second = self.system.kernel(rows)
+            second = system.image(self.factor.solve(system.columns(given, before)))
+        second = second.to(target.dtype)
         if self.inverse is not None:
             padded = pad(target[self.singular], before, self.system.size).flatten(2)
             second = second.clone()

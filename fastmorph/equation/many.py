@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from fastmorph.equation.arithmetic import exact_arithmetic
 from fastmorph.equation.arrays import host_waits
+from fastmorph.equation.by_ranks import decompose_by_ranks
 from fastmorph.equation.chunks import chunks_of
 from fastmorph.equation.decomposition import Array, Decomposition
+from fastmorph.equation.divided import Settings
 from fastmorph.equation.problem import Checked, Problem, check
 from fastmorph.equation.randomness import Generator, draw_seeds
 from fastmorph.equation.solve import accepted, look_at, solve_alike
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
+from fastmorph.ranks import Ranks
 
 
 @torch.no_grad()
@@ -30,6 +34,8 @@ def decompose_many(
     allow_inexact: bool = False,
     memory_budget: int = 2**31,
     progress: bool | None = None,
+    process_group: Any = None,
+    destination: int | None = None,
 ) -> list[Decomposition[Array]]:
     """Solve many equations; each gets the answer that `decompose` would give it, to rounding.
 
@@ -43,16 +49,24 @@ def decompose_many(
         memory_budget: bytes that one batched solve may take on top of its weights; a bucket that would take more is solved in
             chunks, a single problem that would is solved alone.
         progress: show a progress bar; None: where standard error is a terminal.
+        process_group: ranks that solve together, all of which call this with the same problems; a weight is on any of them, and
+            None on the others. Each batch is solved by one rank, the costliest first, and every answer has the bits that one
+            process alone would give it. None: this process alone.
+        destination: the rank of the group that gets the answers, the others get a list of None; None: all do.
 
     Returns:
         Decompositions in the order of the problems.
 
     Raises:
         MorphError: a problem is unusable; the message says which, and so does the error's `problem`.
+        RankError: a MorphError: another rank failed.
         InexactMorphError: an answer is not exact; the message and `problem` say which, and the error carries the answer.
     """
     if not isinstance(problems, Sequence):
         raise MorphError(f"problems is a {type(problems).__name__}; pass a list of fm.Problem, [problem] for one.")
+    if process_group is not None:
+        settings = Settings(solver, backend, precision, allow_inexact, memory_budget)
+        return cast(Any, decompose_by_ranks(problems, Ranks(process_group), settings, generator, destination))
     checked: list[Checked] = []
     for index, problem in enumerate(problems):
         try:

@@ -113,7 +113,8 @@ def _outcomes(solved: Solved, residual: list[float], iterations: list[int], larg
         if not worse:
             break
         bad = torch.tensor(worse).to(answer.residual.device)
-        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.choice.solver), bad)
+        again = replace(equation.subset(bad, equation.frame), full=True)
+        answer = answer.improved(_attempt(again, first.choice.solver), bad)
         residual, iterations = answer.residual.tolist(), answer.iterations.tolist()
     limit = tolerance(dtype)
     converged = answer.residual <= limit
@@ -158,7 +159,8 @@ class _Answer(NamedTuple):
 
     def improved(self, other: _Answer, items: Tensor) -> _Answer:
         """This answer, with another one for some of its items where that is better; the work of both is told."""
-        better = other.residual < self.residual[items]
+        before = self.residual[items]
+        better = (other.residual < before) | before.isnan()
         kept = [value.index_copy(0, items[better], new[better]) for value, new in zip(self[:3], other[:3], strict=True)]
         trace = self.trace.new_full((len(other.trace), len(self.residual)), torch.nan)
         trace[:, items] = other.trace
@@ -208,7 +210,7 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
     if not solver.closed_form:
         if equation.dtype != first.dtype:
             first, second = balance(first, second)
-        first, second = equalise(first, second)
+        first, second = equalise(first, second, equation.work if equation.corrected else equation.dtype)
     if equation.corrected:
         # Two coarse roundings would add up: F2 is solved again against the F1 that is kept, and makes up for it.
         first, second = first.to(equation.dtype).to(equation.work), second.to(equation.work)

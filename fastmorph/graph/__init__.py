@@ -22,6 +22,8 @@ The words of this room, each with one meaning:
 - norm: a layer that normalises channels, in a record with the atoms of these (`Record.norms`).
 - structure: the model without weights, and the record of one run of it.
 - growth: which classes get how many copies; its layouts say where in each axis these stand.
+- dataflow: one run as a graph of operators and what made their arguments, read backwards from any tensor.
+- writer: a weight that writes what a residual block adds to its stream.
 - stage: growths of several layers that meet nowhere, checked by one run of the grown model.
 """
 

@@ -1,4 +1,4 @@
-"""Attention that PyTorch runs as one operator, followed as the plain operators that it stands for."""
+"""Attention in a traced run: modules and kernels that run in operators that have rules."""
 
 from __future__ import annotations
 
@@ -6,50 +6,11 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-
-_FUSED = (
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-    *("_scaled_dot_product_fused_attention_overrideable",),
-)
-
-
-@cache
-def is_fused(func: Any) -> bool:
-    """Whether the operator is one of these."""
-    return func.namespace == "aten" and func._schema.name.removeprefix("aten::") in _FUSED
-
-
-def plain(args: dict[str, Any]) -> Tensor:
-    """softmax(q k^T * scale + mask) v by plain operators, from the fused operator's arguments by name; (*, L, Ev)."""
-    query, key, value = args["query"], args["key"], args["value"]
-    mask = args.get("attn_mask", args.get("attn_bias"))
-    with _InParts():
-        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            *(query, key, value, mask, args["dropout_p"], args["is_causal"]),
-            scale=args.get("scale"),
-            enable_gqa=query.shape[-3] != key.shape[-3],
-        )[0]
-    return out
-
-
-class _InParts(TorchDispatchMode):
-    """Runs what PyTorch makes of other operators as these."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "aten":
-            with self:
-                out = func.decompose(*args, **(kwargs or {}))
-            if out is not NotImplemented:
-                return out
-        return func(*args, **(kwargs or {}))
 
 
 def use_plain_modules(model: nn.Module) -> None:
@@ -96,5 +57,5 @@ _plain_kernels = _PlainKernels()
 
 
 def plain_kernels(device: torch.device) -> Any:
-    """A context for runs on a device whose fused attention would pad heads first; elsewhere `plain` does, thread by thread."""
+    """A context for runs on a device whose fused attention would pad heads first; elsewhere it is one operator, with a rule."""
     return nullcontext() if device.type == "cpu" else _plain_kernels()

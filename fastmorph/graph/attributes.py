@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,10 +51,30 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
             module = model.get_submodule(module_name)
             if not isinstance(module, _REFRESHED):
                 _Numbers(growth, module_name).renumber(module)
+            for key, value in list(vars(module).items()) if growth.way else ():
+                if type(value) is float:
+                    setattr(module, key, _new_roots(growth, module_name).get(value, value))
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
         if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
             _refresh(module)
+
+
+def new_factors(buffers: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
+    """Buffers without dimensions that hold a root of a stream's width, as factors of embeddings do: what becomes of them."""
+    found = {}
+    for name, buffer in buffers.items() if growth.way and growth.numbers else ():
+        if buffer.is_floating_point() and not buffer.ndim and not buffer.is_meta:
+            for old, new in _new_roots(growth, name.rpartition(".")[0]).items():
+                if buffer == buffer.new_tensor(old):
+                    found[name] = buffer.new_tensor(new)
+    return found
+
+
+def _new_roots(growth: Growth, module: str) -> dict[float, float]:
+    """What becomes of the root of a stream's width, and of one over that, where a module handles the stream."""
+    grown = {(size, growth.total(line)) for (size, _), line in growth.coupling.record.sizes(module).items()}
+    return {old**power: new**power for old, new in grown if new > old for power in (0.5, -0.5)}
 
 
 def _set(module: nn.Module, attribute: str, old: int, new: int) -> None:
@@ -86,8 +107,7 @@ class _Numbers:
     def renumber(self, module: nn.Module) -> None:
         """Replace the module's own numbers, and those in its tuples and lists, that are such sizes."""
         for key, value in list(vars(module).items()):
-            new = self._after(key, value) if not key.startswith("_") and _is_of_ints(value) else value
-            if new != value:
+            if not key.startswith("_") and _is_of_ints(value) and (new := self._after(key, value)) != value:
                 setattr(module, key, new)
 
     def _after(self, key: str, value: Any) -> Any:

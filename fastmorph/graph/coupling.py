@@ -74,6 +74,12 @@ class Coupling:
         """(count,): at a class's name, whether it cannot be copied; see `cause`."""
         return self._causes >= 0
 
+    def is_blocked(self, classes: Ints) -> bool:
+        """Whether some operator forbids copies of some of the classes: not a tie alone, nor that they are an output."""
+        axes = len(self.record.axes)
+        forbid = np.array([not block.output for block in self.record.blocks] + [False] * axes + [True] * axes + [False])
+        return bool(forbid[self._causes[classes]].any())
+
     def cause(self, cls: int) -> str:
         """Why a class cannot be copied, a clause."""
         blocks = self.record.blocks

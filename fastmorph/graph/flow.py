@@ -18,7 +18,7 @@ FIXED = -1  # a position with data that belong to no channel, e.g. to the model'
 FREE = -2  # a position with one constant for all, e.g. padded zeros: whatever stands beside it may grow
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Flow:
     """What is known about a tensor.
 

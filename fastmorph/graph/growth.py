@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmorph.graph.coupling import Coupling, Floats, kinds
 from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record, unique
+from fastmorph.graph.streams.algebra import Stream
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Growth:
         repeats: of modules of attention, how many query heads share keys and values, before and after.
         given: the layouts, where they do not follow from `copies`.
         known: whether there was a channel of each new one's kind.
+        way: how a stream that norms read grows, "axis" or "turned"; "": it is none, and norms allow whole multiples.
+        stream: what that comes to, once it has been found.
     """
 
     coupling: Coupling
@@ -75,14 +78,16 @@ class Growth:
     repeats: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     given: dict[Axis, Layout] | None = None
     known: bool = True
+    way: str = ""
+    stream: Stream | None = None
 
     @classmethod
-    def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False) -> Growth:
+    def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False, way: str = "") -> Growth:
         """So many copies of these classes."""
         atoms, row = coupling.members_of(classes)
         copies = np.zeros(coupling.record.count)
         copies[atoms] = counts[row]
-        growth = cls(coupling, copies, even=even)
+        growth = cls(coupling, copies, even=even, way=way)
         vars(growth)["atoms"] = np.sort(atoms)  # known here, so that nobody looks for them among all
         return growth
 
@@ -145,19 +150,22 @@ class Growth:
         """What the resized model does otherwise than the record's; None if old channels flow as before.
 
         It runs the same operators with the same numbers, old channels meet as they met, no new one meets an old one, and copies
-        of one class meet alike. `after` is the coupling of `child`, of the same way to grow groups.
+        of one class meet alike. Of a stream (`way`) numbers, norms and outputs are left to those who read it. `after` is the
+        coupling of `child`, of the same way to grow groups.
         """
         parent = self.coupling.record
         for entries, others in ((parent.journal, child.journal), (parent.moves, child.moves)):
             if entries == others:
                 continue
             for entry, other in zip(entries, others, strict=False):
-                if entry != other and not self._repeated(entry, other):
+                if entry != other and not (self.way and entry[:2] == other[:2]) and not self._repeated(entry, other):
                     name = repr(entry[0]) if entry[0] else "the model itself"
                     return Difference(f"{name} would run {_told(other)} instead of {_told(entry)}", entry[0])
             if len(entries) != len(others):
                 return Difference("the model would run other operators")
-        if parent.result != child.result:
+        pairs = zip(parent.result, child.result, strict=False)
+        wider = self.way and all(old == new or type(old) is type(new) is tuple for old, new in pairs)
+        if parent.result != child.result and not wider:
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.groupings) != len(child.groupings):
             return Difference("the model would run other operators")
@@ -173,7 +181,7 @@ class Growth:
                 source[span] = key[span] + old.start
             else:
                 source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
-        for block in child.blocks:
+        for block in child.blocks if not self.way else ():
             if copy[block.atoms].any():
                 return Difference(block.cause)
         astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
@@ -225,7 +233,7 @@ class Growth:
             if self.coupling.is_wider(old) and len(old.lines):
                 copies = self.copies[old.lines[:, 0]].astype(np.int64)
                 order = np.argsort(old.lines[:, 1], kind="stable")
-                if ((np.diff(copies[order]) != 0) & (np.diff(old.lines[order, 1]) == 0)).any():
+                if not self.way and ((np.diff(copies[order]) != 0) & (np.diff(old.lines[order, 1]) == 0)).any():
                     return f"module {old.module!r} normalises over them and over others that would not be copied as often"
                 expected = np.repeat(old.lines, 1 + copies, axis=0)
                 found = np.stack([source[new.lines[:, 0]], new.lines[:, 1]], 1)

@@ -24,7 +24,8 @@ def without_options(model: nn.Module, call: Inputs) -> list[Inputs]:
 def with_options(model: nn.Module, call: Inputs, made: Iterable[tuple[int, ...]]) -> Iterator[tuple[str, list[Inputs]]]:
     """For each optional argument that the call does not give, its name and calls that give a tensor like one of its others.
 
-    That has the shape of another, or one of the shapes that modules `made`.
+    That has the shape of another, or one of the shapes that modules `made`. Where the forward says that it takes a bool, the
+    call gives True.
     """
     given, optional = _arguments(model, call)
     if given is None:
@@ -34,7 +35,14 @@ def with_options(model: nn.Module, call: Inputs, made: Iterable[tuple[int, ...]]
     if tensors and len(missing) <= _MOST:
         shapes = list(dict.fromkeys([*(tuple(tensor.shape) for tensor in tensors), *made]))[:_SHAPES]
         for name in missing:
-            yield name, [_call(given, {name: tensors[0].new_empty(shape)}) for shape in shapes]
+            flag = _takes_bool(given.signature.parameters[name])
+            values = [True] if flag else [tensors[0].new_empty(shape) for shape in shapes]
+            yield name, [_call(given, {name: value}) for value in values]
+
+
+def _takes_bool(parameter: inspect.Parameter) -> bool:
+    told = str(parameter.annotation)  # a type, or what stands in the code
+    return "bool" in told and "Tensor" not in told
 
 
 def _arguments(model: nn.Module, call: Inputs) -> tuple[inspect.BoundArguments | None, list[str]]:

@@ -16,12 +16,14 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.record import Ints
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
 from fastmorph.graph.skeleton import ForwardError
+from fastmorph.graph.streams.read import read_stream
 from fastmorph.graph.structure import Structure
 
 # Convolutions in groups get wider groups if they can; norms in groups only get more of them.
 _WAYS: tuple[frozenset[str], ...] = (frozenset({"groups"}), frozenset())
 _RETRIES = 8
 _KINDS = 4  # kinds of channels that are tried alone
+_ANY_WIDTH = "fill='zero' allows any number, and so does fill='rotate' where no weight is tied"
 _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle allows
 
 Copies = tuple[Ints, Ints]  # classes, and how many copies of each
@@ -29,11 +31,15 @@ Copies = tuple[Ints, Ints]  # classes, and how many copies of each
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps."""
+    """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps.
+
+    `of_stream`: whether it is that of a stream at any width.
+    """
 
     cause: str
     near: int | None = None
     remedy: str = "widen another layer"
+    of_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,13 @@ class Proposals:
     Args:
         structure: the model's.
         layer: the layer's name.
+        way: how it grows where norms read its channels (`Growth.way`); "": by whole multiples.
 
     Raises MorphError if that makes no channels.
     """
 
-    def __init__(self, structure: Structure, layer: str) -> None:
-        self._structure, self._record, self.layer = structure, structure.record, layer
+    def __init__(self, structure: Structure, layer: str, way: str = "") -> None:
+        self._structure, self._record, self.layer, self._way = structure, structure.record, layer, way
         self.atoms = structure.channels(layer)
         grouped = any(grouping.attribute == "groups" for grouping in self._record.groupings)
         self._couplings = [structure.coupling(wider) for wider in (_WAYS if grouped else _WAYS[:1])]
@@ -67,11 +74,16 @@ class Proposals:
     def find(self, width: int) -> Found | list[Refusal]:
         """A growth to `width` channels after which the model still does the same; else why there is none."""
         refusals = []
-        for proposal in chain(self._copies(width), self._shuffled(width), self._even(width)):
+        ways = [self._streamed(width), self._copies(width), self._shuffled(width), self._even(width)]
+        for proposal in chain(*(ways[:1] if self._way == "turned" else ways)):
             found = tried(self._structure, proposal) if isinstance(proposal, Growth) else proposal
             if isinstance(found, Found):
                 return found
+            if isinstance(proposal, Growth):
+                found = replace(found, of_stream=bool(proposal.way))
             refusals.append(found)
+        if self._way == "axis" and self._couplings[0].is_blocked(self._couplings[0].of(self.atoms)):
+            refusals.sort(key=lambda refusal: refusal.of_stream)  # what forbids copies tells more
         return refusals
 
     def found(self, width: int) -> Found:
@@ -79,12 +91,26 @@ class Proposals:
         found = self.find(width)
         if isinstance(found, Found):
             return found
-        nearest = self._nearest(width, found)
+        nearest = None if self._way == "turned" else self._nearest(width, found)
+        ways = _ANY_WIDTH if self._is_stream_of_any(width) else ""
         if nearest is None:
-            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {found[0].remedy}.")
+            remedy = ways or found[0].remedy
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {remedy}.")
         near, cause = nearest
-        raise MorphError(
-            f"layer {self.layer!r} cannot have {width} channels: {cause}; the nearest number that works is {near}."
+        cause = found[0].cause if self._way else cause
+        near_by = f"the nearest number that works is {near}" + (ways and f"; {ways}")
+        raise MorphError(f"layer {self.layer!r} cannot have {width} channels: {cause}; {near_by}.")
+
+    def _is_stream_of_any(self, width: int) -> bool:
+        """Whether norms read the channels, or a tie keeps them, so that another fill gives them this width."""
+        coupling = self._couplings[0]
+        sequence = coupling.of(self.atoms)
+        bound = (coupling.norms[sequence] >= 0).all() or coupling.fixed[sequence].all()
+        if self._way or not bound or coupling.is_blocked(sequence):
+            return False
+        return any(
+            isinstance(proposal, Growth) and isinstance(tried(self._structure, proposal), Found)
+            for proposal in Proposals(self._structure, self.layer, "axis")._streamed(width)
         )
 
     def smallest(self, step: int) -> Found | str:
@@ -110,6 +136,20 @@ class Proposals:
             if near > len(self.atoms) and any(isinstance(found, Growth) for found in self._shuffled(near)):
                 return near, TOO_FEW
         return None
+
+    def _streamed(self, width: int) -> Iterator[Growth | Refusal]:
+        """So many more channels of a stream, behind the old ones, if none could be copied alone."""
+        coupling = self._couplings[0]
+        sequence = coupling.of(self.atoms)
+        free = _free(coupling, sequence)
+        if not self._way or (self._way == "axis" and (coupling.norms[free] < 0).any()):
+            return
+        more = np.array([width - len(sequence)])
+        growth = Growth.of_classes(coupling, sequence[-1:], more, way=self._way)
+        if len(np.unique(sequence)) == len(sequence) and all(axis.size == len(sequence) for axis in growth.layouts):
+            yield from (replace(growth, numbers=True), growth)
+        elif self._way == "turned":
+            yield Refusal("some tensors hold them several times, or beside others")
 
     def _copies(self, width: int) -> Iterator[Growth | Refusal]:
         """Copies of the last channel, of the last of each kind, of those and of what is cut like them, or far apart."""
@@ -214,6 +254,9 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             return tried(structure, replace(growth, cautious=growth.cautious | {error.module}))
         return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
     found = growth.difference(child.record, child.coupling(growth.coupling.wider))
+    if found is None and growth.way:
+        stream = read_stream(growth, structure.tapes, child.record)
+        return Refusal(stream) if isinstance(stream, str) else Found(replace(growth, stream=stream), child)
     if found is None:
         return Found(growth, child)
     if growth.numbers and found.module is not None and found.module not in growth.plain:

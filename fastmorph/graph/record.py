@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmorph.graph.flow import line
 from fastmorph.graph.ragged import scrambled
+from fastmorph.graph.tape import Tape
 from fastmorph.inputs import Inputs
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -128,10 +129,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """Atoms that cannot get copies, and why: a clause that names the module."""
+    """Atoms that cannot get copies, and why: a clause that names the module; `output` where they are the model's output."""
 
     atoms: Ints
     cause: str
+    output: bool = False
 
 
 class Record:
@@ -158,6 +160,7 @@ class Record:
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size
         self.runs: list[Run] = []  # whatever was found was found in these
+        self.tapes: list[Tape] = []  # of the runs in eval mode, where these are asked for
         self.cuts: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}  # what `note_cut` found, by module
         self.used: set[str] = set()  # parameters and buffers that some operator took
         self.result: list[Any] = []  # shapes of the model's outputs, and what else is in these
@@ -249,11 +252,11 @@ class Record:
         """Note what an operator does with all atoms in the labels, see `Kind`."""
         self._marks.setdefault(kind, []).extend(labels)
 
-    def block(self, labels: Iterable[Tensor], cause: str) -> None:
+    def block(self, labels: Iterable[Tensor], cause: str, *, output: bool = False) -> None:
         """Forbid copies of all atoms in the labels."""
         atoms = _atoms(labels)
         if len(atoms):
-            self.blocks.append(Block(atoms, cause))
+            self.blocks.append(Block(atoms, cause, output))
 
     def note_operand(self, place: int, labels: Sequence[Tensor]) -> None:
         """The channels in one operand, or in one result, of the operator that the journal names last."""
@@ -357,6 +360,7 @@ def unique(pairs: Edges) -> Edges:
         return pairs
     low, high = np.minimum(pairs[:, 0], pairs[:, 1]), np.maximum(pairs[:, 0], pairs[:, 1])
     bits = int(high.max()).bit_length()
-    keys = np.sort(((low << bits) | high)[low != high])  # as one number, which sorts much faster than pairs
+    # As one number, which sorts much faster than pairs; and they come in few runs, which a merge sort makes use of.
+    keys = np.sort(((low << bits) | high)[low != high], kind="stable")
     keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
     return np.stack([keys >> bits, keys & ((1 << bits) - 1)], 1)

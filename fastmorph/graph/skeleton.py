@@ -24,6 +24,7 @@ from fastmorph.graph.clone import clone
 from fastmorph.graph.options import with_options, without_options
 from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
+from fastmorph.graph.tape import Tape
 from fastmorph.graph.tracer import Tracer, Watcher
 from fastmorph.inputs import Inputs
 from fastmorph.outputs import PLAIN, Path, flatten
@@ -46,6 +47,7 @@ class Skeleton:
     Attributes:
         model: a copy whose parameters and buffers are fake tensors.
         names: every name of every parameter and buffer, the first one first, by the first one.
+        values: of indices, and of buffers without dimensions, what they hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,7 +62,7 @@ class Skeleton:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         devices = [tensor.device for _, tensor in _tensors(model) if tensor.device.type != "meta"]
         self._device = devices[0] if devices else torch.device("cpu")
-        self._values: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
         self.names: dict[str, list[str]] = {}
         memo: dict[int, Any] = {}
         first: dict[int, str] = {}
@@ -70,8 +72,11 @@ class Skeleton:
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._fake(tensor)
                 first[id(tensor)] = name
-                if tensor.device.type != "meta" and not tensor.is_floating_point():  # an index; weights are not held
-                    self._values[name] = tensor.detach()
+                # An index, or a factor that code multiplies by; weights are not held.
+                if tensor.device.type != "meta" and not (
+                    tensor.is_floating_point() and (tensor.ndim or isinstance(tensor, nn.Parameter))
+                ):
+                    self.values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
         self.model: nn.Module = clone(model, memo)
 
@@ -96,7 +101,7 @@ class Skeleton:
     def copy(self) -> Skeleton:
         """Another one that can be resized on its own."""
         new = copy.copy(self)
-        new._values = dict(self._values)
+        new.values = dict(self.values)
         new.model = clone(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
         return new
 
@@ -109,7 +114,7 @@ class Skeleton:
             owner, key = _owner(self.model, other)
             tensors: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
             tensors[key] = new
-        self._values.pop(name, None)
+        self.values.pop(name, None)
 
     def trace(
         self,
@@ -118,13 +123,14 @@ class Skeleton:
         also: Sequence[Inputs] = (),
         runs: Sequence[Run] = (),
         whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
+        taped: bool = False,
     ) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
         runs on them; with more and with fewer optional arguments; with comparisons of sizes the other way (see
         `fastmorph.graph.branches`); and in train mode, where eval mode does not use all parameters (auxiliary heads). With
-        `runs`, exactly these are made instead.
+        `runs`, exactly these are made instead, and `taped` if the record is to have what they did.
 
         Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
@@ -134,7 +140,7 @@ class Skeleton:
             record.add_parameter(name, tuple(tensors[name].shape))
         if runs:
             for run in runs:
-                self._run(run, record)
+                self._run(run, record, tape=Tape() if taped and not run.train else None)
             return record
         first, shapes = Run(self.inputs(inputs)), dict[tuple[int, ...], None]()
         places = self._run(first, record, shapes)
@@ -169,13 +175,15 @@ class Skeleton:
                 raise
             return record, {}
 
-    def _run(self, run: Run, record: Record, shapes: dict[tuple[int, ...], None] | None = None) -> dict[Place, None]:
+    def _run(
+        self, run: Run, record: Record, shapes: dict[tuple[int, ...], None] | None = None, tape: Tape | None = None
+    ) -> dict[Place, None]:
         """Follow one run; returns the places where code compares sizes. `shapes` gets those of what modules return."""
-        tracer, blocks = Tracer(rule_of, record), len(record.blocks)
+        tracer, blocks = Tracer(rule_of, record, tape), len(record.blocks)
         comparisons = Comparisons(tracer, run.turned)
         tensors = dict(_tensors(self.model))
         for name in self.names:
-            tracer.add_leaf(name, tensors[name], self._values.get(name))
+            tracer.add_leaf(name, tensors[name], self.values.get(name))
         leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
         for path, leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN)):
@@ -186,15 +194,19 @@ class Skeleton:
             if not isinstance(leaf, Tensor):
                 record.result.append(leaf)
                 continue
+            if tape is not None:
+                tape.outputs.append((path, tracer.ref(leaf)))
             number = tracer.value(leaf)
             record.result.append(tuple(leaf.shape) if number is None else number.tolist())
-            record.block(tracer.flow(leaf).slots, "they are the model's output")
+            record.block(tracer.flow(leaf).slots, "they are the model's output", output=True)
         if run.train:
             del record.blocks[blocks:]  # exact it must be in eval mode
         elif run.option:
             told = f"where {run.option!r} is given, which example_inputs= does not give, "
             record.blocks[blocks:] = [replace(block, cause=told + block.cause) for block in record.blocks[blocks:]]
         record.runs.append(run)
+        if tape is not None:
+            record.tapes.append(tape)
         return comparisons.found
 
     def first_names(self) -> dict[int, str]:

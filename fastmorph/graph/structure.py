@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmorph.context import plain_context
 from fastmorph.errors import MorphError
-from fastmorph.graph.attributes import update_attributes
+from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import channels_of, weights_of
@@ -18,6 +18,7 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.tape import Tape
 from fastmorph.inputs import Inputs, as_call
 
 
@@ -52,9 +53,16 @@ class Structure:
         for name in growth.names:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
         update_attributes(skeleton.model, growth)
+        skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole)
+        taped = bool(growth.way)
+        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole, taped=taped)
         return Structure(skeleton, record, self.inputs, known)
+
+    @cached_property
+    def tapes(self) -> list[Tape]:
+        """What the model does, operator by operator, in every run in eval mode."""
+        return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
 
     def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
         """The same model followed anew, with neighbours as one channel: see `Record.whole`."""

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmorph.errors import MorphError
-from fastmorph.graph import attention
 from fastmorph.graph.flow import DATA, FIXED, FREE, UNIFORM, Flow, compress, leaf
 from fastmorph.graph.record import Record
+from fastmorph.graph.tape import Ref, Tape, ref_to
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class NoSuchDimension(IndexError):
     """The model's forward asks for a dimension that its tensor does not have."""
 
 
+_DEVICE = torch.ops.prim.device.default
 _NOTED = 64  # elements of a constant that two runs are compared by
 Rule = Callable[["Tracer", Call], Any]  # returns a Flow, a sequence of them, or None: the output is any data
 
@@ -89,11 +91,11 @@ class Watcher(TorchDispatchMode):
 
 
 class Tracer(Watcher):
-    """Follows channels while it is the innermost mode."""
+    """Follows channels while it is the innermost mode; `tape`, where there is one, gets every operator."""
 
-    def __init__(self, rule_of: Callable[[Any], Rule], record: Record) -> None:
+    def __init__(self, rule_of: Callable[[Any], Rule], record: Record, tape: Tape | None = None) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.tape = record, tape
         self._rule_of = rule_of
         self._flows: dict[int, Flow] = {}
         self._names: dict[int, str] = {}
@@ -130,6 +132,10 @@ class Tracer(Watcher):
             return tensor
         return self._values.get(id(tensor), getattr(tensor, "constant", None))
 
+    def ref(self, tensor: Tensor) -> Ref:
+        """What a tape has in a tensor's place."""
+        return ref_to(tensor, self._names.get(id(tensor), ""), self.value(tensor))
+
     def poison(self, tensor: Tensor, labels: list[Tensor], cause: str) -> None:
         """Block atoms if anything reads this tensor."""
         self._kept.append(tensor)
@@ -149,18 +155,18 @@ class Tracer(Watcher):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then follow it."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # asked by some operators several times, and known
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
-        if attention.is_fused(func):
-            with self:
-                return (attention.plain(_call(func, args, kwargs or {}, out).args), *out[1:])
         with torch._C._DisableTorchDispatch():  # in this thread alone
-            self._follow(func, args, kwargs or {}, out)
+            self.follow(func, args, kwargs or {}, out)
         return out
 
-    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Note what an operator did to return `out`, by its rule."""
         if func.namespace == "prim":
             return
-        call = _call(func, args, kwargs, out)
+        call = call_of(func, args, kwargs, out)
         for tensor in call.tensors:
             if id(tensor) in self._names:
                 self.record.used.add(self._names[id(tensor)])
@@ -183,6 +189,8 @@ class Tracer(Watcher):
         if len(self.record.journal) > entries:
             for place, slots in enumerate([*held, *(self.flow(tensor).slots for tensor in call.outputs)]):
                 self.record.note_operand(place, slots)
+        if self.tape is not None:
+            self.tape.note(self.stack[-1], call.name, call.args, call.outputs, self.ref)
         for tensor in [*call.tensors, *call.outputs]:
             self.record.note_sizes(self.stack[-1], tensor.shape, self.flow(tensor).varying)
 
@@ -238,7 +246,8 @@ def _signature(func: Any) -> tuple[str, list[tuple[str, bool, Any]]]:
     return name, [(a.name, a.has_default_value(), a.default_value) for a in schema.arguments]
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+def call_of(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
+    """The call, with its arguments by name."""
     name, arguments = _signature(func)
     named = {key: value for (key, _, _), value in zip(arguments, args, strict=False)}
     for key, has_default, default in arguments[len(args) :]:

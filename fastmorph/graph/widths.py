@@ -20,12 +20,14 @@ class Width:
     Attributes:
         layer: its name.
         channels: how many.
+        way: how it grows where norms read its channels, see `Growth.way`.
         accept: called with the growth that was found; raises MorphError where the caller cannot use it.
     """
 
     layer: str
     channels: int
     accept: Callable[[Growth], None]
+    way: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
 
 
 def _proposals(structure: Structure, width: Width) -> Proposals:
-    proposals = Proposals(structure, width.layer)
+    proposals = Proposals(structure, width.layer, width.way)
     channels, old = width.channels, len(proposals.atoms)
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < old:
         raise MorphError(f"layer {width.layer!r} has {old} channels: channels={channels!r} must be an int of at least that.")
@@ -99,7 +101,7 @@ def _together(structure: Structure, widths: Sequence[Width]) -> list[Growth | No
             break
         growth = None
         if width.channels > len(proposals.atoms):
-            growth = proposals.first(width.channels)
+            growth = None if width.way == "turned" else proposals.first(width.channels)
             if growth is None or not grown.isdisjoint(growth.layouts) or not ways <= {growth.coupling}:
                 break
             grown.update(growth.layouts)

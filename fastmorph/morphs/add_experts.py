@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import torch
@@ -25,6 +25,8 @@ from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import submodule_of
 from fastmorph.graph.structure import follow
+from fastmorph.morphs.copies import Copies
+from fastmorph.morphs.stock_mixture import put_stock_mixture
 from fastmorph.nn import Mixture
 from fastmorph.plan.layers import check_surroundings, refusal, unhooked
 from fastmorph.plan.morph import M, Options, grow
@@ -72,6 +74,17 @@ class AddExperts:
         if self.fill not in _FILLS:
             raise MorphError(f"layer {self.layer!r}: fill={self.fill!r} must be 'pair' or 'duplicate'.")
         transaction.settle(module)
+        blocks = {} if self.layer else dict(_blocks(module))
+        for path, (block, mixture) in blocks.items():
+            replace(self, layer=path)._multiply(transaction, block, mixture)
+        if blocks:
+            _count([*module.modules(), getattr(module, "config", None)], mixture, self.experts // mixture.experts)
+        elif not self.layer:
+            put_stock_mixture(transaction, self.experts, self.top_k)
+        else:
+            self._change(transaction, module)
+
+    def _change(self, transaction: Transaction, module: nn.Module) -> None:
         check_surroundings(transaction.model, self.layer, module)
         mixture = _find_mixture(self.layer, module)
         if mixture is None:
@@ -91,7 +104,7 @@ class AddExperts:
         experts = [deepcopy(unhooked(module)) for _ in range(self.experts)]
         for expert in experts:
             for new, old in zip(expert.parameters(), module.parameters(), strict=True):
-                transaction.lineage.copied(new, old, _Copies(1, 1, self.experts), _Copies(1, 2, self.experts))
+                transaction.lineage.copied(new, [old], Copies(1, 1, self.experts), Copies(1, 2, self.experts))
         transaction.replace_module(module, Mixture(router, experts, self.top_k), near=near)
 
     @torch.no_grad()
@@ -113,10 +126,12 @@ class AddExperts:
             new = old.detach().expand(times, *old.shape)
             if name in last and transaction.with_weights:
                 new = new + _apart(noise.of(name), new, old)
-            transaction.replace(old, new.flatten(0, 1), linear=_Copies(times, 1), square=_Copies(times, 2))
+            transaction.replace(old, new.flatten(0, 1), linear=Copies(times, 1), square=Copies(times, 2))
         if isinstance(mixture.holder, nn.ModuleList):
             self._multiply_modules(transaction, mixture.holder, times, last, noise)
-        _count(module, mixture, times)
+        _count(module.modules(), mixture, times)
+        if isinstance(mixture.router, nn.Linear):
+            mixture.router.out_features *= times
         if before is not None and not torch.allclose(before, _run(self.layer, module, x), rtol=0, atol=_bound(before)):
             raise refusal(
                 self.layer,
@@ -138,21 +153,9 @@ class AddExperts:
                 for one, value in zip(copies[number][1:], new[1:], strict=True):
                     copied = one.get_parameter(name)
                     copied.copy_(value)
-                    transaction.lineage.copied(copied, parameter, _Copies(1, 1, times), _Copies(1, 2, times))
-                transaction.replace(parameter, new[0], linear=_Copies(1, 1, times), square=_Copies(1, 2, times))
+                    transaction.lineage.copied(copied, [parameter], Copies(1, 1, times), Copies(1, 2, times))
+                transaction.replace(parameter, new[0], linear=Copies(1, 1, times), square=Copies(1, 2, times))
         experts.extend(copy for place in range(1, times) for copy in (found[place] for found in copies))
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """The map of a moment to so many copies along the first dimension: each has 1 / `shares` of the gradient, to a power."""
-
-    times: int
-    power: int
-    shares: int = 0
-
-    def __call__(self, moment: Tensor) -> Tensor:
-        return moment.repeat(self.times, *[1] * (moment.ndim - 1)) / (self.shares or self.times) ** self.power
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,22 +219,30 @@ def _find_mixture(layer: str, module: nn.Module) -> _Mixture | None:
     return None
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    return ((key, value) for key, value in vars(module).items() if type(value) is int and not key.startswith("_"))
+def _blocks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, _Mixture]]]:
+    """The modules of a model that hold a router beside stacked experts."""
+    for path, module in model.named_modules():
+        stacks = (part for part in module.children() if any(p.ndim == 3 for p in part.parameters(recurse=False)))
+        mixture = _find_mixture(path, module) if any(stacks) else None
+        if mixture is not None:
+            yield path, (module, mixture)
+
+
+def _numbers(part: object) -> list[tuple[str, int]]:
+    return [(key, value) for key, value in vars(part).items() if type(value) is int and not key.startswith("_")]
 
 
 def _is_top_k(key: str) -> bool:
     return bool(_CHOSEN.search(key)) and not _NO_COUNTS.search(key)
 
 
-def _count(module: nn.Module, mixture: _Mixture, times: int) -> None:
-    """Let the modules count so many times as many experts, and choose so many times as many."""
-    for part in module.modules():
-        for key, value in list(_numbers(part)):
-            if (value == mixture.top_k and _is_top_k(key)) or (value == mixture.experts and _COUNTS.search(key)):
+def _count(parts: Iterable[object], mixture: _Mixture, times: int) -> None:
+    """Let modules, and a config, count so many times as many experts, and choose so many times as many."""
+    for part in filter(None, parts):
+        for key, value in _numbers(part):
+            old = mixture.top_k if _is_top_k(key) else mixture.experts if _COUNTS.search(key) else 0
+            if value == old:
                 setattr(part, key, times * value)
-    if isinstance(mixture.router, nn.Linear):
-        mixture.router.out_features *= times
 
 
 def _apart(noise: Stream, copies: Tensor, old: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from fastmorph.errors import MorphError
-from fastmorph.graph.attributes import update_attributes
+from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.structure import follow
 from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.morphs.stream_fill import StreamFilling
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.plan.lineage import Map
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
@@ -33,7 +35,9 @@ class Widen:
     The name may be a pattern, for many layers at once, and the number a factor, "x1.5": see `fastmorph.plan.patterns`.
 
     `fill` says what the new channels begin with: "pair", twins that cancel, "zero", one side zero (the paper's), or
-    "duplicate", copies of old channels that share their weight (Net2Wider); see `fastmorph.morphs.widen_fill`.
+    "duplicate", copies of old channels that share their weight (Net2Wider); see `fastmorph.morphs.widen_fill`. Channels that
+    norms read (the residual stream of a transformer) get whole multiples by these; any number by "zero", there the axis fill,
+    and by "rotate", the dense one, where no weight is tied; see `fastmorph.morphs.stream_fill`.
     """
 
     layer: str
@@ -58,15 +62,15 @@ class Widen:
         """
         began = perf_counter()
         for operator in operators:
-            if operator.fill not in FILLS:
-                known = ", ".join(map(repr, FILLS))
+            if operator.fill not in (*FILLS, "rotate"):
+                known = ", ".join(map(repr, (*FILLS, "rotate")))
                 raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
         if transaction.structure is None:
             transaction.structure = follow(transaction.model, transaction.example_inputs)
         used = transaction.structure.record.used
         unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
         transaction.untouched = transaction.untouched or unused
-        widths = [Width(operator.layer, cast(int, operator.channels), operator._check_fill) for operator in operators]
+        widths = [Width(each.layer, cast(int, each.channels), each._check_fill, _WAYS.get(each.fill, "")) for each in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
@@ -104,18 +108,42 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
             steps.append(step)
             if whole is None or growth is None:
                 continue
-            if marks is not None:
+            if growth.stream is not None:
+                _grow_stream(operator, growth, transaction)
+            elif marks is not None:
                 filling = Filling(growth, operator.fill, transaction.noise("widen", operator.layer), marks)
                 for name in growth.names:
                     fillings[name].append(filling)
-            for name in growth.names:
+            for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
                     old = tensor_of(transaction.model, name)
                     _replace(transaction, old, name, whole, fillings.pop(name))
     for step in steps:
         step.after = transaction.kernel_shapes(step.layer)
     if whole is not None:
+        buffers = dict(transaction.model.named_buffers())
+        for name, value in new_factors(buffers, whole).items():
+            transaction.replace(buffers[name], value, linear=None, square=None)
         update_attributes(transaction.model, whole)
+
+
+@torch.no_grad()
+def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> None:
+    """The same for a stream."""
+    model = transaction.model
+    assert growth.stream is not None
+    gains = {name: tensor_of(model, name) for name in sorted(StreamFilling.gains(growth))}
+    filling = StreamFilling(operator.layer, growth, transaction.noise("widen", operator.layer), gains)
+    for name in growth.names:
+        old = tensor_of(model, name)
+        new: Tensor = old.detach().new_empty(growth.shape(name, old.shape))
+        linear: Map | None = None
+        square: Map | None = None
+        if transaction.with_weights:
+            new, linear, square = filling.tensor(name, old)
+        transaction.replace(old, new, linear=linear, square=square)
+    if growth.stream.outputs:
+        transaction.readings.append(filling.reading())
 
 
 @torch.no_grad()
@@ -148,5 +176,7 @@ def widen(
     """
     return grow(model, [Widen(layer, number, fill) for layer, number in channels.items()], options)
 
+
+_WAYS = {"zero": "axis", "rotate": "turned"}  # of a stream that norms read, by the fill
 
 register_operator(Widen, name="widen")

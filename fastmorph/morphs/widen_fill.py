@@ -176,7 +176,7 @@ def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Te
     def moment(given: Tensor, power: int) -> Tensor:
         return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
 
-    new = write(old, sides, _root_mean_square(old) if drawn else 0.0)
+    new = write(old, sides, root_mean_square(old) if drawn else 0.0)
     return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
 
 
@@ -258,7 +258,7 @@ def _places_of_copies(layout: Layout) -> Ints:
     return order.reshape(-1, int(layout.copy.max()) + 1).T
 
 
-def _root_mean_square(tensor: Tensor) -> float:
+def root_mean_square(tensor: Tensor) -> float:
     """Of a sample of its entries; for a tensor of zeros, of the noise that keeps the size of activations.
 
     Taken on the CPU, in one order, so that it is the same for a tensor on every device.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -20,12 +20,19 @@ class Ancestry:
             parameter's; None if there is no way: the moment starts afresh.
         square: the same for second moments (averages or sums of squared gradients).
         joined: whether the parameter descends from none, and has the ancestor for its options alone.
+        parts: of one that descends from several parameters, laid behind each other along the first dimension, the past of each;
+            the maps are what came after. Its options are those of the first.
     """
 
     ancestor: nn.Parameter
     linear: tuple[Map, ...] | None = ()
     square: tuple[Map, ...] | None = ()
     joined: bool = False
+    parts: tuple[Ancestry, ...] = ()
+
+    def then(self, linear: Map | None, square: Map | None) -> Ancestry:
+        """The past of what these maps make of the parameter."""
+        return replace(self, linear=_then(self.linear, linear), square=_then(self.square, square))
 
 
 class Lineage:
@@ -48,13 +55,14 @@ class Lineage:
         """Let `new` take the place of `old`."""
         past = self._of.pop(old, None)
         if past is not None:
-            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
+            self._of[new] = past.then(linear, square)
 
-    def copied(self, new: nn.Parameter, old: nn.Parameter, linear: Map | None, square: Map | None) -> None:
-        """Let `new` descend from what `old` descends from, beside it."""
-        past = self._of.get(old)
-        if past is not None:
-            self._of[new] = Ancestry(past.ancestor, _then(past.linear, linear), _then(past.square, square), past.joined)
+    def copied(self, new: nn.Parameter, old: Sequence[nn.Parameter], linear: Map | None, square: Map | None) -> None:
+        """Let `new` descend from what `old` descend from, beside them; of several, it is made of all, one behind the other."""
+        parts = tuple(self._of[each] for each in old if each in self._of)
+        if len(parts) == len(old):
+            past = Ancestry(parts[0].ancestor, parts=parts) if len(parts) > 1 else parts[0]
+            self._of[new] = past.then(linear, square)
 
     def of_twins(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> Lineage:
         """The same ancestries for another model's parameters, given as (this model's, the other's)."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from fastmorph.certify.certificate import Certificate
+from fastmorph.certify.readings import Reading
 from fastmorph.certify.recorded import certify, record
 from fastmorph.certify.verify import verify as verify_models
 from fastmorph.context import plain_context
@@ -73,6 +74,7 @@ class Morphed(Generic[M]):
         steps: what each operator did.
         untouched: parameters of the parent that eval mode does not use on those inputs, as far as the network was followed:
             what is computed with them was not compared.
+        readings: how outputs that became larger are read as the parent's, for `verify`.
     """
 
     model: M
@@ -82,6 +84,7 @@ class Morphed(Generic[M]):
     steps: tuple[Step, ...] = field(repr=False)
     untouched: tuple[str, ...] = ()
     _twins: tuple[int, ...] = field(default=(), repr=False)  # the groups that the optimizer's last, new ones are twins of
+    readings: tuple[Reading, ...] = field(default=(), repr=False)
 
     def rebind(self, scheduler: Any) -> Any:
         """A copy of a learning-rate scheduler of the parent's optimizer that drives `optimizer` from where it stands.
@@ -188,11 +191,13 @@ def morph(
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
     certificate = None
     if before is not None:
-        certificate = certify(before, child, compared)
+        certificate = certify(before, child, compared, transaction.readings)
     elif compared is not None:
-        certificate = verify_models(model, child, *compared.args, kwargs=compared.kwargs, exact=verify is True)
+        certificate = verify_models(
+            model, child, *compared.args, kwargs=compared.kwargs, exact=verify is True, readings=transaction.readings
+        )
     if certificate is not None and compared is not None and given is None:
-        certificate = replace(certificate, on=described(compared))
+        certificate = replace(certificate, on=", ".join(filter(None, (described(compared), certificate.on))))
     certificate = with_layers(certificate, transaction.compared, child)
     if certificate is not None and not certificate and not allow_inexact:
         raise MorphError(f"the child does not compute what its parent computes:\n{certificate}")
@@ -203,7 +208,16 @@ def morph(
         carried, twins = carry_over(optimizer, child, transaction.lineage, consume=consume)
     history = plan.recorded(transaction.resolved(), seed, given)
     remember(child, model, history)
-    return Morphed(cast(M, child), carried, certificate, history, tuple(transaction.steps), transaction.untouched, twins)
+    return Morphed(
+        cast(M, child),
+        carried,
+        certificate,
+        history,
+        tuple(transaction.steps),
+        transaction.untouched,
+        twins,
+        tuple(transaction.readings),
+    )
 
 
 def morph_(

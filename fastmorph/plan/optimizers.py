@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -192,11 +192,19 @@ def _carried_state(
     """State by the child's parameters, and by their names, the keys without a rule for which it starts afresh."""
     state: dict[Any, dict[str, Any]] = {}
     lost: dict[str, set[str]] = {}
+    left = Counter(part.ancestor for parameter in names for part in _parts(lineage[parameter]))
+
+    def held(part: Ancestry) -> dict[str, Any]:
+        left[part.ancestor] -= 1
+        last = consume and not left[part.ancestor]
+        return optimizer.state.pop(part.ancestor, {}) if last else optimizer.state.get(part.ancestor, {})
+
     for parameter, name in names.items():
         past = lineage[parameter]
+        befores = [held(part) for part in _parts(past)]
         if past.linear is None and past.square is None:
             continue
-        before = optimizer.state.pop(past.ancestor, {}) if consume else optimizer.state.get(past.ancestor, {})
+        before = befores[0] if not past.parts else _behind_each_other(befores, rule, past.parts)
         if past.linear == past.square == ():
             kept = dict(before) if consume else deepcopy(dict(before))
             state[parameter] = {key: _placed(value, parameter, place) for key, value in kept.items()}
@@ -205,6 +213,23 @@ def _carried_state(
         elif after := _followed(before, rule, past, partial(_placed, parameter=parameter, place=place)):
             state[parameter] = after
     return {parameter: each for parameter, each in state.items() if each}, lost
+
+
+def _parts(past: Ancestry) -> tuple[Ancestry, ...]:
+    return past.parts or (past,)
+
+
+def _behind_each_other(
+    befores: Sequence[dict[str, Any]], rule: OptimizerRule | None, parts: Sequence[Ancestry]
+) -> dict[str, Any]:
+    """The state of several parameters as one, moments along the first dimension; empty where some have none."""
+    states = [_followed(before, rule, part, lambda value: value) for before, part in zip(befores, parts, strict=True)]
+    if rule is None or not all(states):
+        return {}
+    moments = {
+        key: torch.cat([state[key] for state in states]) for key in states[0] if key in rule.moments and states[0][key].ndim
+    }
+    return states[0] | moments
 
 
 def _has_rule(key: str, value: Any, rule: OptimizerRule | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,31 @@ def savable(model: nn.Module) -> dict[str, Shapes]:
     return found
 
 
+def _is_as_configured(module: nn.Module, shapes: Shapes) -> bool:
+    """Whether the module's class makes one of these tensors, whose parts count what its parts count, from its config."""
+    try:
+        with torch.device("meta"):
+            fresh = type(module)(deepcopy(module.config))
+    except Exception:  # a class that is made otherwise, or a config that it refuses
+        return False
+    if {key: tuple(tensor.shape) for key, tensor in fresh.state_dict().items()} != shapes:
+        return False
+    counted = ([(name, _counts(part)) for name, part in each.named_modules()] for each in (module, fresh))
+    return next(counted) == next(counted)
+
+
+def _counts(module: nn.Module) -> dict[str, int]:
+    return {key: value for key, value in vars(module).items() if type(value) is int and not key.startswith("_")}
+
+
 def guard_saving(child: nn.Module, before: Mapping[str, Shapes]) -> None:
-    """Let `save_pretrained` raise where a module has other tensors than `before`, as `savable` found them in the parent."""
+    """Let `save_pretrained` raise where a module has other tensors than `before`, as `savable` found them in the parent.
+
+    Unless its config says so too.
+    """
     for name, after in savable(child).items():
         known = before.get(name, after)
         changed = next((key for key in [*known, *after] if known.get(key) != after.get(key)), None)
-        if changed is not None:
-            module = child.get_submodule(name)
+        module = child.get_submodule(name)
+        if changed is not None and not _is_as_configured(module, after):
             vars(module)["save_pretrained"] = CannotSave(type(module).__name__, changed)

@@ -42,6 +42,8 @@ def expanded(operator: T, model: nn.Module) -> list[T]:
                 f"no layer's name matches {target!r}; * stands for one part of a name, ** for any number of them (see "
                 "model.named_modules())."
             )
+        if getattr(type(operator), "from_last", False):  # what comes behind gets another name
+            names.reverse()
     keys = [field.name for field in fields(cast(Any, operator)) if getattr(operator, field.name) is target]
     return [
         _scaled(operator if name == target else replace(cast(Any, operator), **{keys[0]: name}), name, model) for name in names

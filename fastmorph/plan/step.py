@@ -21,6 +21,7 @@ class Step:
         estimated: whether that residual is an estimate from random sums of channels, see `Decomposition.residual`.
         milliseconds: time it took, with its share, by cost, of the equations solved together.
         how: how the equations were solved.
+        note: what else is to be known of it, e.g. that the model is of another class now.
     """
 
     layer: str
@@ -30,6 +31,7 @@ class Step:
     estimated: bool = False
     milliseconds: float = 0.0
     how: str = "no equation to solve"
+    note: str = ""
 
     def add(self, answer: Decomposition[Tensor], milliseconds: float) -> None:
         """Count an equation that was solved for it."""

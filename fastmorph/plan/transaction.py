@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastmorph.certify.compare import Comparison
+from fastmorph.certify.readings import Reading
 from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
@@ -93,6 +94,7 @@ class Transaction:
         solving: `solver`, `backend`, `allow_inexact`, `memory_budget` and `progress` of `decompose_many`.
         norms: the BatchNorms that operators inserted, to be calibrated.
         steps: what each operator did.
+        readings: how outputs that became larger are read as the parent's.
         untouched: parameters that the model does not use in eval mode, as far as it was followed.
         compared: what was found where layers were compared by themselves.
     """
@@ -109,6 +111,7 @@ class Transaction:
     solving: dict[str, Any] = field(default_factory=dict)
     norms: list[nn.Module] = field(default_factory=list, init=False)
     steps: list[Step] = field(default_factory=list, init=False)
+    readings: list[Reading] = field(default_factory=list, init=False)
     untouched: tuple[str, ...] = field(default=(), init=False)
     compared: list[Comparison] = field(default_factory=list, init=False)
     _around: Surroundings | None = field(default=None, init=False)
@@ -216,6 +219,11 @@ class Transaction:
         if self.consume:  # layer by layer, so that each old weight is gone before the next new one comes
             self.settle()
             self._compare_pieces()
+
+    def say(self, note: str) -> None:
+        """Note what else the operator that is being applied does: see `Step.note`."""
+        if self._step is not None:
+            self._step.note = note
 
     def kernel_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
         """The shapes of the weights, of two or more dimensions, that stand under a name; none where that is no module's."""

@@ -32,6 +32,7 @@ Words = np.ndarray[Any, np.dtype[np.uint32]]
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 STEP, FIRST, SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 SCALE = 12.0**0.5 / 2**16
+FEW = 2**18  # values that are made on the host, wherever they go: quicker than the launches that it takes to make them there
 BLOCK = 2**15  # words at a time on a CPU: they stay in its cache, and calls cost little beside them
 _MASK = 2**64 - 1
 
@@ -55,6 +56,11 @@ def mix_keys(key: Any, number: Any) -> Any:
 def fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
     """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`; in blocks on a CPU."""
     if not out.numel():
+        return
+    if out.device.type != "cpu" and out.numel() <= FEW:
+        here = torch.empty(out.shape, dtype=out.dtype, device="cpu", pin_memory=out.device.type == "cuda")
+        fill(here, keys, start, scale)
+        out.copy_(here, non_blocking=True)
         return
     size, most = out.shape[-1], 2 * BLOCK if out.device.type == "cpu" else out.numel()
     if not isinstance(keys, int) and len(keys) > (together := max(1, most // size)):

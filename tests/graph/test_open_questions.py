@@ -144,6 +144,24 @@ def test_an_argument_that_would_meet_the_channels():
         fm.widen(model, {"one": 6}, example_inputs=x)
 
 
+def flagged(function, annotation):
+    model = optional(function)
+    forward = type(model).forward
+    forward.__annotations__["y"] = annotation
+    return model
+
+
+@pytest.mark.parametrize("annotation", [bool | None, "bool | None", "Optional[bool]"])
+def test_an_argument_that_says_it_is_a_bool_is_given_as_one(annotation):
+    model, x = flagged(lambda m, h, y: h.view(-1, 2, 2).flatten(1) if y else h, annotation), randn(5, 3)
+    del model.two
+    with pytest.raises(fm.MorphError, match="'one' cannot get more channels: the model itself fails with RuntimeError"):
+        fm.widen(model, {"one": 6}, example_inputs=x)
+    model = flagged(lambda m, h, y: h.sigmoid() if y else h, annotation)
+    del model.two
+    exact(model, [fm.Widen("one", 6)], [(x,), (x, True)], x)
+
+
 # --- parameters that no run uses ----------------------------------------------------------------------------------------------
 
 

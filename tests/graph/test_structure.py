@@ -144,7 +144,7 @@ def test_a_stale_structure_is_refused():
 def test_it_holds_no_weights():
     model = blocks()
     structure = fm.follow(model, X)
-    held = [tensor for tensor in structure.skeleton._values.values() if tensor.is_floating_point()]
+    held = [tensor for tensor in structure.skeleton.values.values() if tensor.is_floating_point()]
     assert not held
     assert all(type(tensor).__name__ == "FakeTensor" or tensor.is_meta for tensor in structure.inputs.args)
 

@@ -173,7 +173,7 @@ def test_the_function():
 
 def mixtral():
     transformers = package("transformers")
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=4, initializer_range=0.2)
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -181,19 +181,67 @@ def mixtral():
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_stacked_experts_of_transformers(fill):
+def test_stacked_experts_of_transformers(fill, tmp_path):
     model, inputs = mixtral()
-    done = fm.morph(model, fm.AddExperts("model.layers.0.mlp", 8, 4, fill), example_inputs=inputs, generator=0)
-    assert done.certificate.max_rel <= 2e-6
-    block = done.model.model.layers[0].mlp
-    assert (block.top_k, block.gate.top_k, block.gate.num_experts, block.experts.num_experts) == (4, 4, 8, 8)
-    assert block.experts.gate_up_proj.shape == (8, 96, 32)
-    assert model.model.layers[0].mlp.gate.num_experts == 4
+    one = fm.morph(model, fm.AddExperts("model.layers.0.mlp", 8, 4, fill), example_inputs=inputs, generator=0)
+    done = fm.morph(model, fm.AddExperts("", 8, 4, fill), example_inputs=inputs, generator=0)
+    for found in (one, done):
+        assert found.certificate.max_rel <= 2e-6
+        block = found.model.model.layers[0].mlp
+        assert (block.top_k, block.gate.top_k, block.gate.num_experts, block.experts.num_experts) == (4, 4, 8, 8)
+        assert block.experts.gate_up_proj.shape == (8, 96, 32)
+    assert model.model.layers[0].mlp.gate.num_experts == model.config.num_local_experts == 4
+    with pytest.raises(fm.MorphError, match="would write a checkpoint that from_pretrained cannot load"):
+        one.model.save_pretrained(tmp_path / "one")
+    assert reloaded(done.model, tmp_path / "all", inputs) == 0
+
+
+def reloaded(child, path, inputs):
+    """How far logits are from what they were after saving and loading."""
+    child.save_pretrained(path)
+    with torch.no_grad():
+        return (type(child).from_pretrained(path)(**inputs).logits - child(**inputs).logits).abs().max()
+
+
+@pytest.mark.parametrize(("kind", "mixed"), [("Llama", "Mixtral"), ("Mistral", "Mixtral"), ("Qwen3", "Qwen3Moe")])
+def test_a_decoder_of_transformers_becomes_one_with_experts(kind, mixed, tmp_path):
+    transformers = package("transformers")
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, head_dim=8, initializer_range=0.2)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": ids, "use_cache": False}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(**inputs).logits.square().mean().backward()
+    optimizer.step()
+    done = fm.morph(model, fm.AddExperts("", 4, 2), example_inputs=inputs, optimizer=optimizer, generator=0)
+    child = done.model
+    assert type(child).__name__ == f"{mixed}ForCausalLM"
+    assert done.steps[0].note == f"a {kind}ForCausalLM became a {mixed}ForCausalLM"
+    assert done.certificate.max_rel <= 1e-5
+    texts = [m.generate(ids[:1], max_new_tokens=8, min_new_tokens=8, do_sample=False) for m in (model, child)]
+    assert torch.equal(*texts)
+    assert reloaded(child, tmp_path, inputs) == 0
+    again = fm.morph(model, done.history, example_inputs=inputs).model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in child.state_dict().items())
+    bare = fm.restructure(model, done.history, example_inputs=inputs)
+    assert type(bare) is type(child)
+    old = [optimizer.state[getattr(model.model.layers[0].mlp, name).weight] for name in ("gate_proj", "up_proj")]
+    new = done.optimizer.state[child.model.layers[0].mlp.experts.gate_up_proj]
+    for moment, shares in (("exp_avg", 4), ("exp_avg_sq", 16)):
+        assert torch.equal(new[moment], (torch.cat([each[moment] for each in old]) / shares).expand(4, -1, -1))
+    done.optimizer.step()
+
+
+def test_what_has_no_class_with_experts_is_refused():
+    with pytest.raises(fm.MorphError, match=r"it is a Net, of which no class with experts is known .*; name the MLPs instead"):
+        fm.morph(network(), fm.AddExperts("", 4), example_inputs=X)
 
 
 def test_the_rest_of_mixtral_grows():
     model, inputs = mixtral()
-    plan = [fm.AddHeads("model.layers.1.self_attn", 9, 3), fm.Widen("model.layers.0.mlp.experts.gate_up_proj", 112)]
+    plan = [fm.AddHeads("model.layers.0.self_attn", 9, 3), fm.Widen("model.layers.0.mlp.experts.gate_up_proj", 112)]
     done = fm.morph(model, plan, example_inputs=inputs, generator=0)
     assert done.certificate.max_rel <= 2e-6
     assert done.model.model.layers[0].mlp.experts.down_proj.shape == (4, 32, 56)

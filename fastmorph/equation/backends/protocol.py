@@ -36,6 +36,9 @@ class Backend(Protocol):
     def working_dtype(self, device: torch.device) -> torch.dtype:
         """What the solvers work in."""
 
+    def in_float32(self) -> Backend:
+        """The same maps, for float32 tensors in the precision of float32, as fast as that goes."""
+
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """F2 * F1, -> (B, Co, Ci, *N)."""
 
@@ -49,7 +52,7 @@ class Backend(Protocol):
         """A A^T, (B, |K2|*Ch, |K2|*Ch), lower triangle at least, rows ordered tap by tap."""
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
-        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least, columns ordered tap by tap."""
+        """A^T A, (B, |N|*Ci, |N|*Ci), both triangles, columns ordered tap by tap."""
 
     def factor(self, gram: Tensor, blocks: int, width: int) -> BandedCholesky:
         """Cholesky factor of a Gram matrix of so many block rows, zero further than `width` blocks from the diagonal."""

@@ -42,6 +42,10 @@ class TorchBackend:
         """What the solvers work in: float64 unless told otherwise, or float32 on Apple's GPUs, which have no float64."""
         return torch.float64 if self.precision in (None, "float64") and device.type != "mps" else torch.float32
 
+    def in_float32(self) -> TorchBackend:
+        """The same maps, for float32 tensors in the precision of float32, as fast as that goes."""
+        return self
+
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1: (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
         if torch.finfo(first.dtype).bits < 32:  # taps would be added up in the low precision

@@ -34,6 +34,10 @@ class TritonBackend(TorchBackend):
         """The kernels' word for how float32 products are taken, where the solvers work in float32."""
         return "ieee" if self.precision in (None, "float64") else str(self.precision)
 
+    def in_float32(self) -> TritonBackend:
+        """The same maps, with products as three of tf32."""
+        return TritonBackend("tf32x3")
+
     def compose(self, first: Tensor, second: Tensor) -> Tensor:
         """Full convolution F2 * F1, (B, Ch, Ci, *K1), (B, Co, Ch, *K2) -> (B, Co, Ci, *N)."""
         out: Tensor = kernels().compose(first, second, precision=self.products)
@@ -55,7 +59,7 @@ class TritonBackend(TorchBackend):
         return out
 
     def column_gram(self, first: Tensor, k2: Size) -> Tensor:
-        """A^T A, (B, |N|*Ci, |N|*Ci), lower triangle at least."""
+        """A^T A, (B, |N|*Ci, |N|*Ci), both triangles."""
         out: Tensor = kernels().column_gram(first, k2, precision=self.products)
         return out
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,19 @@ from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import half_step_is_exact, refuse_below_rank, tolerance
 from fastmorph.equation.frame import Frame, Side, tap_count
 from fastmorph.equation.randomness import Noise
+from fastmorph.equation.speed import factors_in
 from fastmorph.errors import MorphError
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
 _LARGEST_CORRECTION = 8192
+
+Numbers = np.ndarray[Any, Any]
+"""One number an item, (B,), on the host."""
+
+
+def sent(numbers: Numbers, like: Tensor) -> Tensor:
+    """An array of the host, on the device of `like`, without waiting for it."""
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Equation:
         backend: the linear maps.
         role: of a closed form, which kernel holds the weight.
         factors: U and V of a closed form by low rank, see `Choice`.
+        full: whether float32 is not to be tried, where that is quicker: it was, and was not enough.
     """
 
     weight: Tensor
@@ -45,6 +56,15 @@ class Equation:
     backend: Backend
     role: Side | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    full: bool = False
+
+    @property
+    def coarse(self) -> Backend | None:
+        """The maps to factor in float32 with, on a device whose float64 is slow and for a dtype that allows it; else None."""
+        short = torch.finfo(self.dtype).bits <= 32 and self.work == torch.float64 and self.backend.precision is None
+        if self.full or not short or factors_in(self.weight.device) == torch.float64:
+            return None
+        return self.backend.in_float32()
 
     @property
     def tolerance(self) -> float:
@@ -123,9 +143,10 @@ class Solution(NamedTuple):
         batch, device = len(first), first.device
         return cls(first, second, first.new_empty(0, batch), torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def final_residual(self) -> Tensor:
-        """Each item's last residual, (B,)."""
-        return self.trace.nan_to_num(nan=torch.inf).amin(0) if len(self.trace) else self.trace.new_zeros(self.trace.shape[1])
+    @classmethod
+    def told(cls, first: Tensor, second: Tensor, trace: Numbers) -> Solution:
+        """Kernels with what the host knows: a trace, (half-steps, B), NaN for items that had ended."""
+        return cls(first, second, sent(trace, first).to(first.dtype), sent((~np.isnan(trace)).sum(0), first))
 
     @property
     def transposed(self) -> Solution:

@@ -17,7 +17,7 @@ Where this departs from the textbook:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from fastmorph.equation.backends.torch_backend import dense_system, frobenius
 from fastmorph.equation.bounds import freedom
 from fastmorph.equation.frame import Size
 from fastmorph.equation.half_step import HalfStep, per_item
-from fastmorph.equation.solvers.base import Equation, Solution
-from fastmorph.equation.solvers.steihaug import MOST_STEPS, Linearised, Numbers, across, direction, ridged_factor
+from fastmorph.equation.solvers.base import Equation, Numbers, Solution, sent
+from fastmorph.equation.solvers.steihaug import MOST_STEPS, Linearised, across, direction, ridged_factor
 from fastmorph.equation.solvers.sweeps import project, unit
 from fastmorph.equation.solvers.whiten import Whitened, mix_in, mix_out, whiten
 from fastmorph.equation.system import System
@@ -54,14 +54,14 @@ class _State(NamedTuple):
         """Some of the items."""
         if len(rows) == len(self.weight):
             return self
-        places = _sent(rows, self.weight)
+        places = sent(rows, self.weight)
         return _State(*(x.index_select(0, places) for x in self))
 
     def replaced(self, rows: Numbers, other: _State, taken: Numbers) -> _State:
         """With rows of its own for those of another state that were taken."""
         if len(rows) == len(self.weight):
             return other
-        into, of = _sent(rows, self.weight), None if len(taken) == len(other.weight) else _sent(taken, self.weight)
+        into, of = sent(rows, self.weight), None if len(taken) == len(other.weight) else sent(taken, self.weight)
         pairs = zip(self[3:], other[3:], strict=True)
         return _State(*self[:3], *(a.index_copy(0, into, b if of is None else b.index_select(0, of)) for a, b in pairs))
 
@@ -96,7 +96,7 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
         done = (told.remaining <= tol) | told.stalled | (told.used + 3 > limit)
         if done.any():
             rows = np.flatnonzero(done)
-            ended, items = state.at(rows), _sent(told.items[rows], weight)
+            ended, items = state.at(rows), sent(told.items[rows], weight)
             first.index_copy_(0, items, ended.first)
             second.index_copy_(0, items, ended.second)
             residual[told.items[rows]], used[told.items[rows]] = told.remaining[rows], told.used[rows]
@@ -108,15 +108,15 @@ def gauss_newton(equation: Equation, noise: Tensor, *, max_iter: int, tol: float
     first, second = mix_in(first, whitened.right), mix_out(whitened.left, second)
     rest = np.flatnonzero(~(residual <= tol))
     if len(rest):  # the nearest F2 for G', so far: now for G
-        open_items = _sent(rest, weight)
+        open_items = sent(rest, weight)
         step = HalfStep(first[open_items], equation.frame.second, equation.backend)
         found, _, norm = project(step, weight[open_items], equation.frame.before, always_refine=True)
         last = np.array((norm / equation.norm[open_items]).tolist())
-        second[open_items] = per_item(_sent(last < residual[rest], weight), found, second[open_items])
+        second[open_items] = per_item(sent(last < residual[rest], weight), found, second[open_items])
         trace.append(np.full(len(weight), np.nan))
         trace[-1][rest] = np.fmin(last, residual[rest])
         used[rest] += 1
-    return Solution(first, second, _sent(np.array(trace), weight).to(weight.dtype), _sent(used, weight))
+    return Solution(first, second, sent(np.array(trace), weight).to(weight.dtype), sent(used, weight))
 
 
 def _start(equation: Equation, noise: Tensor) -> tuple[Whitened, _State, _Told]:
@@ -188,9 +188,9 @@ def _advance(equation: Equation, state: _State, told: _Told, tol: float, limit: 
         if not len(rows):
             break
         chosen = state.at(rows)
-        part = change if len(rows) == len(change) else change.index_select(0, _sent(rows, change))
+        part = change if len(rows) == len(change) else change.index_select(0, sent(rows, change))
         if (taken[rows] < 1).any():
-            part = part * _sent(taken[rows], change).to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
+            part = part * sent(taken[rows], change).to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
         trial, new, left_over = _projected(equation, chosen[:3], unit(chosen.first + part), near=near)
         used[rows] += 1
         better = new < told.residual[rows]
@@ -237,7 +237,7 @@ def _directions(equation: Equation, state: _State, told: _Told, tol: float, limi
     kinds = [np.flatnonzero(~told.careful), np.flatnonzero(told.careful)]
     found = [_directions_alike(equation, state.at(rows), told.at(rows), tol, limit) for rows in kinds]
     back = np.argsort(np.concatenate(kinds))
-    change = torch.cat([part.change for part in found]).index_select(0, _sent(back, state.first))
+    change = torch.cat([part.change for part in found]).index_select(0, sent(back, state.first))
     return _Step(change, *(np.concatenate(parts)[back] for parts in zip(*(part[1:] for part in found), strict=True)))
 
 
@@ -256,8 +256,3 @@ def _directions_alike(equation: Equation, state: _State, told: _Told, tol: float
     about = Linearised(state.error.to(dtype), told.residual, across1, across2, lower2)
     found = direction(about, equation.frame.first, forcing, told.radius / told.residual, most)
     return _Step(found.change.to(work), found.length * told.residual, found.gain, found.on_sphere, found.steps)
-
-
-def _sent(numbers: Any, like: Tensor) -> Tensor:
-    """An array of the host, on the device of `like`, without waiting for it."""
-    return torch.from_numpy(numbers).to(like.device, non_blocking=True)

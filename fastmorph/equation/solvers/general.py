@@ -10,16 +10,19 @@ from torch import Tensor
 
 from fastmorph.equation import reference
 from fastmorph.equation.arrays import host_waits
-from fastmorph.equation.bounds import exact_side, half_step_is_exact
-from fastmorph.equation.frame import SIDES, Frame, Side, tap_count
+from fastmorph.equation.bounds import exact_side
+from fastmorph.equation.frame import Frame, tap_count
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.solvers.anderson import MEMORY, anderson
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.gauss_newton import gauss_newton
-from fastmorph.equation.solvers.sweeps import History, alternate_half_steps, project
+from fastmorph.equation.solvers.sweeps import History, alternate_until
 from fastmorph.errors import MorphError
 
-_CACHE = 16 * 2**20  # bytes
+_CACHE = 32 * 2**20  # bytes of `memory`: a CPU takes half of that
+
+
+_REFINEMENTS_COARSE = 2  # of factors in float32: each takes off the two digits that a condition of 1e5 leaves
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class General(Solver):
     factorisation. `iterations` of the answer are half-steps; its `trace` is the residual after each half-step (Anderson: each
     sweep; Gauss-Newton: each outer step), NaN for items that had ended.
 
-    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step, and
-    some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds it by its `memory_budget`.
+    Memory: the smaller Gram matrix and its factor, 2 min(C_hid |K2|, C_in |N|)^2 numbers of 8 bytes for an exact half-step,
+    on a GPU up to twice that, and some copies of the kernels; a few times that for the accelerations. `decompose_many` bounds
+    it by its `memory_budget`.
 
     Attributes:
         max_iter: sweeps at most, so that no item has more than twice as many `iterations`, whatever the acceleration.
@@ -98,34 +102,11 @@ class General(Solver):
 
     def run(self, equation: Equation, first: Tensor) -> Solution:
         """Alternate from a given F1, (B, Ch, Ci, *K1); an item that is exact leaves the batch."""
-        tol, scale, history = self._tol(equation.tolerance), equation.norm, History(equation.weight)
-        batch, co, ci = equation.sizes
-        active = torch.arange(batch, device=equation.weight.device)
-        exact = {side: half_step_is_exact(equation.frame, co, ci, equation.hidden, side=side) for side in SIDES}
-
-        unseen = host_waits(first.device) and self.chooses_by_sizes(co, ci, equation.hidden, equation.frame)
-
-        def half_step(side: Side, fixed: Tensor, last: Tensor, target: Tensor, frame: Frame) -> Tensor | None:
-            nonlocal active
-            if unseen:  # one half-step, exact for almost all noise; the others are found with the residual, and drawn again
-                step = HalfStep(fixed, frame.second, equation.backend, wait=False)
-                found, _, norm = project(step, target, frame.before, always_refine=True)
-                history.rows.append(norm / scale)
-                return found
-            if len(active) == 0:
-                return None
-            step = HalfStep(fixed[active], frame.second, equation.backend)
-            found, _, norm = project(step, target[active], frame.before, always_refine=exact[side])
-            residual = norm / scale[active]
-            history.add(active, residual)
-            kernel = last.index_copy(0, active, found)
-            # An item that is exact for F2 keeps its noise F1, which the step for F1 would turn to zeros where G is zero.
-            active = active[~(residual <= tol)]
-            return kernel
-
-        one, two = alternate_half_steps(equation.weight, equation.frame, first, 1 if unseen else 2 * self.max_iter, half_step)
-        trace = history.stacked()
-        return Solution(one, two, trace, (~trace.isnan()).sum(0))
+        _, co, ci = equation.sizes
+        if host_waits(first.device) and self.chooses_by_sizes(co, ci, equation.hidden, equation.frame):
+            return _once(equation, first)
+        found = alternate_until(equation, first, tol=self._tol(equation.tolerance), most=2 * self.max_iter)
+        return Solution.told(*found)
 
     def _tol(self, exact: float) -> float:
         return exact if self.tol is None else self.tol
@@ -137,14 +118,14 @@ class General(Solver):
         return half_steps * {"second": second, "first": first, None: (first + second) / 2}[side]
 
     def memory(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
-        """The Gram matrices and their factors, both kernels and the composition, a few times."""
+        """The Gram matrices and their factors, on a GPU the systems too, both kernels and the composition, a few times."""
         n, m1, m2 = tap_count(frame.size), tap_count(frame.first), tap_count(frame.second)
         second, first = min(hidden * m2, ci * n), min(hidden * m1, co * n)
         kernels = 4 * (hidden * (ci * m1 + co * m2) + co * ci * n)
         if exact_side(frame, co, ci, hidden) or self.acceleration is None:
-            return 2 * max(second, first) ** 2 + kernels
+            return 4 * max(second, first) ** 2 + kernels
         if self.acceleration == "anderson":
-            return 2 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
+            return 4 * max(second, first) ** 2 + kernels + 5 * MEMORY * hidden * ci * m1
         return 4 * second**2 + 2 * first**2 + 4 * kernels  # a factor is kept while another is tried
 
     def reference(
@@ -164,6 +145,18 @@ class General(Solver):
             "gauss-newton": reference.general_gauss_newton,
         }[None if side else self.acceleration]
         return algorithm(weight, reference.start(draw, hidden, ci, frame.first), frame, max_iter=self.max_iter, tol=limit)
+
+
+def _once(equation: Equation, first: Tensor) -> Solution:
+    """One half-step, unseen: exact for almost all noise. The others are found with the residual, and drawn again."""
+    coarse = equation.coarse
+    step = HalfStep(first, equation.frame.second, equation.backend, wait=False, coarse=coarse)
+    target, before = step.system.framed(equation.weight, equation.frame.before)
+    second = step.solve(target, before)
+    for _ in range(1 if coarse is None else _REFINEMENTS_COARSE):
+        second = second + step.solve(step.system.missed(target, before, second), (0,) * len(before))
+    residual = step.error(target, before, second)[1] / equation.norm
+    return Solution(first, second, residual[None], torch.ones_like(residual, dtype=torch.int64))
 
 
 def _half_step_cost(co: int, ci: int, hidden: int, frame: Frame) -> float:

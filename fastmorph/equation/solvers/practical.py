@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from fastmorph.equation import reference
 from fastmorph.equation.backends.torch_backend import pad
 from fastmorph.equation.frame import Frame
-from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.equation.solvers.base import Equation, Solution, Solver, sent
 from fastmorph.equation.solvers.general import General
+from fastmorph.equation.solvers.sweeps import alternate_until
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,22 @@ class Practical(Solver):
         frame, weight = equation.frame, equation.weight
         batch, co, _ci = equation.sizes
         noise = equation.start()
-        first = torch.empty_like(noise)
-        second = weight.new_empty(batch, co, equation.hidden, *frame.second)
+        first, second = torch.empty_like(noise), weight.new_empty(batch, co, equation.hidden, *frame.second)
         tol = equation.tolerance if self.tol is None else self.tol
-        open_items = torch.arange(batch, device=weight.device)
-        traces: list[torch.Tensor] = []
-        iterations = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        sweep = General(self.max_iter, tol, acceleration=None)
+        open_items, traces = np.arange(batch), [np.empty((0, batch))]
         for inner in frame.shrinking():
-            found = sweep.run(equation.subset(open_items, inner), noise[open_items])
+            items = sent(open_items, weight)
+            part = replace(equation, weight=weight.index_select(0, items), frame=inner)  # it draws no noise
+            one, two, trace = alternate_until(part, noise.index_select(0, items), tol=tol, most=2 * self.max_iter)
             before = tuple(widths[0] for widths in frame.second_padding(inner))
-            first[open_items], second[open_items] = found.first, pad(found.second, before, frame.second)
-            iterations[open_items] += found.iterations
-            idle = found.trace.new_full((len(found.trace), batch), torch.nan)
-            traces.append(idle.index_copy(1, open_items, found.trace))
-            open_items = open_items[~(found.final_residual() <= tol)]
+            first.index_copy_(0, items, one)
+            second.index_copy_(0, items, pad(two, before, frame.second))
+            traces.append(np.full((len(trace), batch), np.nan))
+            traces[-1][:, open_items] = trace
+            open_items = open_items[~(trace <= tol).any(0)]
             if len(open_items) == 0:
                 break
-        return Solution(first, second, torch.cat(traces), iterations)
+        return Solution.told(first, second, np.concatenate(traces))
 
     def draws(self, co: int, ci: int, hidden: int, frame: Frame) -> int:
         """Three: almost all noise leads to a well-conditioned answer, and another draw is cheap."""

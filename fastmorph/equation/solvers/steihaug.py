@@ -22,7 +22,7 @@ Where this departs from the textbook:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,12 @@ from torch import Tensor
 
 from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.frame import Size
+from fastmorph.equation.solvers.base import Numbers, sent
 
 MOST_STEPS = 120  # a direction that is not found by then is better sought again from where this one leads
 _SETTLED = 0.1  # of the first gradient
 _UNSEEN = 4  # steps between two looks, where the host waits for these
 _TOGETHER = 16  # directions that are kept until they are added up
-
-Numbers = np.ndarray[Any, Any]  # (B,), on the host
 
 
 class Direction(NamedTuple):
@@ -84,7 +83,7 @@ def direction(about: Linearised, k1: Size, forcing: Numbers, radius: Numbers, mo
         if len(shares) >= _TOGETHER or not path.on.any():
             # Behind an item's last direction there may be no numbers.
             part = torch.nan_to_num(torch.stack(moves, 1).flatten(2), 0.0, 0.0, 0.0)
-            along = torch.from_numpy(np.stack(shares, 1)[:, None]).to(s.dtype).to(s.device, non_blocking=True)
+            along = sent(np.stack(shares, 1)[:, None], s).to(s.dtype)
             q, moves, shares = torch.baddbmm(q, along, part), [], []
     change = torch.linalg.solve_triangular(about.lower2.mT, q.view(s.shape).mT, upper=True)  # (B, |K1|*Ch, Ci)
     change = change.view(batch, *k1, -1, ci).permute(0, -2, -1, *range(1, len(k1) + 1))

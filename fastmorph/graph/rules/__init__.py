@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.flow import DATA, UNIFORM, Flow
-from fastmorph.graph.rules import contract, index, move, norms, pointwise, reduce, spatial, zero
+from fastmorph.graph.rules import attention, contract, index, move, norms, pointwise, reduce, spatial, zero
 from fastmorph.graph.tracer import Call, Rule, Tracer
 
 _RULES: dict[str, Rule] = {}
@@ -132,6 +132,7 @@ _register(norms.layer_norm, "native_layer_norm", "_fused_rms_norm", "rms_norm", 
 _register(norms.group_norm, "native_group_norm")
 _register(index.lookup, "index", "index_select")
 _register(contract.convolution, "convolution")
+_register(attention.attention, *attention.FUSED)
 _register(contract.embedding, "embedding", "_embedding_bag", "_embedding_bag_forward_only")
 _register(contract.bilinear, "_trilinear")
 _register(move.as_strided, "as_strided")

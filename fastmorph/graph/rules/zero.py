@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmorph.graph.flow import Flow, aligned, varying_dims
+from fastmorph.graph.rules.attention import FUSED
 from fastmorph.graph.tracer import Call, Tracer
 
 # Zero where the first operand is, whatever the others are; beside those that only move data and those that pool.
@@ -57,7 +58,7 @@ def mark_uncovered(tracer: Tracer, call: Call, flows: Any) -> None:
 def _kept(tracer: Tracer, call: Call, slot: Tensor) -> bool:
     """Whether the operator's result is zero at the channels of one of its labels."""
     name, tensors = call.name, call.tensors
-    if name in ("mul", "_trilinear"):
+    if name in ("mul", "_trilinear", *FUSED):  # of attention, the last product
         return True
     if name in ("add", "sub"):
         return len(tensors) == 2 and _all_cover(tracer, tensors, slot)

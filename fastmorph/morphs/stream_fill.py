@@ -1,0 +1,234 @@
+"""The weights of a stream at another width (see `fastmorph.graph.streams.algebra` for what they must be).
+
+With d old channels, D new ones and s = sqrt(D / d):
+
+- axis fill: entries of writers are times s, and their new rows are zero, or the mean of the old ones as they reach the stream.
+  Columns that read new channels are noise, gains of norms are divided by s.
+- turned: with H of D rows orthogonal, a writer W becomes s H [W; 0] and a reader [W diag(gain) / s | noise] H^T; the gains of
+  norms become ones, and their bias s H [bias / gain; 0].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmorph.elsewhere import values_of
+from fastmorph.equation.randomness import Stream as Noise
+from fastmorph.errors import MorphError
+from fastmorph.graph.growth import Growth
+from fastmorph.graph.record import Axis
+from fastmorph.graph.streams.algebra import Change, WiderOutput
+from fastmorph.morphs.turn import Turn
+from fastmorph.morphs.widen_fill import root_mean_square
+from fastmorph.morphs.widen_write import Side, write
+from fastmorph.outputs import Outputs, Path
+from fastmorph.plan.lineage import Map
+
+
+@dataclass(frozen=True)
+class OldChannels:
+    """Outputs as wide as a stream that grew are compared on its old channels: a `Reading` of certificates.
+
+    Attributes:
+        wider: these outputs, by path.
+        sizes: d and D.
+        turn: how the stream is turned; None: old channels come first.
+        gains: of norms that readers have taken over, by name.
+    """
+
+    wider: Mapping[Path, WiderOutput]
+    sizes: tuple[int, int]
+    turn: Turn | None
+    gains: Mapping[str, Tensor]
+
+    @property
+    def told(self) -> str:
+        """What a certificate says of it."""
+        names = ", ".join(dict.fromkeys(".".join(map(str, path)) or "output" for path in self.wider))
+        factors = " or ".join(f"{factor:.6g}" for factor in sorted({output.factor for output in self.wider.values()}))
+        turned = ", turned back" if self.turn else ""
+        return (
+            f"the {self.sizes[0]} old ones of {self.sizes[1]} channels of {names}, which have changed (times {factors}{turned})"
+        )
+
+    def outputs(self, parent: Outputs, child: Outputs) -> Outputs:
+        """With old channels alone, and as they were."""
+        return {path: self._old(self.wider.get(path), leaf) for path, leaf in child.items()}
+
+    def _old(self, output: WiderOutput | None, leaf: Any) -> Any:
+        if output is None or not isinstance(leaf, Tensor) or leaf.ndim <= output.dim:
+            return leaf
+        wide = leaf if leaf.dtype in (torch.float32, torch.float64) else leaf.float()
+        if self.turn is not None:
+            wide = self.turn.apply(wide.clone(memory_format=torch.contiguous_format), output.dim, back=True)
+        old = wide.narrow(output.dim, 0, self.sizes[0]) / output.factor
+        for name in output.absorbs:
+            old = old * _along(output.dim, self.gains[name].to(old), old)
+        return old.to(leaf.dtype)
+
+    def layer(self, name: str) -> str | None:
+        """No layer is new."""
+        return name
+
+
+class StreamFilling:
+    """The weights that make a growth of a stream exact.
+
+    Args:
+        layer: the name of the layer that is widened, for errors.
+        growth: with what was found of it (`Growth.stream`).
+        noise: what noise is drawn from.
+        vectors: the old values of the gains that others take over, by name: `gains` says which.
+    """
+
+    def __init__(self, layer: str, growth: Growth, noise: Noise, vectors: Mapping[str, Tensor]) -> None:
+        assert growth.stream is not None
+        self._layer, self._growth, self._stream, self._noise = layer, growth, growth.stream, noise
+        self._vectors = {name: values_of(vector) + self._stream.changes[name].offset for name, vector in vectors.items()}
+        axis, layout = next(iter(growth.layouts.items()))
+        self._sizes = axis.size, len(layout.origin)
+        self._reads = growth.coupling.record.mask("reads")
+        centred = self._stream.centred
+        self._turn = Turn(self._sizes, noise.of("turn"), centred=centred) if self._stream.kind == "turned" else None
+
+    @staticmethod
+    def gains(growth: Growth) -> set[str]:
+        """The vectors that others take over, or are made by."""
+        changes = () if growth.stream is None else growth.stream.changes.values()
+        outputs = () if growth.stream is None else growth.stream.outputs.values()
+        return {name for change in changes for name in (*change.behind, *change.absorbs, *change.shifts)} | {
+            name for output in outputs for name in output.absorbs
+        }
+
+    def reading(self) -> OldChannels:
+        """How outputs as wide as the stream are read."""
+        return OldChannels(self._stream.outputs, self._sizes, self._turn, self._vectors)
+
+    def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map | None, Map | None]:
+        """The new values of a parameter or buffer, and the maps that take its first and squared moments to the new shape."""
+        old = values_of(old)
+        if self._turn is None:
+            return self._widened(name, old), lambda m: self._moment(name, m, 1), lambda m: self._moment(name, m, 2)
+        if not self._can_follow(name):
+            return self._turned(name, old), None, None
+        return self._turned(name, old), lambda m: self._turned_moment(name, m), lambda m: self._turned_square(name, m)
+
+    def _axes(self, name: str) -> list[Axis]:
+        return [axis for axis in self._growth.coupling.record.parameter(name) if axis in self._growth.layouts]
+
+    def _is_read(self, axis: Axis) -> bool:
+        """Whether new entries along an axis are free columns: what writes the stream as well (a tie) decides for both."""
+        alone = len(self._axes(axis.name)) == 1 and self._stream.changes[axis.name].made is not None
+        return bool(self._reads[axis.start : axis.start + axis.size].any()) and not alone
+
+    # --- axis fill ------------------------------------------------------------------------------------------------------------
+
+    def _widened(self, name: str, old: Tensor) -> Tensor:
+        change, axes = self._stream.changes[name], self._axes(name)
+        noisy = any(map(self._is_read, axes))
+        new = write(old, self._sides(name, drawn=True), root_mean_square(old) if noisy else 0.0)
+        for axis in axes:
+            fresh = new.narrow(axis.dim, self._sizes[0], self._sizes[1] - self._sizes[0])
+            if self._is_read(axis):
+                if change.read == "mean":
+                    fresh -= fresh.mean(axis.dim, keepdim=True)
+            elif change.gain:
+                fresh.fill_(_typical(old + change.offset) - change.offset)
+            elif change.made == "mean":
+                fresh.copy_(self._mean(change, new.narrow(axis.dim, 0, self._sizes[0]), axis.dim))
+        if change.factor != 1:
+            new.add_(change.offset).mul_(change.factor).sub_(change.offset) if change.offset else new.mul_(change.factor)
+        return new
+
+    def _mean(self, change: Change, rows: Tensor, dim: int) -> Tensor:
+        """The mean of rows as they reach the stream, over what new gains multiply by."""
+        if not change.behind:
+            return rows.mean(dim, keepdim=True, dtype=torch.float64)
+        gain = torch.stack([self._vectors[name].double() for name in change.behind]).prod(0)
+        new = math.prod(_typical(self._vectors[name]) for name in change.behind)
+        return (rows * _along(dim, gain, rows)).mean(dim, keepdim=True) / new
+
+    def _sides(self, name: str, *, drawn: bool, value: float = 0.0) -> list[Side]:
+        sides = []
+        for axis in self._axes(name):
+            layout, reads = self._growth.layouts[axis], self._is_read(axis)
+            to, fresh = (layout.copy == 0).nonzero()[0], layout.copy.nonzero()[0]
+            noise, is_noisy = self._noise.of(name, axis.dim), drawn and reads
+            chosen = {"drawn": fresh} if is_noisy else {"rest": fresh, "value": value}
+            sides.append(Side(axis.dim, reads, to, layout.origin[to], fresh, noise, **chosen))
+        return sorted(sides, key=lambda side: not side.reads)
+
+    def _moment(self, name: str, moment: Tensor, power: int) -> Tensor:
+        """Gradients are divided by what weights are times; a squared moment of zero would make the first steps too long."""
+        value = float(moment.float().mean()) if power == 2 else 0.0
+        return write(moment, self._sides(name, drawn=False, value=value), 0.0).div_(self._stream.changes[name].factor ** power)
+
+    # --- turned ---------------------------------------------------------------------------------------------------------------
+
+    def _turned(self, name: str, old: Tensor) -> Tensor:
+        change = self._stream.changes[name]
+        if change.gain:
+            return old.new_full(self._growth.shape(name, old.shape), 1 - change.offset)
+        if not all(self._vectors[gain].all() for gain in change.shifts):
+            raise MorphError(
+                f"layer {self._layer!r}: {change.shifts[0]!r} has a gain of zero, so that no turned stream holds the bias "
+                f"{name!r} beside it; use fill='zero'."
+            )
+        new = self._spread(name, old, root_mean_square(old), 1)
+        return new.mul_(change.factor) if change.factor != 1 else new
+
+    def _taken_over(self, axis: Axis) -> Tensor | None:
+        """What old entries along an axis are multiplied by, (size,): gains that are ones from now on."""
+        change = self._stream.changes[axis.name]
+        names = change.absorbs if self._is_read(axis) else change.behind
+        found = [self._vectors[name].double() for name in names] + [1 / self._vectors[name].double() for name in change.shifts]
+        return torch.stack(found).prod(0) if found else None
+
+    def _spread(self, name: str, old: Tensor, scale: float, power: int) -> Tensor:
+        """Old entries times what is taken over (to this power), noise behind columns, zeros behind rows; all turned."""
+        assert self._turn is not None
+        wide = old.dtype if old.dtype in (torch.float32, torch.float64) else torch.float32
+        new = write(old.to(wide), self._sides(name, drawn=scale > 0), scale)
+        for axis in self._axes(name):
+            factors = self._taken_over(axis)
+            if factors is not None:
+                new.narrow(axis.dim, 0, axis.size).mul_(_along(axis.dim, factors.to(wide) ** power, new))
+        for axis in self._axes(name):
+            self._turn.apply(new, axis.dim)
+        return new.to(old)
+
+    def _can_follow(self, name: str) -> bool:
+        """Whether gradients follow a turn: not those of gains, which are others', nor through a gain of zero."""
+        change = self._stream.changes[name]
+        held = all(self._vectors[gain].all() for gain in (*change.behind, *change.absorbs))
+        return held and not (change.gain or change.shifts)
+
+    def _turned_moment(self, name: str, moment: Tensor) -> Tensor:
+        return self._spread(name, moment, 0.0, -1).div_(self._stream.changes[name].factor)
+
+    def _turned_square(self, name: str, moment: Tensor) -> Tensor:
+        """A dense map spreads squares evenly."""
+        new = moment
+        for axis in self._axes(name):
+            factors = self._taken_over(axis)
+            if factors is not None:
+                new = new / _along(axis.dim, factors.to(moment).square(), moment)
+            new = (new.sum(axis.dim, keepdim=True) / self._sizes[1]).expand(
+                [self._sizes[1] if dim == axis.dim else size for dim, size in enumerate(new.shape)]
+            )
+        return new / self._stream.changes[name].factor ** 2
+
+
+def _along(dim: int, values: Tensor, like: Tensor) -> Tensor:
+    return values.view([-1 if other == dim else 1 for other in range(like.ndim)])
+
+
+def _typical(gain: Tensor) -> float:
+    """A gain like the others: their root mean square, which is not zero."""
+    return float(gain.double().square().mean().sqrt()) or 1.0
