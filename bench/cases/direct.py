@@ -50,7 +50,7 @@ _OTHERS: tuple[_Sizes, ...] = ((32, 32, 16), (32, 16, 32), (16, 16, 16))
 
 def cases(target: str) -> Iterator[Case]:
     """Every configuration; on sm_90, for which they were chosen, float32 in every layout and with every kind of block too."""
-    yield from map(_scales, ("float32", "float64"))
+    yield from (_scales(dtype, given) for dtype in ("float32", "float64") for given in (False, True))
     for entry in shipped("direct"):
         every = target == "sm_90" and entry.dtype.itemsize == 4
         if entry.variant == "sums":
@@ -68,10 +68,10 @@ def cases(target: str) -> Iterator[Case]:
                 yield _factor(entry, name, sizes, factor, target)
 
 
-def _scales(dtype: str) -> Case:
+def _scales(dtype: str, given: bool) -> Case:
     types = {"balance_ptr": "*fp64"}
-    constants = {"GIVEN": False, "BLOCK": SCALES_BLOCK}
-    return Case("direct", scales_kernel, dtype, "scales", constants, {"num_warps": 4}, types=types)
+    constants = {"GIVEN": given, "BLOCK": SCALES_BLOCK}
+    return Case("direct", scales_kernel, dtype, "scales_given" if given else "scales", constants, {"num_warps": 4}, types=types)
 
 
 def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) -> Case:

@@ -58,13 +58,6 @@ def fill_factor(
         work: what is computed in; tensors of it are mixed in place.
     """
     batch, hidden, channels, *size = out.shape
-    if batch > 1 and len(deal(hidden, held)) > 1:
-        for item in range(batch):
-            one = slice(item, item + 1)
-            own = scales[0][one], scales[1][one]
-            source = None if given is None else given[one]
-            fill_factor(source, out[one], held, start, keys[one], own, delta=delta, work=work)
-        return
     if not out.numel():
         return
     taps, pairs = math.prod(size), (hidden - held) // 2
@@ -97,20 +90,21 @@ def _mix(
     delta: bool,
 ) -> None:
     """P of rows of G (B, held, n), or of a unit matrix at a tap, and of noise: (B, hidden, channels from `at` on, taps)."""
-    _, hidden, channels, taps = into.shape
+    batch, hidden, channels, taps = into.shape
     spread, gain = (scale.view(-1, 1, 1) for scale in scales)
     columns = into.flatten(2)
     shared = (
         _shared(given, noise, held, centre, at, channels, taps, spread, hidden, delta) if shares_pairs(hidden, held) else None
     )
-    for run in runs(hidden, held, delta, into.dtype, into.device):
+    for run in runs(hidden, held, delta, batch > 1, into.dtype, into.device):
         block, target = run.first, run.of(columns)
         beta = 0.0
         if given is not None and block.held:
             torch.bmm(_each(run.held * gain, target), _cut(given, block.row, run.number, block.held), out=target)
             beta = 1.0
         if shared is not None:
-            target.baddbmm_(run.noise * gain, shared[0, run.rows], beta=beta)
+            rows = shared[:, run.rows[0]] if run.number == 1 else shared[0, run.rows]
+            target.baddbmm_(run.noise * gain, rows, beta=beta)
         elif run.noise.shape[2]:
             rows = _cut(noise, block.pair, run.number, run.noise.shape[2])
             target.baddbmm_(_each(run.noise * (gain * spread), target), rows, beta=beta)
@@ -187,11 +181,15 @@ def _along(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def runs(hidden: int, held: int, delta: bool, dtype: torch.dtype, device: torch.device) -> tuple[Run, ...]:
-    """The blocks of P by runs of equal ones, with what they take of rows of G and of noise, twins added up or subtracted."""
+def runs(hidden: int, held: int, delta: bool, alone: bool, dtype: torch.dtype, device: torch.device) -> tuple[Run, ...]:
+    """The blocks of P by runs of equal ones, with what they take of rows of G and of noise, twins added up or subtracted.
+
+    Each block is `alone` where there is a batch, whose items are then what is mixed together.
+    """
     shared, groups = shares_pairs(hidden, held), groups_of(hidden, held)
     table, found = mixing_table(torch.float64, torch.device("cpu")), []
-    for (size, pairs, rows), equal in itertools.groupby(deal(hidden, held), key=lambda b: (b.size, b.pairs, b.held)):
+    alike = itertools.groupby(deal(hidden, held), key=lambda b: (b.size, b.pairs, b.held, alone and b.start))
+    for (size, pairs, rows, _), equal in alike:
         blocks = list(equal)
         p = table[size - 1, :size, :size].mT  # (size, size)
         one, two, ours = p[:, :pairs], p[:, pairs : 2 * pairs], p[:, 2 * pairs : 2 * pairs + rows]
