@@ -262,6 +262,7 @@ CALLS = [
     Call("Gauss-Newton, one problem", "cpu", _decompose((1, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
     Call("Gauss-Newton, 6 problems", "cpu", _decompose((6, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
     Call("Gauss-Newton, 64 problems", "cpu", _decompose((64, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
+    Call("Anderson, 6 problems", "cpu", _decompose((6, 8, 8, 5, 5), 16, fm.General(acceleration="anderson"), "cpu")),
     Call("Practical, 6 problems", "cpu", _decompose((6, 8, 8, 3, 3), 10, fm.Practical(), "cpu")),
     Call("VGG-16's 13 convolutions", "meta", _many(VGG16)),
     Call("100 alike layers", "meta", _many([(64, 64)] * 100)),

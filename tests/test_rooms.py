@@ -20,6 +20,7 @@ FLOORS = (
     ("nn", "equation", "graph", "certify"),
     ("plan",),
     ("morphs", "checkpoint", "distributed", "integrations"),
+    ("transformers",),
     ("cli", "__main__"),
 )
 

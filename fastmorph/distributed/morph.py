@@ -92,7 +92,7 @@ def morph(
             check_sharded_optimizer(optimizer, model)
         given = None if example_inputs is None else as_call(example_inputs, model)
         seed = _seed(plan, generator, ranks)
-        ranks.same("the plan", plan.to_toml())
+        ranks.same("the plan", _told(plan))
         ranks.same("the shapes of example_inputs", plan.recorded((), None, given).inputs)
 
         shelf = RankShelf(ranks)
@@ -113,7 +113,8 @@ def morph(
                 "memory_budget": memory_budget,
             },
         )
-        transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
+        with tqdm(total=len(plan), desc="morphing", unit="layer", disable=not progress) as bar:
+            transaction.run(plan, bar.update)
         transaction.settle()
         shelf.let_go()
 
@@ -160,6 +161,14 @@ def _seed(plan: Plan, generator: Generator, ranks: Ranks) -> int:
     if generator is None:
         return ranks.from_rank(draw_seed(None) if plan.seed is None else plan.seed, 0)
     return ranks.same("the seed that generator= gives", draw_seed(generator))
+
+
+def _told(plan: Plan) -> str:
+    """What can be compared of a plan; of one that cannot be written, because of an activation without a name, its layers."""
+    try:
+        return plan.to_toml()
+    except MorphError:
+        return str([(type(operator).__name__, operator.target) for operator in plan])
 
 
 def _on_meta(architecture: Callable[[], nn.Module]) -> nn.Module:

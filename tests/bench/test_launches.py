@@ -22,6 +22,7 @@ CEILINGS = {
     "half-step 64 -> 192": (Count(69, 1), Count(89, 1)),
     "half-step 64 -> 228, 2052 unknowns": (Count(73, 1), Count(89, 1)),
     "Gauss-Newton, 6 problems": (Count(1105, 22), Count(1115, 22)),
+    "Anderson, 6 problems": (Count(2270, 70), Count(2150, 70)),
     "Practical, 6 problems": (Count(251, 6), Count(263, 6)),
     "VGG-16's 13 convolutions": (Count(184, 1), Count(712, 1)),
     "100 alike layers": (Count(25, 1), Count(77, 1)),
@@ -125,6 +126,7 @@ CASES = [
     (fm.General(), (6, 6, 3, 3), 18),  # one half-step by columns
     (fm.General(), (20, 6, 3, 3), 17),  # one by rows is not exact on this side
     (fm.General(), (6, 6, 5, 5), 12),  # iterations
+    (fm.General(acceleration="anderson"), (6, 6, 5, 5), 12),
 ]
 
 

@@ -1,23 +1,21 @@
-"""Processes of a gloo group on the loopback address, started once for all tests of a size, that run functions together."""
+"""Processes of a gloo group on the loopback address, started once, that run functions together: for benchmarks and tests."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import pickle
-import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-SECONDS = 150  # until a test gives up
+SECONDS = 150  # until an answer is no more waited for
 GROUP_SECONDS = 60  # until a collective does
 
 
@@ -67,7 +65,7 @@ class Processes:
             ready = wait(left, seconds)
             if not ready:
                 self.stop()
-                pytest.fail(f"ranks {sorted(left.values())} did not answer in {seconds} seconds")
+                raise TimeoutError(f"ranks {sorted(left.values())} did not answer in {seconds} seconds")
             for pipe in ready:
                 try:
                     found[left[pipe]] = pickle.loads(pipe.recv_bytes())
@@ -76,20 +74,15 @@ class Processes:
         return [found[rank] for rank in range(self.size)]
 
     def run(self, function: Any, *arguments: Any) -> list[Any]:
-        """Each rank's result. Fails with the tracebacks of those that raise."""
+        """Each rank's result. Raises RuntimeError with the tracebacks of those that raise."""
         self.send(function, *arguments)
         answers = self.answers()
         errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error is not None]
         if errors:
-            pytest.fail("\n".join(errors), pytrace=False)
+            raise RuntimeError("\n".join(errors))
         return [answer for answer, _ in answers]
 
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
-
-
-def skip_unless_possible() -> None:
-    if sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("processes of a gloo group on the loopback interface need Linux and PyTorch's gloo")
