@@ -12,6 +12,7 @@ import numpy as np
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.find import how_to_bake
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.record import Ints
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
@@ -94,8 +95,11 @@ class Proposals:
         nearest = None if self._way == "turned" else self._nearest(width, found)
         ways = _ANY_WIDTH if self._is_stream_of_any(width) else ""
         if nearest is None:
-            remedy = ways or found[0].remedy
-            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {remedy}.")
+            cause = found[0].cause
+            blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else None
+            bake = None if blamed is None else how_to_bake(self._structure.skeleton.model, blamed)
+            remedy = bake or ways or found[0].remedy
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {cause}; {remedy}.")
         near, cause = nearest
         cause = found[0].cause if self._way else cause
         near_by = f"the nearest number that works is {near}" + (ways and f"; {ways}")
@@ -163,7 +167,8 @@ class Proposals:
             normalised = coupling.norms[free]
             free = free[normalised < 0]
             if not len(free):
-                yield Refusal(f"{coupling.normalised[int(normalised[-1])][0]!r} normalises over them")
+                name = coupling.normalised[int(normalised[-1])][0]
+                yield Refusal(f"{repr(name) if name else 'the model itself'} normalises over them")
                 continue
             tried: list[Copies] = []
             for classes, counts in self._selections(coupling, sequence, free, more):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
 from fastmorph.graph.options import with_options, without_options
@@ -78,6 +79,8 @@ class Skeleton:
                 ):
                     self.values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
+        # PyTorch copies nothing that was computed with gradients.
+        memo |= {id(tensor): tensor.detach().clone() for tensor in _attributes(model) if not tensor.is_leaf}
         self.model: nn.Module = clone(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -102,7 +105,8 @@ class Skeleton:
         """Another one that can be resized on its own."""
         new = copy.copy(self)
         new.values = dict(self.values)
-        new.model = clone(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
+        computed = (tensor for tensor in _attributes(self.model) if isinstance(tensor, FakeTensor))
+        new.model = clone(self.model, {id(tensor): tensor for tensor in (*dict(_tensors(self.model)).values(), *computed)})
         return new
 
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
@@ -146,7 +150,7 @@ class Skeleton:
         places = self._run(first, record, shapes)
         fewer = without_options(self.model, first.inputs)
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
-        for name, calls in with_options(self.model, first.inputs, shapes):
+        for name, calls in with_options(self.model, first.inputs, shapes, self._asked_for(first.inputs)):
             for call in calls:
                 more, _ = self._tried(Run(self.inputs(call), option=name), record)
                 if more is not record:  # it runs on that shape
@@ -159,6 +163,14 @@ class Skeleton:
         if any(name not in record.used for name, _ in self.model.named_parameters()):
             record, _ = self._tried(replace(first, train=True), record)
         return record
+
+    def _asked_for(self, inputs: Inputs) -> Iterable[Path]:
+        """Places in bags of inputs at which the model looks for one in vain."""
+        noted, found = noting(inputs)
+        if noted is not None:
+            with suppress(ForwardError, MorphError):  # it ran without notes: it wants dicts of just that class
+                self.run(noted, Watcher(), train=False)
+        return found
 
     def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
         """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
@@ -199,6 +211,8 @@ class Skeleton:
             number = tracer.value(leaf)
             record.result.append(tuple(leaf.shape) if number is None else number.tolist())
             record.block(tracer.flow(leaf).slots, "they are the model's output", output=True)
+            if not run.train and leaf.is_floating_point():
+                record.returned.append((path, tuple(leaf.shape), tracer.flow(leaf).varying))
         if run.train:
             del record.blocks[blocks:]  # exact it must be in eval mode
         elif run.option:
@@ -241,7 +255,7 @@ class Skeleton:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise MorphError(
-                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                f"the model cannot be traced: {watcher.module} branches on the values of a tensor ({error.func}); "
                 "rewrite that part so that it depends on shapes alone."
             ) from error
         except Exception as error:
@@ -259,6 +273,12 @@ def _is_of(tensor: Tensor, form: torch.memory_format) -> bool:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep without PyTorch's knowledge."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -356,3 +356,22 @@ def test_moments_follow_as_gradients_do(fill):
     if fill == "zero":
         torch.testing.assert_close(new["exp_avg"], torch.cat([old["exp_avg"] / s, torch.zeros(TOKENS, WIDER - D)], 1))
         torch.testing.assert_close(new["exp_avg_sq"][:, :D], old["exp_avg_sq"] / s**2)
+
+
+class Told(nn.Module):
+    """A head's output, and a number that is taken from it or from its weight."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.body, self.head, self.number = nn.Linear(5, 6), nn.Linear(6, 4), number
+
+    def forward(self, x):
+        y = self.head(torch.relu(self.body(x)))
+        return y, self.number(self, y)
+
+
+@pytest.mark.parametrize("number", [lambda m, y: y.mean(), lambda m, y: m.head.weight.square().sum(), lambda m, y: y.mean(1)])
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+def test_an_output_beside_a_number_is_no_stream(number, fill):
+    with pytest.raises(fm.MorphError, match=r"layer 'head' cannot (get more|have 7) channels"):
+        fm.widen(Told(number), {"head": 7}, fill=fill, example_inputs=torch.randn(3, 5))

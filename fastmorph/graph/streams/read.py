@@ -34,8 +34,8 @@ def read_stream(growth: Growth, old: list[Tape], child: Record) -> Stream | str:
     for kind, centred in _KINDS[growth.way]:
         algebra = Algebra(kind, centred, grown, readers, sizes)
         found, read = _read(algebra, old, child.tapes)
-        if isinstance(found, Stream):
-            return found
+        if isinstance(found, Stream):  # which some weight reads, or it is but an output
+            return found if readers or not found.outputs else "they are the model's output"
         stuck = max(stuck, (read, found), key=lambda pair: pair[0])  # of the way that led furthest
     return stuck[1]
 

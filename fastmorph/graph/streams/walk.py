@@ -62,7 +62,7 @@ class Walk:
         for (path, before), (_, after) in zip(old.outputs, new.outputs, strict=True):
             state = self._state(before, after)
             if not streams(state):
-                self.kept |= after.floating
+                self.kept |= after.floating and math.prod(after.shape) > 1  # a mean of a stream is no output beside it
                 self.unchanged([state], "an output of the model")
                 if before.shape != after.shape:
                     raise Stuck("the model's output would have another shape")
