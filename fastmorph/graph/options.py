@@ -47,6 +47,22 @@ def with_options(
             yield told(path, list(given.signature.parameters)), [Inputs(put(call.args, path, n), call.kwargs) for n in news]
 
 
+def masks(model: nn.Module, unused: Iterable[str], made: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[str, str, Any]]]:
+    """Masks that may make the model use parameters: each a module's name, its optional argument, and a shape.
+
+    A token that stands where something is masked belongs to a module that takes a mask, of a number for each position.
+    """
+    shapes = list(dict.fromkeys(shape[:2] for shape in made if len(shape) > 2))[:_SHAPES]
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in unused):
+        try:
+            signature = inspect.signature(model.get_submodule(owner).forward)
+        except (TypeError, ValueError):
+            continue
+        for name, parameter in signature.parameters.items():
+            if owner and parameter.default is None and "mask" in name:
+                yield [(owner, name, shape) for shape in shapes]
+
+
 def _takes_bool(parameter: inspect.Parameter) -> bool:
     told = str(parameter.annotation)  # a type, or what stands in the code
     return "bool" in told and "Tensor" not in told

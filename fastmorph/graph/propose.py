@@ -34,13 +34,14 @@ Copies = tuple[Ints, Ints]  # classes, and how many copies of each
 class Refusal:
     """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps.
 
-    `of_stream`: whether it is that of a stream at any width.
+    `of_stream`: whether it is that of a stream at any width; `unused`: whether for a parameter that the model did not use.
     """
 
     cause: str
     near: int | None = None
     remedy: str = "widen another layer"
     of_stream: bool = False
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Proposals:
 
     def find(self, width: int) -> Found | list[Refusal]:
         """A growth to `width` channels after which the model still does the same; else why there is none."""
-        refusals = []
+        refusals: list[Refusal] = []
         ways = [self._streamed(width), self._copies(width), self._shuffled(width), self._even(width)]
         for proposal in chain(*(ways[:1] if self._way == "turned" else ways)):
             found = tried(self._structure, proposal) if isinstance(proposal, Growth) else proposal
@@ -83,6 +84,8 @@ class Proposals:
             if isinstance(proposal, Growth):
                 found = replace(found, of_stream=bool(proposal.way))
             refusals.append(found)
+        if self._way and any(refusal.unused for refusal in refusals) and self._structure.masked is not None:
+            return Proposals(self._structure.masked, self.layer, self._way).find(width)
         if self._way == "axis" and self._couplings[0].is_blocked(self._couplings[0].of(self.atoms)):
             refusals.sort(key=lambda refusal: refusal.of_stream)  # what forbids copies tells more
         return refusals
@@ -150,7 +153,7 @@ class Proposals:
             return
         more = np.array([width - len(sequence)])
         growth = Growth.of_classes(coupling, sequence[-1:], more, way=self._way)
-        if len(np.unique(sequence)) == len(sequence) and all(axis.size == len(sequence) for axis in growth.layouts):
+        if len(np.unique(sequence)) == len(sequence) and all(not axis.size % len(sequence) for axis in growth.layouts):
             yield from (replace(growth, numbers=True), growth)
         elif self._way == "turned":
             yield Refusal("some tensors hold them several times, or beside others")
@@ -246,6 +249,7 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             f"the model did not use {stranger!r} when it was run, which is as wide as something that would grow: whether it "
             "shares these channels is not known",
             remedy="pass example_inputs= under which the model uses it, or take it out of the model",
+            unused=True,
         )
     try:
         child = structure.grown(growth)

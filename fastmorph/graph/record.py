@@ -116,12 +116,14 @@ class Run:
         train: whether in train mode.
         turned: places in the model's code where a comparison of sizes comes out the other way.
         option: an optional argument that the example does not give.
+        mask: a module inside, and the shape of a mask that is given to it as its optional argument `option`.
     """
 
     inputs: Inputs
     train: bool = False
     turned: frozenset[tuple[str, int, int]] = frozenset()
     option: str = ""
+    mask: tuple[str, tuple[int, ...]] | None = None
 
     def turn(self, place: tuple[str, int, int]) -> Run:
         """The same with a further comparison the other way."""

@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ from fastmorph.graph.attention import plain_kernels, use_plain_modules
 from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
-from fastmorph.graph.options import with_options, without_options
+from fastmorph.graph.options import masks, with_options, without_options
 from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tape import Tape
@@ -164,6 +164,18 @@ class Skeleton:
             record, _ = self._tried(replace(first, train=True), record)
         return record
 
+    def with_masks(self, record: Record) -> Record:
+        """A record with further runs in which modules are given masks, where that uses parameters that it does not know."""
+        shapes = dict[tuple[int, ...], None]()
+        self._run(record.runs[0], record.copy(), shapes)
+        for tries in masks(self.model, sorted({name for name, _ in self.model.named_parameters()} - record.used), shapes):
+            for owner, option, shape in tries:
+                more, _ = self._tried(replace(record.runs[0], option=option, mask=(owner, shape)), record)
+                if more.used > record.used:
+                    record = more
+                    break
+        return record
+
     def _asked_for(self, inputs: Inputs) -> Iterable[Path]:
         """Places in bags of inputs at which the model looks for one in vain."""
         noted, found = noting(inputs)
@@ -196,7 +208,8 @@ class Skeleton:
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self.values.get(name))
-        leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
+        masked = nullcontext() if run.mask is None else self._masked(run.option, *run.mask)
+        leaves = self.run(run.inputs, tracer, comparisons, masked, train=run.train, shapes=shapes)
         for path, leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise MorphError(
@@ -222,6 +235,20 @@ class Skeleton:
         if tape is not None:
             record.tapes.append(tape)
         return comparisons.found
+
+    @contextmanager
+    def _masked(self, option: str, owner: str, shape: tuple[int, ...]) -> Iterator[None]:
+        """Give a module a mask inside."""
+        mask = self._fake(torch.empty(shape, dtype=torch.bool, device="meta"))
+
+        def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, option: mask}
+
+        hook = self.model.get_submodule(owner).register_forward_pre_hook(give, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def first_names(self) -> dict[int, str]:
         """The first name of each parameter and buffer of the copy, by the tensor's id."""

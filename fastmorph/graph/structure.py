@@ -68,6 +68,12 @@ class Structure:
         """What the model does, operator by operator, in every run in eval mode."""
         return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
 
+    @cached_property
+    def masked(self) -> Structure | None:
+        """The same model followed with masks as well (`Skeleton.with_masks`); None where that finds nothing."""
+        record = self.skeleton.with_masks(self.record)
+        return None if record is self.record else Structure(self.skeleton, record, self.inputs, self._known)
+
     def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
         """The same model followed anew, with neighbours as one channel: see `Record.whole`."""
         record = self.skeleton.trace(self.inputs, runs=self.record.runs, whole=whole)
