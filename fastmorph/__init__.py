@@ -23,6 +23,7 @@ from fastmorph.morphs.add_heads import AddHeads, add_heads
 from fastmorph.morphs.candidates import Candidate, Candidates, candidates
 from fastmorph.morphs.deepen import Deepen, deepen
 from fastmorph.morphs.grow_kernel import GrowKernel, grow_kernel
+from fastmorph.morphs.grow_vocabulary import GrowVocabulary, grow_vocabulary
 from fastmorph.morphs.insert_block import InsertBlock, insert_block
 from fastmorph.morphs.insert_subnet import InsertSubnet, insert_subnet
 from fastmorph.morphs.subnet import LayerSpec, Residual, Sequential, Skip, Stacked
@@ -54,6 +55,7 @@ __all__ = [
     "FreshStateWarning",
     "General",
     "GrowKernel",
+    "GrowVocabulary",
     "InexactMorphError",
     "InsertBlock",
     "InsertSubnet",
@@ -90,6 +92,7 @@ __all__ = [
     "follow",
     "graph",
     "grow_kernel",
+    "grow_vocabulary",
     "history",
     "insert_block",
     "insert_subnet",
@@ -111,7 +114,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`fastmorph.distributed`, imported when it is used: PyTorch's engine takes its time."""
-    if name == "distributed":
-        return importlib.import_module("fastmorph.distributed")
+    """Rooms that are imported when they are used: PyTorch's engine takes its time."""
+    if name in ("distributed", "transformers"):
+        return importlib.import_module(f"fastmorph.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

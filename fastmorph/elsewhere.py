@@ -27,10 +27,11 @@ Fetch = Callable[[], Tensor]
 class Elsewhere(Tensor):
     """A tensor on a shelf. Its values cannot be written; `values` fetches them, and so does every operator but a view."""
 
-    __slots__ = ("_fetch", "_shelf", "_views")
+    __slots__ = ("_fetch", "_shelf", "_views", "origin")
     _fetch: Fetch
     _shelf: Shelf
     _views: tuple[Callable[[Tensor], Tensor], ...]
+    origin: Tensor | None  # the tensor that it stands for as a whole, where that is one, sharded say
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, shelf: Shelf, fetch: Fetch, views: tuple[Any, ...] = ()) -> Elsewhere:
@@ -38,7 +39,7 @@ class Elsewhere(Tensor):
         self: Any = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, layout=like.layout, device=device
         )
-        self._shelf, self._fetch, self._views = shelf, fetch, views
+        self._shelf, self._fetch, self._views, self.origin = shelf, fetch, views, None
         found: Elsewhere = self
         return found
 
@@ -54,7 +55,9 @@ class Elsewhere(Tensor):
             old, *rest = args
             shape = func(torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="meta"), *rest, **kwargs)
             views = (*old._views, lambda values: func(values, *rest, **kwargs))
-            return Elsewhere(shape, old.device, old._shelf, old._fetch, views)
+            new = Elsewhere(shape, old.device, old._shelf, old._fetch, views)
+            new.origin = old.origin if func is _aten.detach.default else None
+            return new
         given = [*zip(func._schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in func._schema.arguments)]
         if any(isinstance(value, cls) for a, value in given if a.alias_info is not None and a.alias_info.is_write):
             raise MorphError(f"{func} would write into a tensor whose values are elsewhere; put a new one in its place.")
@@ -72,7 +75,7 @@ class Elsewhere(Tensor):
     def forget(self) -> None:
         """Let go of what the values are fetched from; the tensor cannot be read any more."""
         self._shelf.let_go()
-        self._fetch = _forgotten
+        self._fetch, self.origin = _forgotten, None
 
     def numpy(self, *, force: bool = False) -> Any:
         """The values."""

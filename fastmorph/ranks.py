@@ -29,6 +29,7 @@ class Ranks:
         rank: this process's place in the group.
         size: how many there are.
         sent: bytes of tensors that this rank has sent to others by `move`.
+        received: bytes of tensors that it has got from others, by `move` and in parts.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -36,7 +37,7 @@ class Ranks:
             raise MorphError("there is no process group: call torch.distributed.init_process_group, or use fastmorph.morph.")
         self.group: Any = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.sent = 0
+        self.sent = self.received = 0
         if self.rank < 0:
             raise MorphError("this process is not of the group that is to work; call it on the ranks of the group alone.")
 
@@ -96,6 +97,8 @@ class Ranks:
         into = torch.empty(like.shape, dtype=like.dtype, device=device) if tensor is None else tensor.contiguous()
         if self.rank == source:
             self.sent += into.nbytes * (self.size - 1 if destination is None else source != destination)
+        if self.rank != source:
+            self.received += into.nbytes
         if destination is None:
             dist.broadcast(into, group=self.group, group_src=source)
         elif source != destination and self.rank == source:
@@ -104,8 +107,13 @@ class Ranks:
             dist.recv(into, group=self.group, group_src=source)
         return into if destination in (None, self.rank) else None
 
+    def count(self, whole: Tensor) -> None:
+        """Note that a tensor comes of which each rank had an equal part."""
+        self.received += whole.numel() * whole.itemsize * (self.size - 1) // self.size
+
     def gather(self, part: Tensor) -> Tensor:
         """Parts of one size, (n,), of all ranks one behind the other, (size * n,)."""
         whole = part.new_empty(self.size * len(part))
+        self.count(whole)
         dist.all_gather([*whole.chunk(self.size)], part, group=self.group)
         return whole

@@ -16,10 +16,11 @@ FILES = {
 }
 FLOORS = (
     ("errors",),
-    ("context", "elsewhere", "inputs", "outputs", "ranks"),
+    ("context", "elsewhere", "inputs", "outputs", "ranks", "scratch"),
     ("nn", "equation", "graph", "certify"),
     ("plan",),
     ("morphs", "checkpoint", "distributed", "integrations"),
+    ("transformers",),
     ("cli", "__main__"),
 )
 

@@ -19,6 +19,12 @@ MEASUREMENTS = (
         for name, n in _BLOCKS.items()
     ),
     *(
+        _ratio(
+            f"{name}: every block Widen, Deepen, GrowKernel in turn / the three alone", f"{name} mixed", f"{name} parts", 1.25
+        )
+        for name in ("resnet50", "resnet152")
+    ),
+    *(
         _ratio(f"{size}: filling, {fill} / cloning", f"{name} {fill}", f"{name} clone", at_most)
         for name, size in (("stack", "57 to 83 million weights"), ("wide", "2048 channels"))
         for fill, at_most in _TARGETS.items()

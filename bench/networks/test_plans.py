@@ -1,5 +1,7 @@
 """A plan that widens every block of a network: beside one widened block, and, without weights, beside running its structure.
 
+And one that mixes widths with other operators, beside plans of each alone.
+
 The child of each plan is compared with its parent before it is timed, the architecture of `restructure` with the child's.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -22,13 +25,14 @@ from bench.networks.models import NETWORKS, Network, network
 from bench.race import Contender
 
 CONSUMED = ("resnet50", "vgg16")
+MIXED = ("resnet50", "resnet152")
 WAYS = ("plan", "one", "restructure", "structure")
 
 
 def contender(way: str, chosen: Network) -> Contender:
     model, inputs, plan = chosen.model, chosen.inputs, chosen.plan
 
-    def morphed(operators: list[fm.Widen]) -> Callable[[], nn.Module]:
+    def morphed(operators: list[Any]) -> Callable[[], nn.Module]:
         return lambda: fm.morph(model, operators, example_inputs=inputs, verify=False, generator=0).model
 
     if way == "plan":
@@ -47,6 +51,15 @@ def contender(way: str, chosen: Network) -> Contender:
             lambda child: difference(chosen, child),
             setup=lambda: (copy.deepcopy(model),),
         )
+    if way in ("mixed", "parts"):
+        # Every block gets a wider first convolution, a second one of two layers, and then a larger kernel in the first.
+        deepened = [fm.Deepen(_second(operator.layer), activation="relu") for operator in plan]
+        grown = [fm.GrowKernel(operator.layer, 3) for operator in plan]
+        plans = [list(chain(*zip(plan, deepened, grown, strict=True)))] if way == "mixed" else [plan, deepened, grown]
+        return _once(
+            lambda: [morphed(operators)() for operators in plans],
+            lambda children: max(difference_of_outputs(chosen, child) for child in children),
+        )
     assert way == "structure"
     fakes, fake_inputs, mode = _on_fake_tensors(chosen)
 
@@ -57,6 +70,10 @@ def contender(way: str, chosen: Network) -> Contender:
     with torch.no_grad():
         expected = model(inputs).shape
     return _once(run, lambda found: 0.0 if found.shape == expected else float("inf"))
+
+
+def _second(layer: str) -> str:
+    return layer.removesuffix("1") + "2"
 
 
 def _once(run: Callable[..., Any], residual: Callable[[Any], float], setup: Callable[[], tuple[Any, ...]] = tuple) -> Contender:
@@ -81,7 +98,11 @@ def _layer_by_layer() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@pytest.mark.contenders(*([f"{name} {way}" for way in WAYS + ("consume",) * (name in CONSUMED)] for name in NETWORKS))
+def _ways(name: str) -> tuple[str, ...]:
+    return WAYS + ("consume",) * (name in CONSUMED) + ("mixed", "parts") * (name in MIXED)
+
+
+@pytest.mark.contenders(*([f"{name} {way}" for way in _ways(name)] for name in NETWORKS))
 def test_plans(race: Race, name: str) -> None:
     chosen, _, way = name.partition(" ")
     race("networks", contender(way, network(chosen)))

@@ -1,4 +1,4 @@
-"""The command `fastmorph`: demo, candidates, morph, verify and info.
+"""The command `fastmorph`: demo, candidates, morph, verify, grow, plan-cost and info.
 
 Exit status: 0 done, and the certificate holds where there is one; 1 the certificate does not hold; 2 the command could not be
 carried out, and one sentence on stderr says why. Weights are read as safetensors or by `torch.load(weights_only=True)`;
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastmorph.cli.child import NetworkCall, print_table, verify_command, write_child
 from fastmorph.cli.networks import CommandError, load_morphs, load_weights, make_network, need, read_tensors, told
+from fastmorph.cli.transformers import add_sizes
 from fastmorph.errors import MorphError
 
 if TYPE_CHECKING:
@@ -103,6 +104,27 @@ def _verify(arguments: argparse.Namespace) -> int:
     certificate = fm.verify(parent, child, *call.args, modes=arguments.modes, tolerance=arguments.tolerance, kwargs=call.kwargs)
     print(certificate)
     return 0 if certificate else 1
+
+
+def _grow(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fastmorph.cli import distributed, transformers
+
+    if (arguments.source / "config.json").exists():
+        return transformers.grow(arguments)
+    if not arguments.model or not arguments.plan:
+        raise CommandError(f"{arguments.source} holds no config.json of transformers, so that --model and --plan are needed.")
+    load_morphs(arguments.imports)
+    with torch.device("meta"):
+        network = make_network(arguments.model)
+    return distributed.grow(arguments, _call(arguments, network, needed=False).inputs)
+
+
+def _plan_cost(arguments: argparse.Namespace) -> int:
+    from fastmorph.cli import distributed
+
+    return distributed.plan_cost(arguments)
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -195,7 +217,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="fastmorph", description="Grow a trained PyTorch network without changing what it computes.")
     parser.add_argument("--version", action="version", version=f"fastmorph {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,candidates,morph,verify,info}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{demo,candidates,morph,verify,grow,plan-cost,info}"
+    )
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -230,6 +254,34 @@ def _parser() -> argparse.ArgumentParser:
     _inputs(verify)
     verify.add_argument("--seed", type=_seed, default=0, help="of the random inputs (default: 0)")
 
+    grow = command(
+        "grow",
+        _grow,
+        "grow a checkpoint, of transformers or of torch.distributed.checkpoint, into another one",
+    )
+    grow.add_argument("source", type=_path, metavar="SRC", help="the directory of the parent, which ranks saved")
+    grow.add_argument("out", type=_path, metavar="OUT", help="the directory to write")
+    _network(grow, required=False)
+    grow.add_argument("--plan", type=_path, metavar="FILE", help="the morphs, in TOML")
+    add_sizes(grow, _count)
+    grow.add_argument("--memory-budget", type=_number, default=2048, metavar="MIB", help="of a batched solve (default: 2048)")
+    _shapes(grow)
+    grow.add_argument("--seed", type=_seed, help="the same seed gives the same child (default: the plan's, else 0)")
+
+    cost = command("plan-cost", _plan_cost, "tell what the growth of sharded language models takes: a model, from counts")
+    cost.add_argument("--world-size", type=_count, default=64, metavar="N", help="ranks (default: 64)")
+    for option, default, unit in (
+        ("bandwidth", 50, "GB/s that a rank receives"),
+        ("memory-bandwidth", 2000, "GB/s of a rank's own memory"),
+        ("flops", 10, "TFLOP/s of a rank in closed forms"),
+        ("launch", 10, "us from one operator to the next"),
+        ("latency", 20, "us of a collective of a few bytes, times log2(N)"),
+        ("factor", 1.25, "the feed-forward's new width over its old one"),
+    ):
+        cost.add_argument(f"--{option}", type=_number, default=default, metavar="X", help=f"{unit} (default: {default})")
+    cost.add_argument("--itemsize", type=_count, default=2, metavar="BYTES", help="of a weight (default: 2)")
+    cost.add_argument("--no-optimizer", action="store_true", help="weights alone, no moments")
+
     command("info", _info, "show versions, devices, and backends")
     return parser
 
@@ -240,8 +292,9 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _network(parser: argparse.ArgumentParser, weights: str | None = None) -> None:
-    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+def _network(parser: argparse.ArgumentParser, weights: str | None = None, *, required: bool = True) -> None:
+    where = "PACKAGE.MODULE:FACTORY"
+    parser.add_argument("--model", required=required, metavar=where, help="called to build the parent network")
     if weights is not None:
         parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
     parser.add_argument(
@@ -291,6 +344,16 @@ def _count(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 def _seed(text: str) -> int:

@@ -8,6 +8,7 @@
 Every rank calls it, and `shard` is the function by which the model was sharded: it is called with the child's architecture.
 """
 
+from fastmorph.distributed.checkpoint import checkpoint_plans, grow_checkpoint
 from fastmorph.distributed.morph import morph
 
-__all__ = ["morph"]
+__all__ = ["checkpoint_plans", "grow_checkpoint", "morph"]

@@ -17,7 +17,7 @@ from fastmorph.distributed.certificate import certify
 from fastmorph.distributed.optimizer import carry_shards, check_sharded_optimizer
 from fastmorph.distributed.shards import RankShelf, parameter_like
 from fastmorph.distributed.unsharded import inner, is_sharded, plain_name, reshard, unsharded
-from fastmorph.elsewhere import Elsewhere, on_meta, values_of
+from fastmorph.elsewhere import Elsewhere, on_meta
 from fastmorph.equation.randomness import Generator, draw_seed
 from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
@@ -92,7 +92,7 @@ def morph(
             check_sharded_optimizer(optimizer, model)
         given = None if example_inputs is None else as_call(example_inputs, model)
         seed = _seed(plan, generator, ranks)
-        ranks.same("the plan", plan.to_toml())
+        ranks.same("the plan", _told(plan))
         ranks.same("the shapes of example_inputs", plan.recorded((), None, given).inputs)
 
         shelf = RankShelf(ranks)
@@ -113,7 +113,8 @@ def morph(
                 "memory_budget": memory_budget,
             },
         )
-        transaction.run(tqdm(plan, desc="morphing", unit="layer", disable=not progress))
+        with tqdm(total=len(plan), desc="morphing", unit="layer", disable=not progress) as bar:
+            transaction.run(plan, bar.update)
         transaction.settle()
         shelf.let_go()
 
@@ -123,7 +124,7 @@ def morph(
             made = _parallelized(child, parallelize)
             _fill(inner(made), grown)
         else:
-            child = clone(grown, {id(p): parameter_like(values_of(p), p) for p in grown.parameters()})
+            child = clone(grown, {id(p): parameter_like(p, p) for p in grown.parameters()})
             made = _parallelized(child, parallelize)
         shelf.let_go()
         network = inner(made)
@@ -162,6 +163,14 @@ def _seed(plan: Plan, generator: Generator, ranks: Ranks) -> int:
     return ranks.same("the seed that generator= gives", draw_seed(generator))
 
 
+def _told(plan: Plan) -> str:
+    """What can be compared of a plan; of one that cannot be written, because of an activation without a name, its layers."""
+    try:
+        return plan.to_toml()
+    except MorphError:
+        return str([(type(operator).__name__, operator.target) for operator in plan])
+
+
 def _on_meta(architecture: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return architecture()
@@ -193,7 +202,7 @@ def _fill(child: nn.Module, grown: nn.Module) -> None:
             if not like.is_meta:
                 raise MorphError(f"parallelize= gave {name!r} memory; it is to shard the network on the meta device alone.")
             if like not in made:
-                made[like] = parameter_like(values_of(source), like)
+                made[like] = parameter_like(source, like)
                 if isinstance(source, Elsewhere):
                     source.forget()
             module._parameters[key] = made[like]

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fastmorph.distributed.shards import RankShelf, shard_like
-from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
@@ -42,7 +41,7 @@ def carry_shards(
     }
 
     def place(value: Tensor, parameter: nn.Parameter) -> Tensor:
-        return shard_like(values_of(value), parameter) if value.shape == parameter.shape else value
+        return shard_like(value, parameter) if value.shape == parameter.shape else value
 
     carried = carry_over(away, child, lineage, place=place)
     shelf.let_go()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fastmorph.elsewhere import Elsewhere, Shelf
+from fastmorph.elsewhere import Elsewhere, Shelf, values_of
 from fastmorph.ranks import Ranks
 
 
@@ -43,14 +43,26 @@ class RankShelf(Shelf):
             if not isinstance(tensor, DTensor):
                 return tensor.detach()
             self.ranks.check()
+            self.ranks.count(tensor)
             return whole(tensor.detach())
 
-        return self.of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.device, fetch)
+        new = self.of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.device, fetch)
+        new.origin = tensor
+        return new
 
 
 @torch.no_grad()
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of a full tensor, placed as `like` is: memory of its own. No rank talks to another."""
+    """This rank's shard of a full tensor, placed as `like` is: memory of its own.
+
+    Ranks talk only where the values are elsewhere, and are not placed so already.
+    """
+    origin = value.origin if isinstance(value, Elsewhere) else None
+    if isinstance(origin, DTensor) and isinstance(like, DTensor):
+        one, two = (tensor._spec for tensor in (origin, like))
+        if (one.mesh, one.placements, one.shape) == (two.mesh, two.placements, two.shape):
+            return origin.detach().clone()
+    value = values_of(value)
     if not isinstance(like, DTensor):
         return value.clone(memory_format=torch.contiguous_format)
     shape, offset = compute_local_shape_and_global_offset(value.shape, like.device_mesh, like.placements)

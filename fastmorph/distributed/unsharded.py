@@ -88,8 +88,8 @@ def unsharded(model: nn.Module, shelf: RankShelf, architecture: nn.Module | None
         _fill(twin_model, {name: twins[id(p)] for name, p in parameters.items()}, "_parameters")
         _fill(twin_model, {name: copies[id(b)] for name, b in buffers.items()}, "_buffers")
         twin_model.train(model.training)
-    pairs = {twin: parameter for parameter in parameters.values() for twin in [twins[id(parameter)]]}
-    return twin_model, Lineage((twin, pairs[twin]) for twin in twin_model.parameters())
+    ancestors = {twins[id(parameter)]: parameter for parameter in parameters.values()}
+    return twin_model, Lineage((twin, ancestors[twin]) for twin in twin_model.parameters())
 
 
 def _fill(model: nn.Module, tensors: dict[str, Any], register: str) -> None:

@@ -31,10 +31,14 @@ _ALONE = 512  # unknowns of each item up to which a device may factor many matri
 class HalfStep:
     """The factored system of a fixed F1, (B, Ch, Ci, *K1), for second kernels of size `k2`; solves for many targets."""
 
-    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True) -> None:
-        """Factor the system. `wait=False` never waits for the device, in refinement either, and only tells singular items."""
+    def __init__(self, first: Tensor, k2: Size, backend: Backend, *, wait: bool = True, coarse: Backend | None = None) -> None:
+        """Factor the system. `wait=False` never waits for the device, in refinement either, and only tells singular items.
+
+        A `coarse` backend solves in float32, for refinement against errors in the dtype of `first`.
+        """
         self.wait = wait
-        self.system = system = System(first, k2, backend)
+        self.system = System(first, k2, backend)
+        self.solver = system = self.system if coarse is None else System(first.float(), k2, coarse)
         self.by_rows = system.shape[0] <= system.shape[1]
         gram = system.row_gram() if self.by_rows else system.column_gram()
         # No kernel covers two frame rows further apart than K1 - 1: there the columns' Gram matrix and its factor are zero.
@@ -55,10 +59,12 @@ class HalfStep:
 
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
+        system, given = self.solver, target.to(self.solver.first.dtype)
         if self.by_rows:
-            second = self.system.kernel(self.factor.solve(self.system.right_side(target, before)))
+            second = system.kernel(self.factor.solve(system.right_side(given, before)))
         else:
-            second = self.system.image(self.factor.solve(self.system.columns(target, before)))
+            second = system.image(self.factor.solve(system.columns(given, before)))
+        second = second.to(target.dtype)
         if self.inverse is not None:
             padded = pad(target[self.singular], before, self.system.size).flatten(2)
             second = second.clone()

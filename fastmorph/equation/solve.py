@@ -113,7 +113,8 @@ def _outcomes(solved: Solved, residual: list[float], iterations: list[int], larg
         if not worse:
             break
         bad = torch.tensor(worse).to(answer.residual.device)
-        answer = answer.improved(_attempt(equation.subset(bad, equation.frame), first.choice.solver), bad)
+        again = replace(equation.subset(bad, equation.frame), full=True)
+        answer = answer.improved(_attempt(again, first.choice.solver), bad)
         residual, iterations = answer.residual.tolist(), answer.iterations.tolist()
     limit = tolerance(dtype)
     converged = answer.residual <= limit
@@ -122,9 +123,9 @@ def _outcomes(solved: Solved, residual: list[float], iterations: list[int], larg
         if odd:
             outcomes.append(_in_range(problem, seed))
             continue
-        found = _decomposition(problem, answer, part, converged[part], iterations[part])
         exact = all(value <= limit for value in residual[part])
         worst = math.nan if any(map(math.isnan, residual[part])) else max(residual[part], default=0.0)
+        found = _decomposition(problem, answer, part, converged[part], iterations[part], worst)
         outcomes.append((found, None if exact else InexactMorphError(_inexact(problem, worst, limit), found)))
     return outcomes
 
@@ -158,7 +159,8 @@ class _Answer(NamedTuple):
 
     def improved(self, other: _Answer, items: Tensor) -> _Answer:
         """This answer, with another one for some of its items where that is better; the work of both is told."""
-        better = other.residual < self.residual[items]
+        before = self.residual[items]
+        better = (other.residual < before) | before.isnan()
         kept = [value.index_copy(0, items[better], new[better]) for value, new in zip(self[:3], other[:3], strict=True)]
         trace = self.trace.new_full((len(other.trace), len(self.residual)), torch.nan)
         trace[:, items] = other.trace
@@ -270,7 +272,7 @@ def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _decomposition(
-    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int]
+    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int], worst: float
 ) -> Decomposition[Any]:
     shape, restore, solver = problem.batch_shape, problem.restore, problem.choice.solver
     first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
@@ -290,6 +292,7 @@ def _decomposition(
         cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, steps) for steps in iterations),
         trace=restore(trace.reshape(len(trace), *shape)),
         estimated=solver.closed_form and max(co, ci) > _MEASURED,
+        worst=worst,
     )
 
 

@@ -80,6 +80,14 @@ class Coupling:
         forbid = np.array([not block.output for block in self.record.blocks] + [False] * axes + [True] * axes + [False])
         return bool(forbid[self._causes[classes]].any())
 
+    def forbidden(self, classes: Ints) -> str | None:
+        """Why some of the classes cannot be copied, a clause, besides that they are the model's output; None if they can."""
+        for block in self.record.blocks:
+            if not block.output and np.isin(self.classes[block.atoms], classes).any():
+                return block.cause
+        tied = classes[self._causes[classes] >= len(self.record.blocks)]
+        return self.cause(int(tied[0])) if len(tied) else None
+
     def cause(self, cls: int) -> str:
         """Why a class cannot be copied, a clause."""
         blocks = self.record.blocks
@@ -188,7 +196,7 @@ class Coupling:
         """All classes of the same kind as this one, that may be copied too, itself among them."""
         first = self.record.axis_of(cls)
         rivals = np.unique(self.classes[first.start : first.start + first.size])
-        return rivals[(self.kinds[rivals] == self.kinds[cls]) & ~self.fixed[rivals]]
+        return rivals[(self.kinds[rivals] == self.kinds[cls]) & (~self.fixed[rivals] | self.fixed[cls])]
 
 
 def _queries_apart(record: Record) -> tuple[Edges, Edges, Edges]:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastmorph.graph.coupling import Coupling, Floats, kinds
+from fastmorph.graph.flow import line, varying_dims
 from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record, unique
 from fastmorph.graph.streams.algebra import Stream
@@ -165,7 +166,7 @@ class Growth:
                 return Difference("the model would run other operators")
         pairs = zip(parent.result, child.result, strict=False)
         wider = self.way and all(old == new or type(old) is type(new) is tuple for old, new in pairs)
-        if parent.result != child.result and not wider:
+        if parent.result != child.result and not wider and not (self.repeats and self._by_head(child)):
             return Difference(f"its outputs would have shapes {child.result} instead of {parent.result}")
         if len(parent.axes) != len(child.axes) or len(parent.groupings) != len(child.groupings):
             return Difference("the model would run other operators")
@@ -182,13 +183,27 @@ class Growth:
             else:
                 source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
         for block in child.blocks if not self.way else ():
-            if copy[block.atoms].any():
+            if not (self.repeats and block.output) and copy[block.atoms].any():
                 return Difference(block.cause)
         astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
         if len(astray):
             return Difference(f"channels of {child.axis_of(int(astray[0])).name!r} would go through other operators")
         odd = self._other_ties(after, source, copy) or self._other_copies(after, copy, key) or self._other_lines(child, source)
         return Difference(odd) if odd else None
+
+    def _by_head(self, child: Record) -> bool:
+        """Whether outputs grow where they hold something of each head, as caches do, and one is what it was."""
+        parent, expected, kept = self.coupling.record, {}, False
+        for path, shape, labels in parent.returned:
+            sizes = list(shape)
+            for label in labels:
+                for dim in varying_dims(label):
+                    sizes[dim] = self.total(line(label, dim))
+            expected[path] = tuple(sizes)
+            kept |= tuple(sizes) == shape
+        found = {path: shape for path, shape, _ in child.returned}
+        same = (old == new or type(old) is type(new) is tuple for old, new in zip(parent.result, child.result, strict=True))
+        return kept and expected == found and all(same)
 
     def _repeated(self, entry: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
         """Whether an operator repeats keys and values for more query heads, and does else what it did."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from fastmorph.errors import MorphError
 from fastmorph.graph.coupling import QUERIES
 from fastmorph.graph.find import submodule_of
-from fastmorph.graph.flow import is_real, varying_dims
+from fastmorph.graph.flow import is_real, line, varying_dims
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.propose import Found, Refusal, tried
+from fastmorph.graph.ragged import positions
 from fastmorph.graph.record import Axis, Ints, Record
 from fastmorph.graph.structure import Structure
+from fastmorph.outputs import Path
 
 _GROUPS, _EACH = frozenset({"groups"}), frozenset({"groups", QUERIES})
 
@@ -58,9 +60,9 @@ class Heads:
         wide = kv_heads == len(self.groups)
         coupling = structure.coupling(_EACH if wide else _GROUPS)
         last = coupling.of(self.queries[-1:])
-        causes = coupling.causes(last)
-        if causes:
-            raise MorphError(f"layer {self.layer!r} cannot get more heads: {causes[0]}; add heads to another layer.")
+        cause = coupling.forbidden(last)
+        if cause:
+            raise MorphError(f"layer {self.layer!r} cannot get more heads: {cause}; add heads to another layer.")
         before, after = self.repeats, heads // kv_heads
         growth = Growth.of_classes(coupling, last, np.array([after - before if wide else kv_heads - len(self.groups)]))
         return replace(growth, numbers=True, repeats=dict.fromkeys(self.modules, (before, after)))
@@ -176,3 +178,19 @@ def try_heads(structure: Structure, growth: Growth) -> Found | Refusal:
             return found
         refusals.append(found)
     return refusals[0]
+
+
+def outputs_by_head(growth: Growth) -> dict[Path, tuple[int, Ints]]:
+    """The model's outputs that hold something of each head, as caches do: along which dimension, and where old heads are."""
+    found = {}
+    for path, shape, labels in growth.coupling.record.returned:
+        for label in labels:
+            for dim in sorted(varying_dims(label)):
+                atoms = line(label, dim)
+                if growth.total(atoms) > shape[dim]:
+                    classes = growth.coupling.of(atoms)
+                    begins = np.flatnonzero(np.append(True, np.diff(classes) != 0))
+                    lengths = np.diff(np.append(begins, len(classes)))
+                    sizes = lengths * (1 + growth.copies[atoms.numpy()[begins]].astype(np.int64))
+                    found[path] = dim, np.flatnonzero(positions(sizes) < np.repeat(lengths, sizes))
+    return found

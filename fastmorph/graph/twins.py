@@ -109,7 +109,7 @@ class _Labeller:
         weight, other = sides[where], sides[1 - where]
         assert weight is not None
         assert other is not None
-        along = _weight_dims(self._flow, weight)
+        along = weight_dims(self._flow, weight)
         if "convolution" in node.name:
             if node.call.args["groups"] > 1:
                 raise Stuck("its last convolution has groups")
@@ -183,7 +183,7 @@ class _Labeller:
             _add(found, {key: label[..., :1, :].expand(out.shape) for key, label in self.of(sides[1]).items()})
             return found | {f"{id(node)}": _leading(out, 2)}
         weight, other = sides[weights[-1]], sides[1 - weights[-1]]
-        along = _weight_dims(flow, weight)
+        along = weight_dims(flow, weight)
         name, _ = named(flow, weight) or ("", 0)
         if "convolution" in node.name:
             groups, row = node.call.args["groups"], _range(out, 1)
@@ -264,7 +264,7 @@ class _Labeller:
         return found
 
 
-def _weight_dims(flow: Dataflow, value: Value) -> list[int]:
+def weight_dims(flow: Dataflow, value: Value) -> list[int]:
     """Of each dimension of a weight, moved as it is, the parameter's own."""
     moves = []
     while flow.name(value) is None:

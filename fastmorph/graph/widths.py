@@ -78,6 +78,15 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
     return stages, structure
 
 
+def reach(structure: Structure, width: Width) -> frozenset[str]:
+    """The modules whose tensors change, under all their names, if the layer grows in the way that is tried first.
+
+    That is the model itself, and with it everything, where there is none.
+    """
+    growth = next(iter(_together(structure, [width])), None)
+    return frozenset({""}) if growth is None else structure.owners(growth.names)
+
+
 def _proposals(structure: Structure, width: Width) -> Proposals:
     proposals = Proposals(structure, width.layer, width.way)
     channels, old = width.channels, len(proposals.atoms)

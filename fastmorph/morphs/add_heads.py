@@ -12,17 +12,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import update_attributes
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.heads import Heads, by_heads, find_heads, try_heads
+from fastmorph.graph.heads import Heads, by_heads, find_heads, outputs_by_head, try_heads
 from fastmorph.graph.propose import Refusal
+from fastmorph.graph.record import Ints
 from fastmorph.graph.structure import Structure, follow
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, put_grown
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import put_grown
+from fastmorph.outputs import Outputs, Path
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.transaction import Transaction
@@ -125,6 +130,37 @@ class AddHeads:
 
 
 @dataclass(frozen=True, eq=False)
+class OldHeads:
+    """Outputs that hold something of each head are compared on the old ones: a `Reading` of certificates.
+
+    Attributes:
+        places: of these outputs, by path, the dimension of heads, and where the old ones stand.
+    """
+
+    places: Mapping[Path, tuple[int, Ints]]
+
+    @property
+    def told(self) -> str:
+        """What a certificate says of it."""
+        names = ", ".join(".".join(map(str, path)) or "output" for path in self.places)
+        return f"the old heads of {names}, which have more of them"
+
+    def outputs(self, parent: Outputs, child: Outputs) -> Outputs:
+        """With old heads alone."""
+        return {path: self._old(path, leaf) for path, leaf in child.items()}
+
+    def _old(self, path: Path, leaf: Any) -> Any:
+        if path not in self.places or not isinstance(leaf, Tensor):
+            return leaf
+        dim, places = self.places[path]
+        return leaf.index_select(dim, torch.from_numpy(places).to(leaf.device))
+
+    def layer(self, name: str) -> str | None:
+        """No layer is new."""
+        return name
+
+
+@dataclass(frozen=True, eq=False)
 class _Round:
     """Growths of operators in turn, None for those that need none, what they come to, and the structure then."""
 
@@ -177,6 +213,9 @@ def _write(transaction: Transaction, operators: Sequence[AddHeads], rounds: Sequ
                     put_grown(transaction, part, [Filling(part, operator.fill, noise, mark, share=True)])
     for turn in rounds:
         update_attributes(model, turn.growth)
+        places = outputs_by_head(turn.growth)
+        if places:
+            transaction.readings.append(OldHeads(places))
 
 
 def add_heads(

@@ -71,13 +71,14 @@ def _holders(model: nn.Module, layers: str) -> Iterator[tuple[Any, bool]]:
     """The modules around a list, the innermost first, and their configs; and whether a config is of these alone."""
     path = layers.split(".")[:-1]
     around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
-    whole = {id(config) for config in _configs(model)}
+    whole = {id(config) for config in configs_of(model)}
     for module in around:
         yield module, True
-        for config in _configs(module):
+        for config in configs_of(module):
             yield config, id(config) not in whole
 
 
-def _configs(module: nn.Module) -> list[Any]:
+def configs_of(module: nn.Module) -> list[Any]:
+    """The configs that a module keeps."""
     held = [value for key, value in vars(module).items() if key in _CONFIGS]
     return [value for value in held if hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor)]

@@ -6,8 +6,9 @@ own class: its tensors and the sizes that its modules keep are changed, its code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Unpack, cast
 
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
-from fastmorph.graph.find import tensor_of
+from fastmorph.graph.find import how_to_bake, tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.structure import follow
-from fastmorph.graph.widths import Stage, Width, find_stages
+from fastmorph.graph.structure import Structure, follow
+from fastmorph.graph.widths import Stage, Width, find_stages, reach
 from fastmorph.morphs.stream_fill import StreamFilling
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import Grown
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
+from fastmorph.plan.order import EVERYTHING
 from fastmorph.plan.transaction import Transaction
 
 
@@ -70,7 +73,7 @@ class Widen:
         used = transaction.structure.record.used
         unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
         transaction.untouched = transaction.untouched or unused
-        widths = [Width(each.layer, cast(int, each.channels), each._check_fill, _WAYS.get(each.fill, "")) for each in operators]
+        widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
         stages, structure = find_stages(transaction.structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
@@ -78,7 +81,18 @@ class Widen:
             _grow(stage, [next(left) for _ in stage.growths], transaction, share)
         transaction.structure = structure
 
-    def _check_fill(self, growth: Growth) -> None:
+    def reach(self, structure: Structure) -> frozenset[str]:
+        """The modules whose tensors change; see `fastmorph.plan.order`."""
+        return reach(structure, self._width(lambda growth: None)) if isinstance(self.channels, int) else EVERYTHING
+
+    def _width(self, accept: Callable[[Growth], None]) -> Width:
+        return Width(self.layer, cast(int, self.channels), accept, _WAYS.get(self.fill, ""))
+
+    def _check(self, transaction: Transaction, growth: Growth) -> None:
+        # A stream changes its norms, too.
+        transaction.check_reach(
+            self, EVERYTHING if growth.stream is not None else {name.rpartition(".")[0] for name in growth.names}
+        )
         record = growth.coupling.record
         standardised = growth.atoms[record.mask("standardised")[growth.atoms]]
         if len(standardised) and self.fill != "pair":
@@ -99,6 +113,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
     if whole is not None and transaction.with_weights:
         transaction.settle()
     marks = Marks(whole.coupling.record) if whole is not None and transaction.with_weights else None
+    grown = None if whole is None else Grown(transaction, whole)
     fillings: dict[str, list[Filling]] = {name: [] for name in ([] if whole is None else whole.names)}
     last = {name: at for at, growth in enumerate(stage.growths) if growth is not None for name in growth.names}
     steps = []
@@ -106,7 +121,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
         with transaction.step(operator) as step:
             step.milliseconds += share
             steps.append(step)
-            if whole is None or growth is None:
+            if grown is None or growth is None:
                 continue
             if growth.stream is not None:
                 _grow_stream(operator, growth, transaction)
@@ -116,11 +131,11 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
                     fillings[name].append(filling)
             for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
-                    old = tensor_of(transaction.model, name)
-                    _replace(transaction, old, name, whole, fillings.pop(name))
+                    grown.put(name, fillings.pop(name))
     for step in steps:
         step.after = transaction.kernel_shapes(step.layer)
-    if whole is not None:
+    if whole is not None and grown is not None:
+        grown.finish()
         buffers = dict(transaction.model.named_buffers())
         for name, value in new_factors(buffers, whole).items():
             transaction.replace(buffers[name], value, linear=None, square=None)
@@ -130,8 +145,14 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 @torch.no_grad()
 def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> None:
     """The same for a stream."""
-    model = transaction.model
+    model, record = transaction.model, growth.coupling.record
     assert growth.stream is not None
+    for direction, _, _ in record.normed:
+        if any(axis in growth.layouts for axis in record.parameter(direction)):
+            raise MorphError(
+                f"layer {operator.layer!r} cannot get more channels: a stream does not grow through {direction!r}, the "
+                f"direction of a weight norm; {how_to_bake(model, direction)}."
+            )
     gains = {name: tensor_of(model, name) for name in sorted(StreamFilling.gains(growth))}
     filling = StreamFilling(operator.layer, growth, transaction.noise("widen", operator.layer), gains)
     for name in growth.names:
@@ -144,15 +165,6 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
         transaction.replace(old, new, linear=linear, square=square)
     if growth.stream.outputs:
         transaction.readings.append(filling.reading())
-
-
-@torch.no_grad()
-def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
-    if fillings:
-        new, linear, square = fill_tensor(fillings, name, old)
-        transaction.replace(old, new, linear=linear, square=square)
-    else:  # without weights
-        transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
 
 def widen(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,15 @@ def check_parent(model: nn.Module) -> None:
             )
 
 
+def check_targets(model: nn.Module, operators: Iterable[Any]) -> None:
+    """Raise MorphError, with the name, for a target that is a module or anything else but a name."""
+    for target in (operator.target for operator in operators):
+        if not isinstance(target, str):
+            names = [name for name, module in model.named_modules() if module is target]
+            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
+            raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
+
+
 # --- children that their class cannot hold -----------------------------------------------------------------------------------
 
 
@@ -98,7 +108,9 @@ def _is_as_configured(module: nn.Module, shapes: Shapes) -> bool:
 
 
 def _counts(module: nn.Module) -> dict[str, int]:
-    return {key: value for key, value in vars(module).items() if type(value) is int and not key.startswith("_")}
+    """What a module counts, without widths that its tensors tell."""
+    numbers = ((key, value) for key, value in vars(module).items() if type(value) is int and not key.startswith("_"))
+    return {key: value for key, value in numbers if not re.search(r"embed|hidden|model|width", key)}
 
 
 def guard_saving(child: nn.Module, before: Mapping[str, Shapes]) -> None:

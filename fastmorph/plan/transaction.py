@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
-from fastmorph.graph.structure import Structure
+from fastmorph.graph.structure import Structure, follow
 from fastmorph.inputs import Inputs
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
+from fastmorph.plan.order import Reach, interleaved, turns
 from fastmorph.plan.patterns import expanded
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
@@ -39,13 +40,24 @@ from fastmorph.plan.watch import Piece, Surroundings
 Assign = Callable[[Decomposition[Tensor]], None]
 
 
+def _is_wide(operator: Operator) -> bool:
+    return hasattr(type(operator), "reach")
+
+
+def _may_move(operator: Operator) -> bool:
+    """Whether it is known what the operator changes: it is a width or a local one, of one layer, named as it stands."""
+    plain = isinstance(operator.target, str) and not set(operator.target) & set("*?[")
+    return plain and (getattr(type(operator), "local", False) or _is_wide(operator))
+
+
 class Operator(Protocol):
     """A morph as a frozen dataclass; see `fastmorph.plan.operators` for what it may hold and do.
 
     A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
     together, and it notes what each of them did (`Transaction.step`). A class attribute local = True says that an operator
     changes what stands under its target's name alone, found by `find_layer`, and keeps what that computes: then the code around
-    the layer is watched, see `fastmorph.plan.watch`.
+    the layer is watched, see `fastmorph.plan.watch`. A method reach(structure) tells the modules whose tensors it changes, so
+    that it may have its turn before local ones, see `fastmorph.plan.order`.
     """
 
     @property
@@ -122,6 +134,7 @@ class Transaction:
     _queue: list[_Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
     _operator: Operator | None = field(default=None, init=False)
+    _reach: dict[int, Reach] = field(default_factory=dict, init=False)
     _places: dict[int, list[tuple[dict[str, Any], str]]] = field(default_factory=dict, init=False)
 
     @property
@@ -134,27 +147,93 @@ class Transaction:
         self._drawn[names] += 1
         return Stream(self.seed).of(*names, self._drawn[names])
 
-    def run(self, operators: Iterable[Operator]) -> None:
-        """Run operators in order; neighbours of one class that can be applied together are.
+    def run(self, operators: Iterable[Operator], advance: Callable[[int], object] = lambda count: None) -> None:
+        """Run operators in order, or so that the same comes of it: see `fastmorph.plan.order`.
 
-        Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
+        Neighbours of one class that can be applied together are. `advance` is told how many have been run.
+
+        Raises MorphError, besides what they raise, for absurd sizes.
         """
+        for may_move, stretch in groupby(operators, _may_move):
+            written = list(stretch)
+            reaches = self._reaches(written) if may_move and interleaved([_is_wide(operator) for operator in written]) else None
+            if reaches is None:
+                self._run(written, advance)
+            else:
+                self._run_in_turns(written, reaches, advance)
+        self._leave()
+
+    def _run(self, operators: Iterable[Operator], advance: Callable[[int], object]) -> None:
         for kind, neighbours in groupby(operators, type):
             if not getattr(kind, "local", False):
                 self._leave()
             together = getattr(kind, "apply_together", None)
             if together is not None:
-                group = [each for operator in neighbours for each in expanded(operator, self.model)]
+                written = list(neighbours)
+                group = [each for operator in written for each in expanded(operator, self.model)]
                 self._check(group)
                 together(group, self)
+                advance(len(written))
                 continue
-            for operator in (each for written in neighbours for each in expanded(written, self.model)):
-                self._check([operator])
-                self._places.clear()
-                with self.step(operator):
-                    operator.apply(self)
-                self.structure = None
-        self._leave()
+            for operator in neighbours:
+                for each in expanded(operator, self.model):
+                    self._check([each])
+                    self._places.clear()
+                    with self.step(each):
+                        each.apply(self)
+                    self.structure = None
+                advance(1)
+
+    def _reaches(self, operators: Sequence[Operator]) -> list[frozenset[str]] | None:
+        """Of each operator, the modules whose tensors it changes; None where the model cannot be followed as it stands."""
+        try:
+            self.structure = self.structure or follow(self.model, self.example_inputs)
+        except MorphError:
+            return None
+        names = self.structure.skeleton.names
+        found = []
+        for operator in operators:
+            if _is_wide(operator):
+                found.append(cast(Any, operator).reach(self.structure))
+            else:
+                inside = (name for name in names if name.startswith(f"{operator.target}."))
+                found.append(self.structure.owners(inside) | {operator.target})
+        return found
+
+    def _run_in_turns(
+        self, written: Sequence[Operator], reaches: Sequence[frozenset[str]], advance: Callable[[int], object]
+    ) -> None:
+        """Run operators in the turns of `fastmorph.plan.order`; what they did is noted in the order that was written."""
+        began, order = (len(self.steps), len(self._ran), len(self._resolved)), list[int]()
+        self._reach = {id(operator): Reach(reach) for operator, reach in zip(written, reaches, strict=True)}
+        for turn in turns(reaches, [_is_wide(operator) for operator in written]):
+            steps, ran = len(self.steps), len(self._ran)
+            self.settle()  # so that what fails below has changed nothing
+            try:
+                self._run([written[place] for place in turn], advance)
+            except MorphError:
+                if len(self.steps) > steps or not _is_wide(written[turn[0]]):
+                    raise
+                # One is to be refused, or found in another way, at its own place.
+                del self._ran[ran:]
+                self._reach.clear()
+                rest = [place for place in range(len(written)) if place not in set(order)]
+                self._run([written[place] for place in rest], advance)
+                order += rest
+                break
+            order += turn
+        self._reach.clear()
+        places = sorted(range(len(order)), key=order.__getitem__)
+        self.steps[began[0] :] = [self.steps[began[0] + place] for place in places]
+        self._ran[began[1] :] = [self._ran[began[1] + place] for place in places]
+        known = {id(operator): place for place, operator in enumerate(written)}
+        self._resolved[began[2] :] = sorted(self._resolved[began[2] :], key=lambda pair: known[id(pair[0])])
+
+    def check_reach(self, operator: Operator, modules: Iterable[str]) -> None:
+        """Raise MorphError where an operator, which has its turn before others, is about to change more than was known then."""
+        reach = self._reach.get(id(operator))
+        if reach is not None and not all(map(reach.covers, modules)):
+            raise MorphError(f"layer {operator.target!r} grows in another way than the first; it is found at its own place.")
 
     def _watch(self, layer: Layer, plain: Layer) -> None:
         """Note what the network does with a layer that a local operator is about to change, and what the layer does."""
@@ -198,12 +277,7 @@ class Transaction:
         self._ran += operators
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for operator in operators:
-            target: object = operator.target
-            if not isinstance(target, str):
-                names = [name for name, module in modules.items() if module is target]
-                hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
-                raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
-            check_sizes(operator, target, modules.get(target))
+            check_sizes(operator, operator.target, modules.get(operator.target))
 
     @contextmanager
     def step(self, operator: Operator) -> Iterator[Step]:
@@ -343,8 +417,10 @@ class Transaction:
         self.lineage.replaced(old, new, None, None)
 
     @torch.no_grad()
-    def replace(self, old: Tensor, new: Tensor, *, linear: Map | None, square: Map | None) -> None:
+    def replace(self, old: Tensor, new: Tensor, *, linear: Map | None, square: Map | None) -> Tensor:
         """Put `new` wherever the model has the parameter or buffer `old`, tied places included, and let `old` go.
+
+        Returns what stands there now.
 
         Args:
             old: a registered parameter or buffer.
@@ -366,6 +442,7 @@ class Transaction:
         if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
             self.lineage.replaced(old, value, linear, square)
         self.release(old)
+        return value
 
     def _places_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
         """The registers of modules that hold a tensor, and its names in them."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from processes import GROUP_SECONDS, Processes, skip_unless_possible
 from sharded_networks import PLANS, batch, ddp, fsdp, llama, resnet
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fastmorph as fm
+from bench.processes import GROUP_SECONDS, Processes
 
 WIDER = fm.Widen("blocks.0.feed.up", 32)
 X, _ = batch(llama)
@@ -99,8 +100,7 @@ def dies():
     fm.distributed.morph(parent, DEEPER, parallelize=fsdp, example_inputs=X, solver=Faulty(kills=True), memory_budget=0)
 
 
-def test_a_rank_that_dies_ends_the_others_with_the_group_s_error(tmp_path):
-    skip_unless_possible()
+def test_a_rank_that_dies_ends_the_others_with_the_group_s_error(possible, tmp_path):
     processes = Processes(2, tmp_path)
     processes.send(dies)
     (_, error), (_, gone) = processes.answers()
@@ -108,6 +108,30 @@ def test_a_rank_that_dies_ends_the_others_with_the_group_s_error(tmp_path):
     assert gone == "gone"
     assert "RuntimeError: [" in error, error
     assert "gloo" in error
+
+
+def wrapped(model):
+    """As trainers prepare blocks: recomputed in the backward pass, compiled, sharded."""
+    for block in model.blocks:
+        block.feed = checkpoint_wrapper(block.feed)
+        block.attention.compile(backend="eager")
+        fully_shard(block)
+    fully_shard(model)
+
+
+def grows_what_is_wrapped():
+    parent = llama()
+    wrapped(parent)
+    plan = [WIDER, fm.Deepen("head", activation=nn.ELU())]  # an activation that no file names
+    grown = fm.distributed.morph(parent, plan, parallelize=wrapped, example_inputs=X, generator=3)
+    alone = fm.morph(llama(), plan, example_inputs=X, generator=3).model.state_dict()
+    found = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in grown.model.state_dict().items()}
+    grown.model(X).sum().backward()
+    return found.keys() == alone.keys() and all(torch.equal(found[key].full_tensor(), alone[key]) for key in alone)
+
+
+def test_blocks_that_are_recomputed_and_compiled(two):
+    assert two.run(grows_what_is_wrapped) == [True, True]
 
 
 def same_without_a_seed():

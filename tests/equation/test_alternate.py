@@ -6,9 +6,11 @@ import pytest
 import torch
 from strategies import Case, oracle_residual
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmorph as fm
-from fastmorph.equation import alternate
+from fastmorph.equation import alternate, backends
 from fastmorph.equation.frame import make_frame
 from fastmorph.equation.randomness import Noise
 
@@ -60,6 +62,51 @@ def test_it_never_waits_for_the_device():
         weight, first = torch.empty(2, 6, 4, 3, 3), torch.empty(2, 15, 4, 3, 3)
         one, two, residual = alternate.fixed_half_steps(weight, first, (3, 3), 4, "torch", "ieee")
     assert (one.shape, two.shape, residual.shape) == ((2, 15, 4, 3, 3), (2, 6, 15, 3, 3), (2,))
+
+
+class _Captured(TorchDispatchMode):
+    """Refuse what a CUDA graph cannot hold: values that are read or decide a size, checks for errors, copies to and fro."""
+
+    refused = frozenset(
+        {"_local_scalar_dense", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "nonzero", "masked_select", "equal"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        assert name not in self.refused, name
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert name not in ("_to_copy", "copy_") or len({x.device for x in tensors}) == 1
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(masks))
+        self.seen.add(name)
+        return out
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "hidden", "size", "batched"),
+    [
+        ((1, 4, 3), 6, (), False),
+        ((2, 6, 4, 3), 9, (3,), False),
+        ((2, 40, 40, 3, 3), 70, (3, 3), True),
+        ((1, 9, 9, 2, 2, 2), 9, (2, 2, 2), False),
+    ],
+)
+def test_a_graph_can_hold_it(monkeypatch, backend, dtype, shape, hidden, size, batched):
+    """Without values, on a device that is not at hand: a GPU's path, F2 and F1 in turn, by rows, by columns and by panels."""
+    monkeypatch.setattr(backends, "why_unavailable", lambda tensor: None)
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    first = torch.empty(shape[0], hidden, shape[2], *size, dtype=dtype, device="meta")
+    with _Captured() as captured:
+        one, two, residual = alternate.fixed_half_steps(weight, first, size, 3, backend, "ieee")
+    assert (one.shape, two.shape, residual.shape) == (first.shape, (shape[0], shape[1], hidden, *size), shape[:1])
+    assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= captured.seen
+    assert ("eye" in captured.seen) == batched  # the corners' inverses
 
 
 def test_it_is_an_operator_that_compiles():

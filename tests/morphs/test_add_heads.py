@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from attention import Blocks, fused, grouped
+from attention import Attention, Blocks, fused, grouped
 from torch import nn
-from widening import FILLS, randn, trained
+from widening import FILLS, Net, randn, trained
 
 import fastmorph as fm
 
@@ -193,6 +193,28 @@ def test_refusals(layer, heads, kv_heads, sentence):
     with pytest.raises(fm.MorphError, match=sentence):
         fm.morph(model, fm.AddHeads(layer, heads, kv_heads), example_inputs=X)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_an_output_by_head_has_more_of_them_and_the_old_ones_are_compared(kv_heads):
+    class Maps(Attention):
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            k = self.k(x).unflatten(-1, (self.n_groups, -1)).transpose(1, 2).repeat_interleave(self.n_rep, 1)
+            v = self.v(x).unflatten(-1, (self.n_groups, -1)).transpose(1, 2).repeat_interleave(self.n_rep, 1)
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+
+    model, x = trained(Maps()), randn(2, 7, 12)
+    done = fm.morph(model, fm.AddHeads("q", 8, kv_heads), example_inputs=x, generator=0)
+    assert done.certificate
+    before, after = model(x)[1], done.model(x)[1]
+    old = [0, 1, 4, 5] if kv_heads == 2 else [0, 1, 2, 3]  # new query heads stand in their groups
+    assert after.shape[1] == 8
+    assert torch.allclose(after[:, old], before, rtol=0, atol=1e-14)
+    alone = trained(Net(lambda m, x: m.maps(x)[1], maps=Maps()))
+    with pytest.raises(fm.MorphError, match=r"they are the model's output|its outputs would have shapes"):
+        fm.morph(alone, fm.AddHeads("maps.q", 8, kv_heads), example_inputs=x)
 
 
 def test_refuses_a_fill_that_there_is_not():

@@ -24,9 +24,9 @@ _WHISPER = {
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8, "max_source_positions": 10},
     **{"max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
 }
-_CAUSAL = {"input_ids": IDS, "use_cache": False}
+_CAUSAL = {"input_ids": IDS}  # and caches come out, too
 _SEQUENCES = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5], "use_cache": False}
-_SPEECH = {"input_features": SOUND, "decoder_input_ids": IDS[:, :5], "use_cache": False}
+_SPEECH = {"input_features": SOUND, "decoder_input_ids": IDS[:, :5]}
 # Class, sizes, the module of attention of layer 0, inputs.
 MODELS = {
     "llama": ("LlamaForCausalLM", _GROUPED, "model.layers.0.self_attn", _CAUSAL),
@@ -101,6 +101,15 @@ def test_transformers(name):
         prompt = {key: value[:1] for key, value in inputs.items() if key != "use_cache"}
         texts = [m.generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False) for m in (model, done.model)]
         assert torch.equal(*texts)
+
+
+def test_caches_have_more_heads_and_the_old_ones_are_compared():
+    model, layer, inputs = build("llama")
+    done = fm.morph(model, fm.AddHeads(layer, 6), example_inputs=inputs, generator=0)
+    keys = [m(**inputs).past_key_values.layers[0].keys for m in (model, done.model)]
+    assert [each.shape[1] for each in keys] == [2, 3]
+    assert torch.equal(keys[0], keys[1][:, :2])
+    assert "the old heads of past_key_values.layers.0.keys, past_key_values.layers.0.values" in str(done.certificate)
 
 
 def test_t5_shares_a_table_of_positions():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -216,22 +218,165 @@ class Pictures(nn.Module):
         super().__init__()
         self.patches, self.token = nn.Conv2d(3, D, 4, stride=4), nn.Parameter(torch.zeros(1, 1, D))
         self.positions, self.block = nn.Parameter(torch.zeros(1, 5, D)), Block(D, norm)
-        self.norm, self.head, self.pooled = norm(D), nn.Linear(D, 7), pooled
+        self.norm, self.pooled = norm(D), pooled
+        self.head = nn.Linear(2 * D if pooled == "both" else D, 7)
 
     def forward(self, images):
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         x = self.block(x)
-        return self.head(x.mean(1)) if self.pooled else self.head(self.norm(x)[:, 0])
+        if self.pooled == "mean":
+            return self.head(x.mean(1))
+        x = self.norm(x)
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1) if self.pooled == "both" else x[:, 0])
 
 
 @pytest.mark.parametrize("fill", ["zero", "rotate"])
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("pooled", ["token", "mean", "both"])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_patches_tokens_and_poolers(norm, pooled, fill):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = trained(Pictures(NORMS[norm], pooled))
-    if pooled:
+    if pooled == "mean":
         model.norm = nn.Identity()
     child = grown(model, "patches", fill, images).model
-    assert child.patches.out_channels == child.head.in_features == WIDER
+    assert child.patches.out_channels == WIDER
+    assert child.head.in_features == (2 * WIDER if pooled == "both" else WIDER)
+
+
+class Translation(nn.Module):
+    """An encoder and a decoder that reads it by cross attention, of one embedding; returns what the encoder returned, too."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.tokens, self.encoder, self.decoder = nn.Embedding(TOKENS, D), Block(D, norm), Block(D, norm)
+        self.norms, self.head = nn.ModuleList([norm(D), norm(D)]), nn.Linear(D, TOKENS)
+
+    def forward(self, ids):
+        encoded = self.norms[0](self.encoder(self.tokens(ids)))
+        return {"logits": self.head(self.norms[1](self.decoder(self.tokens(ids), encoded))), "encoded": encoded}
+
+
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_outputs_as_wide_as_the_stream(norm, fill):
+    """They have changed, and the certificate says so; on the old channels they are what they were."""
+    model = trained(Translation(NORMS[norm]))
+    found = grown(model, fill=fill)
+    assert found.model(IDS)["encoded"].shape[-1] == WIDER
+    assert (
+        f"the {D} old ones of {WIDER} channels of encoded, which have changed"
+        in fm.verify(model, found.model, IDS, readings=found.readings).on
+    )
+    assert not fm.verify(model, found.model, IDS)
+
+
+def test_a_model_whose_only_output_is_the_stream_is_refused():
+    encoder = trained(nn.Sequential(nn.Embedding(TOKENS, D), Block(D, RMSNorm), RMSNorm(D)))
+    for fill in ("zero", "rotate"):
+        with pytest.raises(fm.MorphError, match="cannot get more channels: they are the model's output"):
+            fm.widen(encoder, {"0": WIDER}, fill=fill, example_inputs=IDS)
+    fm.widen(encoder, {"1.up": 50}, example_inputs=IDS)  # everything else grows
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.up, self.down = nn.Embedding(TOKENS, D), nn.Linear(D, 40), nn.Linear(40, D)
+        self.norms, self.head = nn.ModuleList([nn.LayerNorm(D), nn.LayerNorm(D)]), nn.Linear(D, TOKENS)
+
+    def forward(self, ids):
+        x = self.norms[0](self.tokens(ids))
+        return self.head(self.norms[1](x + self.down(gelu(self.up(x)))))
+
+
+def test_norms_in_the_stream_allow_whole_multiples():
+    model = trained(PostNorm())
+    with pytest.raises(fm.MorphError, match=r"'norms.1' runs native_layer_norm on them, which needs .*; the nearest .* is 64"):
+        fm.widen(model, {"tokens": WIDER}, fill="zero", example_inputs=IDS)
+    grown(model, width=2 * D)
+
+
+def test_other_fills_name_those_of_any_width():
+    for tied, cause in ((False, "normalised together, .* the nearest number that works is 64"), (True, "a tied weight")):
+        model = trained(Language(NORMS["rms"], tied=tied))
+        with pytest.raises(fm.MorphError, match=rf"{cause}.*; fill='zero' allows any number, and so does fill='rotate'"):
+            fm.widen(model, {"tokens": WIDER}, example_inputs=IDS)
+
+
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_histories_replay_and_architectures_are_made_again(norm, fill):
+    model = trained(Language(NORMS[norm], scale=LayerScale, factor=D**0.5))
+    found = grown(model, fill=fill)
+    again = fm.morph(model, found.history, example_inputs=IDS, verify=False).model
+    empty = fm.restructure(model, found.history, example_inputs=IDS)
+    assert empty.factor == again.factor == found.model.factor
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+        assert empty.state_dict()[name].shape == value.shape
+    consumed = fm.morph(copy.deepcopy(model), found.history, example_inputs=IDS, consume=True).model
+    assert all(torch.equal(value, consumed.state_dict()[name]) for name, value in found.model.state_dict().items())
+
+
+def test_widths_of_a_plan_that_meet_in_a_stream():
+    plan = [
+        fm.Widen("blocks.0.up", 48),
+        fm.Widen("tokens", WIDER, "zero"),
+        fm.Widen("blocks.1.up", 47),
+        fm.Widen("tokens", 50, "rotate"),
+    ]
+    model = trained(Language(NORMS["rms"]))
+    found = fm.morph(model, plan, example_inputs=IDS, generator=0, verify=False)
+    assert fm.verify(model, found.model, IDS, tolerance=1e-12)
+    assert found.model.head.in_features == 50
+
+
+def averages(model, seed=0):
+    """An AdamW after two steps, with averages of gradients that differ from entry to entry."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        torch.manual_seed(seed + step)
+        optimizer.zero_grad()
+        (model(IDS).tanh() * torch.randn(2, 9, TOKENS)).sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+def test_moments_follow_as_gradients_do(fill):
+    """f'(W') = f(W) for W' = s P W: the gradient of W' along P is that of W over s. So it is for readers, over their gains."""
+    model = trained(Language(NORMS["rms"]))
+    optimizer = averages(model)
+    child, moved = (found := grown(model, fill=fill, optimizer=optimizer)).model, found.optimizer
+    s = (WIDER / D) ** 0.5
+    old, new = optimizer.state[model.tokens.weight], moved.state[child.tokens.weight]
+    assert new["step"] == old["step"]
+    # <m', W'> = <m, W>: what a step of the size of the average does to the loss, to first order.
+    for name in ("tokens", "head", "blocks.0.o", "blocks.1.up", "blocks.1.down"):
+        before, after = model.get_submodule(name).weight, child.get_submodule(name).weight
+        inner = (optimizer.state[before]["exp_avg"] * before).sum()
+        torch.testing.assert_close((moved.state[after]["exp_avg"] * after).sum(), inner, rtol=1e-9, atol=1e-12)
+        assert (moved.state[after]["exp_avg_sq"] > 0).all() or name == "tokens"  # of which some were not seen
+    if fill == "zero":
+        torch.testing.assert_close(new["exp_avg"], torch.cat([old["exp_avg"] / s, torch.zeros(TOKENS, WIDER - D)], 1))
+        torch.testing.assert_close(new["exp_avg_sq"][:, :D], old["exp_avg_sq"] / s**2)
+
+
+class Told(nn.Module):
+    """A head's output, and a number that is taken from it or from its weight."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.body, self.head, self.number = nn.Linear(5, 6), nn.Linear(6, 4), number
+
+    def forward(self, x):
+        y = self.head(torch.relu(self.body(x)))
+        return y, self.number(self, y)
+
+
+@pytest.mark.parametrize("number", [lambda m, y: y.mean(), lambda m, y: m.head.weight.square().sum(), lambda m, y: y.mean(1)])
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+def test_an_output_beside_a_number_is_no_stream(number, fill):
+    with pytest.raises(fm.MorphError, match=r"layer 'head' cannot (get more|have 7) channels"):
+        fm.widen(Told(number), {"head": 7}, fill=fill, example_inputs=torch.randn(3, 5))

@@ -17,6 +17,7 @@ from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import half_step_is_exact, refuse_below_rank, tolerance
 from fastmorph.equation.frame import Frame, Side, tap_count
 from fastmorph.equation.randomness import Noise
+from fastmorph.equation.speed import factors_in
 from fastmorph.errors import MorphError
 
 # A Gram matrix of more rows than this is not built merely to take one of two roundings back.
@@ -44,6 +45,7 @@ class Equation:
         backend: the linear maps.
         role: of a closed form, which kernel holds the weight.
         factors: U and V of a closed form by low rank, see `Choice`.
+        full: whether float32 is not to be tried, where that is quicker: it was, and was not enough.
     """
 
     weight: Tensor
@@ -54,6 +56,15 @@ class Equation:
     backend: Backend
     role: Side | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    full: bool = False
+
+    @property
+    def coarse(self) -> Backend | None:
+        """The maps to factor in float32 with, on a device whose float64 is slow and for a dtype that allows it; else None."""
+        short = torch.finfo(self.dtype).bits <= 32 and self.work == torch.float64 and self.backend.precision is None
+        if self.full or not short or factors_in(self.weight.device) == torch.float64:
+            return None
+        return self.backend.in_float32()
 
     @property
     def tolerance(self) -> float:

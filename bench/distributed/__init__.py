@@ -1,0 +1,1 @@
+"""What ranks take to solve and to grow together: `python -m bench.distributed`."""
