@@ -8,7 +8,8 @@ boolean masks), and where a factorisation is checked for errors. The second call
 
 Closed forms and half-steps are counted on tensors without values, of full size, where whatever is read is zero. Iterations,
 and networks as a whole, go by values: they run on small stand-ins on the CPU, whose counts do not depend on the channels.
-Tables that the host makes and copies to the device, such as seeds, are seen in the first case alone.
+Tables that the host makes and copies to the device, such as seeds, are seen in the first case alone. Of a network, what is on
+the device are its weights and inputs, and what is made of them; tables of channels, which are tensors too, stay on the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,9 +55,12 @@ class Count(NamedTuple):
 class Counting(TorchDispatchMode):
     """Counts operators by name, in `launches` and `waits`."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, ours: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.device = device
+        # Memory of the tensors that count, held so that no other one gets its address; None: all of the device.
+        self.memory: dict[int, Any] | None = None if ours is None else {}
+        self.note(ours or ())
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.reading = False  # whether a method that reads a value is under way, which is counted by itself
@@ -66,7 +70,9 @@ class Counting(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if func.namespace == "fastmorph_kernels":
             self._launch(name, args)
-            return self._filled(name, args)
+            out = self._filled(name, args)
+            self.note([out] if isinstance(out, Tensor) else out)
+            return out
         if name in _CHECKED:
             self.waits[name] += 1
         if name == "_linalg_check_errors":
@@ -90,7 +96,10 @@ class Counting(TorchDispatchMode):
             )
         out = func(*args, **kwargs)
         results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-        if self._ours(tensors + results) and not (_views(func) or name in _FREE or self.reading):
+        ours = self._ours(tensors + results)
+        if ours and not self.reading:
+            self.note(results)
+        if ours and not (_views(func) or name in _FREE or self.reading):
             self.launches[name] += 1
             copied = name in ("_to_copy", "copy_") and {x.device.type for x in tensors + results} != {self.device}
             if copied and not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))):
@@ -99,7 +108,15 @@ class Counting(TorchDispatchMode):
 
     def _ours(self, tensors: list[Tensor]) -> bool:
         """Whether any is on the device that is counted for."""
-        return any(x.device.type == self.device for x in tensors)
+        there = (x for x in tensors if x.device.type == self.device)
+        return any(self.memory is None or x.untyped_storage()._cdata in self.memory for x in there)
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """From now on these tensors count."""
+        if self.memory is not None:
+            self.memory.update(
+                (x.untyped_storage()._cdata, x.untyped_storage()) for x in tensors if x.device.type == self.device
+            )
 
     def _launch(self, name: str, args: Any) -> None:
         """What the launcher of a kernel operator asks for, on tensors without values."""
@@ -133,7 +150,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = _READING.get(func)
-        if name is None or self.counting.reading or args[0].device.type != self.device:
+        if name is None or self.counting.reading or not self.counting._ours([args[0]]):
             return func(*args, **(kwargs or {}))
         self.counting.waits[name] += 1
         self.counting.reading = True
@@ -141,6 +158,8 @@ class _Reads(TorchFunctionMode):
             tensor = args[0]
             if self.device == "meta":
                 return func(torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+            if name == "cpu":  # a copy, as from another device
+                return func(tensor, *args[1:], **(kwargs or {})).clone()
             return func(*args, **(kwargs or {}))
         finally:
             self.counting.reading = False
@@ -153,12 +172,12 @@ def _views(func: Any) -> bool:
 
 
 @contextmanager
-def counting(device: str) -> Iterator[Counting]:
-    """Count what runs within, on tensors of `device`: "meta", those without values, or "cpu"."""
+def counting(device: str, ours: Iterable[Tensor] | None = None) -> Iterator[Counting]:
+    """Count what runs within, on tensors of `device`: "meta", those without values, or "cpu"; there on `ours`, if given."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    mode = Counting(device)
+    mode = Counting(device, ours)
 
     def launch(self: Any, grid: Any) -> Callable[..., None]:
         def counted(*_: Any, **__: Any) -> None:
@@ -178,11 +197,12 @@ def counting(device: str) -> Iterator[Counting]:
 
 
 class Call(NamedTuple):
-    """What is counted: `run(backend)`, on a device."""
+    """What is counted: `run(backend)`, on a device, of which `ours` are the tensors that count to begin with; None: all."""
 
     name: str
     device: str
     run: Callable[[str], object]
+    ours: Sequence[Tensor] | None = None
 
 
 def _weight(*shape: int, device: str = "meta") -> Tensor:
@@ -217,11 +237,11 @@ def vgg16(share: int) -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
-def _network(grow: Callable[[nn.Module, list[str], fm.Structure, str], object]) -> Callable[[str], object]:
+def _network(name: str, grow: Callable[[nn.Module, list[str], fm.Structure, str], object]) -> Call:
     network = vgg16(share=32)
     layers = [name for name, layer in network.named_children() if isinstance(layer, nn.Conv2d | nn.Linear)][:-1]
     structure = fm.follow(network, torch.zeros(1, 3, 32, 32))
-    return lambda backend: grow(network, layers, structure, backend)
+    return Call(name, "cpu", lambda backend: grow(network, layers, structure, backend), list(network.parameters()))
 
 
 def _deepen(network: nn.Module, layers: list[str], structure: fm.Structure, backend: str) -> object:
@@ -242,12 +262,13 @@ CALLS = [
     Call("Gauss-Newton, one problem", "cpu", _decompose((1, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
     Call("Gauss-Newton, 6 problems", "cpu", _decompose((6, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
     Call("Gauss-Newton, 64 problems", "cpu", _decompose((64, 8, 8, 5, 5), 16, _NEWTON, "cpu")),
+    Call("Anderson, 6 problems", "cpu", _decompose((6, 8, 8, 5, 5), 16, fm.General(acceleration="anderson"), "cpu")),
     Call("Practical, 6 problems", "cpu", _decompose((6, 8, 8, 3, 3), 10, fm.Practical(), "cpu")),
     Call("VGG-16's 13 convolutions", "meta", _many(VGG16)),
     Call("100 alike layers", "meta", _many([(64, 64)] * 100)),
     Call("100 unlike layers", "meta", _many([(64 + n, 64) for n in range(100)])),
-    Call("deepen all of VGG-16", "cpu", _network(_deepen)),
-    Call("widen all of VGG-16", "cpu", _network(_widen)),
+    _network("deepen all of VGG-16", _deepen),
+    _network("widen all of VGG-16", _widen),
 ]
 
 
@@ -255,7 +276,7 @@ def count(call: Call, backend: str) -> Counting:
     """Launches and waits of the second run of a call."""
     with torch.no_grad():
         for _ in range(2):
-            with counting(call.device) as mode:
+            with counting(call.device, call.ours) as mode:
                 call.run(backend)
     return mode
 

@@ -44,13 +44,13 @@ _LAYOUTS = {  # contiguous 3x3 and 1x1 weights, into `first` and into `second`, 
 _IRREGULAR, _UNALIGNED = ("any", "far"), ("any", "far", "odd", "odd_t")
 # Channels of a block, rows of the weight and rows of noise among them; None: blocks share pairs.
 _Sizes = tuple[int, int, int | None]
-_WIDENED, _SHARED = (64, 32, 16), (64, 64, None)
-_OTHERS: tuple[_Sizes, ...] = ((64, 64, 16), (64, 16, 32), (64, 16, 64), (16, 16, 16))
+_WIDENED, _SHARED = (32, 16, 16), (32, 32, None)
+_OTHERS: tuple[_Sizes, ...] = ((32, 32, 16), (32, 16, 32), (16, 16, 16))
 
 
 def cases(target: str) -> Iterator[Case]:
     """Every configuration; on sm_90, for which they were chosen, float32 in every layout and with every kind of block too."""
-    yield from map(_scales, ("float32", "float64"))
+    yield from (_scales(dtype, given) for dtype in ("float32", "float64") for given in (False, True))
     for entry in shipped("direct"):
         every = target == "sm_90" and entry.dtype.itemsize == 4
         if entry.variant == "sums":
@@ -68,9 +68,10 @@ def cases(target: str) -> Iterator[Case]:
                 yield _factor(entry, name, sizes, factor, target)
 
 
-def _scales(dtype: str) -> Case:
-    types = dict.fromkeys(("share", "least", "ratio", "noise"), "fp32")
-    return Case("direct", scales_kernel, dtype, "scales", {"BLOCK": SCALES_BLOCK}, {"num_warps": 4}, types=types)
+def _scales(dtype: str, given: bool) -> Case:
+    types = {"balance_ptr": "*fp64"}
+    constants = {"GIVEN": given, "BLOCK": SCALES_BLOCK}
+    return Case("direct", scales_kernel, dtype, "scales_given" if given else "scales", constants, {"num_warps": 4}, types=types)
 
 
 def _factor(entry: Shipped, name: str, sizes: _Sizes, factor: str, target: str) -> Case:

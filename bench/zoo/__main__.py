@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from bench.zoo import transformers
 from bench.zoo.models import architectures, missing
 from bench.zoo.report import page
 from bench.zoo.trials import Visit, visit
@@ -29,7 +30,10 @@ def main() -> int:
     parser.add_argument("--places", type=int, default=3, help="for each operator (default 3)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help=f"where to write (default: {RESULTS.name} if all networks were tried)")
+    parser.add_argument("--transformers", action="store_true", help="every way to grow a transformer: the page transformers.md")
     options = parser.parse_args()
+    if options.transformers:
+        return transformers.run(options.networks or None)
 
     names = [name for name in architectures() if not options.networks or any(part in name for part in options.networks)]
     for zoo in sorted({name.partition("/")[0] for name in names}):

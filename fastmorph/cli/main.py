@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastmorph.cli.child import NetworkCall, print_table, verify_command, write_child
 from fastmorph.cli.networks import CommandError, load_morphs, load_weights, make_network, need, read_tensors, told
+from fastmorph.cli.transformers import add_sizes
 from fastmorph.errors import MorphError
 
 if TYPE_CHECKING:
@@ -108,8 +109,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _grow(arguments: argparse.Namespace) -> int:
     import torch
 
-    from fastmorph.cli import distributed
+    from fastmorph.cli import distributed, transformers
 
+    if (arguments.source / "config.json").exists():
+        return transformers.grow(arguments)
+    if not arguments.model or not arguments.plan:
+        raise CommandError(f"{arguments.source} holds no config.json of transformers, so that --model and --plan are needed.")
     load_morphs(arguments.imports)
     with torch.device("meta"):
         network = make_network(arguments.model)
@@ -249,11 +254,16 @@ def _parser() -> argparse.ArgumentParser:
     _inputs(verify)
     verify.add_argument("--seed", type=_seed, default=0, help="of the random inputs (default: 0)")
 
-    grow = command("grow", _grow, "grow a checkpoint of torch.distributed.checkpoint into another one, tensor by tensor")
+    grow = command(
+        "grow",
+        _grow,
+        "grow a checkpoint, of transformers or of torch.distributed.checkpoint, into another one",
+    )
     grow.add_argument("source", type=_path, metavar="SRC", help="the directory of the parent, which ranks saved")
     grow.add_argument("out", type=_path, metavar="OUT", help="the directory to write")
-    _network(grow)
-    grow.add_argument("--plan", type=_path, required=True, metavar="FILE", help="the morphs, in TOML")
+    _network(grow, required=False)
+    grow.add_argument("--plan", type=_path, metavar="FILE", help="the morphs, in TOML")
+    add_sizes(grow, _count)
     grow.add_argument("--memory-budget", type=_number, default=2048, metavar="MIB", help="of a batched solve (default: 2048)")
     _shapes(grow)
     grow.add_argument("--seed", type=_seed, help="the same seed gives the same child (default: the plan's, else 0)")
@@ -282,8 +292,9 @@ def _common(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _network(parser: argparse.ArgumentParser, weights: str | None = None) -> None:
-    parser.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="called to build the parent network")
+def _network(parser: argparse.ArgumentParser, weights: str | None = None, *, required: bool = True) -> None:
+    where = "PACKAGE.MODULE:FACTORY"
+    parser.add_argument("--model", required=required, metavar=where, help="called to build the parent network")
     if weights is not None:
         parser.add_argument(weights, type=_path, required=True, metavar="FILE", help="its state dict: *.safetensors, or *.pt")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +31,8 @@ class Decomposition(Generic[Array]):
         cost: floating-point operations (multiply and add counted as 2) of all items, from their sizes and `iterations`.
         trace: (steps, *B) relative residual after each half-step, or each outer step of an acceleration, before rounding to
             the dtype; NaN once an item is done.
+        worst: the largest residual as a number on the host, 0 where there is none: for reports, which then need not wait for a
+            device; NaN where it has not been read.
         estimated: whether the residual is an estimate: for a closed form with more than 32 input or output channels, it is
             taken from 8 random sums of the channels on each such side, because to measure it would cost more than the solution.
     """
@@ -44,6 +47,7 @@ class Decomposition(Generic[Array]):
     cost: float = 0.0
     trace: Any = field(default=None, repr=False)
     estimated: bool = False
+    worst: float = field(default=math.nan, repr=False)
 
     @property
     def density(self) -> tuple[float, float]:

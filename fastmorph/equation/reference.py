@@ -8,6 +8,7 @@ Shapes: weight G (Co, Ci, *K); first kernel F1 (Ch, Ci, *K1); second kernel F2 (
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -197,7 +198,7 @@ def practical(weight: Array, first: Array, frame: Frame, *, tol: float, max_iter
 
 
 def direct(weight: Array, hidden: int, frame: Frame, draw: Draw, density: float) -> Solved:
-    """Closed form for K1 >= K: F1 = P [V; S; S] and F2 = [U | R | -R] P^T with G = U V, P orthogonal, S and R noise.
+    """Closed form for K1 >= K: F1 = P [V; S; S; s], F2 = [U | R | -R | 0] P^T with G = U V, P orthogonal, S, s and R noise.
 
     U = I and V = G where Ch >= Co; else the singular value decomposition of G, exact if its rank is at most Ch.
     """
@@ -209,18 +210,23 @@ def direct(weight: Array, hidden: int, frame: Frame, draw: Draw, density: float)
         left, right = u[:, :rank], (s[:rank, None] * vh[:rank]).reshape(rank, *weight.shape[1:])
     rank = len(right)
     pairs, single = divmod(hidden - rank, 2)
-    centre = tuple((k - 1) // 2 for k in frame.second)
+    extras, taps1, taps2 = hidden - rank, tap_count(frame.first), tap_count(frame.second)
+    centre: tuple[Any, ...] = tuple((k - 1) // 2 for k in frame.second)
     offset = tuple(b - c for b, c in zip(frame.before, centre, strict=True))
 
     held = np.zeros((rank, ci, *frame.first))
     held[(..., *window(offset, frame.kernel))] = right
-    spread = np.sqrt(np.mean(right**2)) or (ci * tap_count(frame.first)) ** -0.5
-    s, odd = spread * draw(pairs, ci, *frame.first), spread * draw(single, ci, *frame.first)
-    delta = np.zeros((co, rank, *frame.second))
-    delta[one_tap(centre)] = left
-    r = density * np.sqrt(rank / (2 * max(1, pairs) * co)) * draw(co, pairs, *frame.second)
-    p = np.linalg.qr(draw(hidden, hidden))[0]
-    first = np.tensordot(p, np.concatenate([held, s, s, odd]), axes=1)
-    unmixed = np.concatenate([delta, r, -r, np.zeros((co, single, *frame.second))], axis=1)
-    second = np.moveaxis(np.tensordot(unmixed, p, axes=([1], [1])), -1, 1)
-    return Solved(*equalise(first, second), [])
+    lines = right[:: max(1, rank // 32), :: max(1, ci // 32)]
+    spread = np.sqrt(np.mean(lines**2)) or (ci * taps1) ** -0.5
+    s = spread * draw(extras - pairs, ci, *frame.first)
+    delta = np.zeros((rank, co, *frame.second))
+    delta[(..., *centre)] = left.T
+    r = density * np.sqrt(rank / (2 * max(1, pairs) * co)) * draw(pairs, co, *frame.second)
+    p = importlib.import_module("fastmorph_kernels.direct.mixing").mixing_matrix(hidden, rank).numpy()
+    first = np.tensordot(p, np.concatenate([held, s[:pairs], s]), axes=1)
+    second = np.tensordot(p, np.concatenate([delta, r, -r, np.zeros((single, co, *frame.second))]), axes=1)
+    # P keeps norms: scaled by this, both come out with one root mean square, as far as noise has its expectation.
+    power1 = spread**2 * (rank * ci * tap_count(frame.kernel) + extras * ci * taps1) / (ci * taps1)
+    power2 = rank / co * (1.0 + (density**2 * taps2 if pairs else 0.0)) / taps2
+    gain = (power2 / power1) ** 0.25
+    return Solved(gain * first, np.moveaxis(second, 0, 1) / gain, [])

@@ -123,9 +123,9 @@ def _outcomes(solved: Solved, residual: list[float], iterations: list[int], larg
         if odd:
             outcomes.append(_in_range(problem, seed))
             continue
-        found = _decomposition(problem, answer, part, converged[part], iterations[part])
         exact = all(value <= limit for value in residual[part])
         worst = math.nan if any(map(math.isnan, residual[part])) else max(residual[part], default=0.0)
+        found = _decomposition(problem, answer, part, converged[part], iterations[part], worst)
         outcomes.append((found, None if exact else InexactMorphError(_inexact(problem, worst, limit), found)))
     return outcomes
 
@@ -272,7 +272,7 @@ def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _decomposition(
-    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int]
+    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int], worst: float
 ) -> Decomposition[Any]:
     shape, restore, solver = problem.batch_shape, problem.restore, problem.choice.solver
     first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
@@ -292,6 +292,7 @@ def _decomposition(
         cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, steps) for steps in iterations),
         trace=restore(trace.reshape(len(trace), *shape)),
         estimated=solver.closed_form and max(co, ci) > _MEASURED,
+        worst=worst,
     )
 
 

@@ -24,6 +24,8 @@ The words of this room, each with one meaning:
 - growth: which classes get how many copies; its layouts say where in each axis these stand.
 - dataflow: one run as a graph of operators and what made their arguments, read backwards from any tensor.
 - writer: a weight that writes what a residual block adds to its stream.
+- stream: channels that norms read, which grow to any width (`fastmorph.graph.streams`).
+- tape: what one run did, to be read beside that of the grown model.
 - stage: growths of several layers that meet nowhere, checked by one run of the grown model.
 """
 

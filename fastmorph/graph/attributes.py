@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
+from fastmorph.nn.computed import compute_weights
 
 # Layers whose numbers are known: they follow from the tensors.
 _REFRESHED = (
@@ -56,7 +58,11 @@ def update_attributes(model: nn.Module, growth: Growth) -> None:
                     setattr(module, key, _new_roots(growth, module_name).get(value, value))
     grown = {id(tensor_of(model, name)) for name in growth.names}
     for module in model.modules():
-        if any(id(held) in grown for held in (*module._parameters.values(), *module._buffers.values())):
+        held = [*module._parameters.values(), *module._buffers.values()]
+        if is_parametrized(module):
+            held += module.get_submodule("parametrizations").parameters()
+        if any(id(tensor) in grown for tensor in held):
+            compute_weights(module)
             refresh(module)
 
 

@@ -106,5 +106,6 @@ class Tables:
     def _fixed(self, classes: Ints) -> tuple[str, ...]:
         coupling = self._coupling
         normalised = [module for module, together in coupling.normalised if np.isin(together, classes).any()]
-        causes = [f"{module!r} normalises over them, and whole multiples alone work" for module in dict.fromkeys(normalised)]
+        names = [repr(module) if module else "the model itself" for module in dict.fromkeys(normalised)]
+        causes = [f"{name} normalises over them, and whole multiples alone work" for name in names]
         return (*coupling.causes(classes), *causes)

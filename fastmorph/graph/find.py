@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.record import Record
+from fastmorph.nn.computed import weight_hooks
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -33,6 +36,27 @@ def submodule_of(model: nn.Module, name: str) -> nn.Module:
         raise MorphError(f"the model has no layer {name!r}{hint} (see model.named_modules()).") from None
 
 
+def backbone_hint(model: nn.Module) -> str:
+    """What else can be done with a model that cannot be followed: a detector takes lists of images and branches on values."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        return ""
+    return " The model has a backbone: morph model.backbone alone, and put the child in its place."
+
+
+def how_to_bake(model: nn.Module, name: str) -> str | None:
+    """Where a module, or what holds a tensor of that name, computes its weight: how to make that a plain one, a clause."""
+    modules = dict(model.named_modules())
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    module = modules[name]
+    how = None
+    for hook in weight_hooks(module).values():
+        how = "remove_spectral_norm(layer)" if isinstance(hook, SpectralNorm) else "remove_weight_norm(layer)"
+    if is_parametrized(module, "weight"):
+        how = "parametrize.remove_parametrizations(layer, 'weight')"
+    return f"bake the weight of {name!r} first: torch.nn.utils.{how}" if how else None
+
+
 def channels_of(model: nn.Module, record: Record, layer: str, weights: dict[int, str]) -> Tensor:
     """The atoms of the channels that a layer, or a weight, makes, in order; `weights` as `weights_of` gives them.
 
@@ -42,14 +66,18 @@ def channels_of(model: nn.Module, record: Record, layer: str, weights: dict[int,
         return record.outputs[layer]
     module = submodule_of(model, layer)
     own = [id(parameter) for parameter in module.parameters(recurse=False)]
+    if is_parametrized(module):
+        own += [id(parameter) for parameter in module.get_submodule("parametrizations").parameters()]
     made = [weights[parameter] for parameter in own if parameter in weights]
     if len(made) == 1:
         return record.outputs[made[0]]
     if made:
         raise MorphError(f"layer {layer!r} makes channels with several weights; name one of {', '.join(map(repr, made))}.")
-    inside = [name for name in record.outputs if name.startswith(layer and layer + ".")]
+    inside = [] if is_parametrized(module) else [name for name in record.outputs if name.startswith(layer and layer + ".")]
     if inside:
         hint = f"name a layer in it, e.g. {inside[0].rpartition('.')[0]!r}"
+    elif baking := how_to_bake(model, layer):
+        hint = baking
     elif own:
         hint = "name the layer that makes the channels, or pass example_inputs= that reach this one"
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.record import Record
@@ -30,6 +32,11 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
     Raises MorphError if the model does not run on them.
     """
     if example_inputs is not None:
+        tensors = [leaf for leaf in pytree.tree_leaves(tuple(example_inputs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise MorphError(
+                "the example inputs are empty, and channels cannot be followed on nothing; pass at least one example."
+            )
         try:
             return example_inputs, skeleton.trace(example_inputs)
         except ForwardError as error:
@@ -38,7 +45,7 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
     best: tuple[Inputs, Record] | None = None
     names = {name for name, _ in skeleton.model.named_parameters()}
     for inputs in guesses(skeleton.model):
-        if best is not None and inputs.args[0].ndim == best[0].args[0].ndim:  # a size more, which decides little
+        if best is not None and _only(inputs).ndim == _only(best[0]).ndim:  # a size more, which decides little
             continue
         try:
             found = inputs, skeleton.trace(inputs, also=_of_other_rank(inputs))
@@ -57,17 +64,26 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
 
 def _of_other_rank(inputs: Inputs) -> tuple[Inputs, ...]:
     """One image or sequence instead of a batch of them; sequences of vectors instead of vectors."""
-    tensor = inputs.args[0]
+    tensor = _only(inputs)
     if not tensor.is_floating_point():
         return ()
     other = tensor[0] if tensor.ndim > 2 else tensor[:, None].expand(-1, 17, -1)  # a length that no layer has
-    return (Inputs((other,), {}),)
+    return (Inputs(*pytree.tree_map(lambda _: other, tuple(inputs))),)
+
+
+def _only(inputs: Inputs) -> Tensor:
+    """The tensor of a guessed call."""
+    (tensor,) = (*inputs.args, *inputs.kwargs.values())
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:
     """Calls that a model may take, by its first layer with a weight, in shapes and dtypes: on the meta device."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    keyword = parameters[0].name if parameters and parameters[0].kind is inspect.Parameter.KEYWORD_ONLY else None
     for tensor in _first_inputs(model):
-        yield Inputs((tensor,), {})
+        yield Inputs((tensor,), {}) if keyword is None else Inputs((), {keyword: tensor})
 
 
 def _first_inputs(model: nn.Module) -> Iterator[Tensor]:

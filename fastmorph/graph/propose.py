@@ -12,6 +12,7 @@ import numpy as np
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.coupling import Coupling
+from fastmorph.graph.find import how_to_bake
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.record import Ints
 from fastmorph.graph.shuffle import TOO_FEW, placed, proportional
@@ -33,13 +34,14 @@ Copies = tuple[Ints, Ints]  # classes, and how many copies of each
 class Refusal:
     """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps.
 
-    `of_stream`: whether it is that of a stream at any width.
+    `of_stream`: whether it is that of a stream at any width; `unused`: whether for a parameter that the model did not use.
     """
 
     cause: str
     near: int | None = None
     remedy: str = "widen another layer"
     of_stream: bool = False
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Proposals:
 
     def find(self, width: int) -> Found | list[Refusal]:
         """A growth to `width` channels after which the model still does the same; else why there is none."""
-        refusals = []
+        refusals: list[Refusal] = []
         ways = [self._streamed(width), self._copies(width), self._shuffled(width), self._even(width)]
         for proposal in chain(*(ways[:1] if self._way == "turned" else ways)):
             found = tried(self._structure, proposal) if isinstance(proposal, Growth) else proposal
@@ -82,6 +84,8 @@ class Proposals:
             if isinstance(proposal, Growth):
                 found = replace(found, of_stream=bool(proposal.way))
             refusals.append(found)
+        if self._way and any(refusal.unused for refusal in refusals) and self._structure.masked is not None:
+            return Proposals(self._structure.masked, self.layer, self._way).find(width)
         if self._way == "axis" and self._couplings[0].is_blocked(self._couplings[0].of(self.atoms)):
             refusals.sort(key=lambda refusal: refusal.of_stream)  # what forbids copies tells more
         return refusals
@@ -94,8 +98,11 @@ class Proposals:
         nearest = None if self._way == "turned" else self._nearest(width, found)
         ways = _ANY_WIDTH if self._is_stream_of_any(width) else ""
         if nearest is None:
-            remedy = ways or found[0].remedy
-            raise MorphError(f"layer {self.layer!r} cannot get more channels: {found[0].cause}; {remedy}.")
+            cause = found[0].cause
+            blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else None
+            bake = None if blamed is None else how_to_bake(self._structure.skeleton.model, blamed)
+            remedy = bake or ways or found[0].remedy
+            raise MorphError(f"layer {self.layer!r} cannot get more channels: {cause}; {remedy}.")
         near, cause = nearest
         cause = found[0].cause if self._way else cause
         near_by = f"the nearest number that works is {near}" + (ways and f"; {ways}")
@@ -146,7 +153,7 @@ class Proposals:
             return
         more = np.array([width - len(sequence)])
         growth = Growth.of_classes(coupling, sequence[-1:], more, way=self._way)
-        if len(np.unique(sequence)) == len(sequence) and all(axis.size == len(sequence) for axis in growth.layouts):
+        if len(np.unique(sequence)) == len(sequence) and all(not axis.size % len(sequence) for axis in growth.layouts):
             yield from (replace(growth, numbers=True), growth)
         elif self._way == "turned":
             yield Refusal("some tensors hold them several times, or beside others")
@@ -163,7 +170,8 @@ class Proposals:
             normalised = coupling.norms[free]
             free = free[normalised < 0]
             if not len(free):
-                yield Refusal(f"{coupling.normalised[int(normalised[-1])][0]!r} normalises over them")
+                name = coupling.normalised[int(normalised[-1])][0]
+                yield Refusal(f"{repr(name) if name else 'the model itself'} normalises over them")
                 continue
             tried: list[Copies] = []
             for classes, counts in self._selections(coupling, sequence, free, more):
@@ -241,6 +249,7 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             f"the model did not use {stranger!r} when it was run, which is as wide as something that would grow: whether it "
             "shares these channels is not known",
             remedy="pass example_inputs= under which the model uses it, or take it out of the model",
+            unused=True,
         )
     try:
         child = structure.grown(growth)

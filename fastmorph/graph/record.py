@@ -116,12 +116,14 @@ class Run:
         train: whether in train mode.
         turned: places in the model's code where a comparison of sizes comes out the other way.
         option: an optional argument that the example does not give.
+        mask: a module inside, and the shape of a mask that is given to it as its optional argument `option`.
     """
 
     inputs: Inputs
     train: bool = False
     turned: frozenset[tuple[str, int, int]] = frozenset()
     option: str = ""
+    mask: tuple[str, tuple[int, ...]] | None = None
 
     def turn(self, place: tuple[str, int, int]) -> Run:
         """The same with a further comparison the other way."""
@@ -157,6 +159,7 @@ class Record:
         self.scores: list[
             tuple[str, Tensor]
         ] = []  # a module that takes a softmax, and the channels apart from each other in it
+        self.normed: list[tuple[str, str, int]] = []  # a weight's direction and magnitude, and the dimension of the latter
         self.depthwise: list[tuple[str, Tensor]] = []  # a depthwise convolution's module and its rows
         self.journal: list[tuple[Any, ...]] = []  # operators that compute, with their numbers
         self.moves: list[tuple[Any, ...]] = []  # operators that move data, with what is the same at any size

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attention import plain_kernels, use_plain_modules
+from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
-from fastmorph.graph.options import with_options, without_options
+from fastmorph.graph.options import masks, with_options, without_options
 from fastmorph.graph.record import Record, Run
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tape import Tape
@@ -78,6 +79,8 @@ class Skeleton:
                 ):
                     self.values[name] = tensor.detach()
             self.names.setdefault(first[id(tensor)], []).append(name)
+        # PyTorch copies nothing that was computed with gradients.
+        memo |= {id(tensor): tensor.detach().clone() for tensor in _attributes(model) if not tensor.is_leaf}
         self.model: nn.Module = clone(model, memo)
 
     def _fake(self, tensor: Tensor) -> Tensor:
@@ -102,7 +105,8 @@ class Skeleton:
         """Another one that can be resized on its own."""
         new = copy.copy(self)
         new.values = dict(self.values)
-        new.model = clone(self.model, {id(tensor): tensor for _, tensor in _tensors(self.model)})
+        computed = (tensor for tensor in _attributes(self.model) if isinstance(tensor, FakeTensor))
+        new.model = clone(self.model, {id(tensor): tensor for tensor in (*dict(_tensors(self.model)).values(), *computed)})
         return new
 
     def resize(self, name: str, shape: tuple[int, ...]) -> None:
@@ -146,7 +150,7 @@ class Skeleton:
         places = self._run(first, record, shapes)
         fewer = without_options(self.model, first.inputs)
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
-        for name, calls in with_options(self.model, first.inputs, shapes):
+        for name, calls in with_options(self.model, first.inputs, shapes, self._asked_for(first.inputs)):
             for call in calls:
                 more, _ = self._tried(Run(self.inputs(call), option=name), record)
                 if more is not record:  # it runs on that shape
@@ -159,6 +163,26 @@ class Skeleton:
         if any(name not in record.used for name, _ in self.model.named_parameters()):
             record, _ = self._tried(replace(first, train=True), record)
         return record
+
+    def with_masks(self, record: Record) -> Record:
+        """A record with further runs in which modules are given masks, where that uses parameters that it does not know."""
+        shapes = dict[tuple[int, ...], None]()
+        self._run(record.runs[0], record.copy(), shapes)
+        for tries in masks(self.model, sorted({name for name, _ in self.model.named_parameters()} - record.used), shapes):
+            for owner, option, shape in tries:
+                more, _ = self._tried(replace(record.runs[0], option=option, mask=(owner, shape)), record)
+                if more.used > record.used:
+                    record = more
+                    break
+        return record
+
+    def _asked_for(self, inputs: Inputs) -> Iterable[Path]:
+        """Places in bags of inputs at which the model looks for one in vain."""
+        noted, found = noting(inputs)
+        if noted is not None:
+            with suppress(ForwardError, MorphError):  # it ran without notes: it wants dicts of just that class
+                self.run(noted, Watcher(), train=False)
+        return found
 
     def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
         """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
@@ -184,7 +208,8 @@ class Skeleton:
         tensors = dict(_tensors(self.model))
         for name in self.names:
             tracer.add_leaf(name, tensors[name], self.values.get(name))
-        leaves = self.run(run.inputs, tracer, comparisons, train=run.train, shapes=shapes)
+        masked = nullcontext() if run.mask is None else self._masked(run.option, *run.mask)
+        leaves = self.run(run.inputs, tracer, comparisons, masked, train=run.train, shapes=shapes)
         for path, leaf in leaves:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise MorphError(
@@ -210,6 +235,20 @@ class Skeleton:
         if tape is not None:
             record.tapes.append(tape)
         return comparisons.found
+
+    @contextmanager
+    def _masked(self, option: str, owner: str, shape: tuple[int, ...]) -> Iterator[None]:
+        """Give a module a mask inside."""
+        mask = self._fake(torch.empty(shape, dtype=torch.bool, device="meta"))
+
+        def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, option: mask}
+
+        hook = self.model.get_submodule(owner).register_forward_pre_hook(give, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def first_names(self) -> dict[int, str]:
         """The first name of each parameter and buffer of the copy, by the tensor's id."""
@@ -243,7 +282,7 @@ class Skeleton:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise MorphError(
-                f"the model cannot be traced: module {watcher.module} branches on the values of a tensor ({error.func}); "
+                f"the model cannot be traced: {watcher.module} branches on the values of a tensor ({error.func}); "
                 "rewrite that part so that it depends on shapes alone."
             ) from error
         except Exception as error:
@@ -261,6 +300,12 @@ def _is_of(tensor: Tensor, form: torch.memory_format) -> bool:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep without PyTorch's knowledge."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -13,7 +13,7 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.coupled import Coupled, Tables
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import channels_of, weights_of
+from fastmorph.graph.find import backbone_hint, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Axis, Record
@@ -67,6 +67,12 @@ class Structure:
     def tapes(self) -> list[Tape]:
         """What the model does, operator by operator, in every run in eval mode."""
         return self.record.tapes or self.skeleton.trace(self.inputs, runs=self.record.runs, taped=True).tapes
+
+    @cached_property
+    def masked(self) -> Structure | None:
+        """The same model followed with masks as well (`Skeleton.with_masks`); None where that finds nothing."""
+        record = self.skeleton.with_masks(self.record)
+        return None if record is self.record else Structure(self.skeleton, record, self.inputs, self._known)
 
     def followed_by(self, whole: Mapping[tuple[str, int], int]) -> Structure:
         """The same model followed anew, with neighbours as one channel: see `Record.whole`."""
@@ -148,11 +154,9 @@ def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
         skeleton, known = Skeleton(model), fingerprint(model)
         inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
     except MorphError as error:
-        if not isinstance(getattr(model, "backbone", None), nn.Module):
+        if not (hint := backbone_hint(model)):
             raise
-        raise MorphError(  # a detector, which takes lists of images and branches on what it finds
-            f"{error} The model has a backbone: morph model.backbone alone, and put the child in its place."
-        ) from error
+        raise MorphError(f"{error}{hint}") from error
     return Structure(skeleton, record, skeleton.inputs(inputs), known)
 
 

@@ -73,7 +73,7 @@ class Tape:
 def ref_to(tensor: Tensor, name: str, value: Tensor | None) -> Ref:
     """The reference to a tensor that is kept until the run has ended."""
     known = None
-    if value is not None and value.numel() <= _KNOWN and not value.is_complex():
+    if value is not None and value.numel() <= _KNOWN and not value.is_complex() and not value.is_meta:
         known = tuple(value.detach().double().flatten().tolist())
     return Ref(id(tensor), tensor.untyped_storage()._cdata, tuple(tensor.shape), name, known, tensor.is_floating_point())
 

@@ -25,7 +25,8 @@ from fastmorph.graph.heads import Heads, by_heads, find_heads, outputs_by_head, 
 from fastmorph.graph.propose import Refusal
 from fastmorph.graph.record import Ints
 from fastmorph.graph.structure import Structure, follow
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, put_grown
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import put_grown
 from fastmorph.outputs import Outputs, Path
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator

@@ -290,7 +290,7 @@ class _Depths:
             return value
         parameter = nn.Parameter(value, requires_grad=tensor.requires_grad)
         vars(parameter).update(vars(tensor))
-        return parameter
+        return self._transaction.keep(parameter) if self._transaction.with_weights else parameter
 
     # --- what the model then does ---------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.frame import Size, size_per_dimension
 from fastmorph.equation.peel import find_whole, share_out
 from fastmorph.errors import MorphError
@@ -100,7 +101,14 @@ def _shares(
     rest = given.to(torch.float32 if given.device.type == "mps" else torch.float64, copy=True)
     if skip is not None:
         at: Any = (slice(None), slice(None), slice(None), *skip)
-        rest[at] -= torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
+        identity = torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
+        rest[at] -= identity
+        lost = float((rest[at].to(given.dtype) + identity - given[at]).abs().max() / given.abs().max())
+        if not (lost <= tolerance(given.dtype) or transaction.solving.get("allow_inexact")):
+            raise MorphError(
+                f"layer {layer.name!r} cannot have an fm.Skip beside it: its weight is so small beside the identity that "
+                f"{given.dtype} would lose {lost:.1e} of it; leave the fm.Skip out."
+            )
 
     def noise(shape: Size) -> Tensor:
         return transaction.noise("share", layer.name).tensor(shape, rest)

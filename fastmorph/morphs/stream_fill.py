@@ -65,12 +65,13 @@ class OldChannels:
         if output is None or not isinstance(leaf, Tensor) or leaf.ndim <= output.dim:
             return leaf
         wide = leaf if leaf.dtype in (torch.float32, torch.float64) else leaf.float()
+        wide, dim = wide.unflatten(output.dim, (-1, self.sizes[1])), output.dim + 1
         if self.turn is not None:
-            wide = self.turn.apply(wide.clone(memory_format=torch.contiguous_format), output.dim, back=True)
-        old = wide.narrow(output.dim, 0, self.sizes[0]) / output.factor
+            wide = self.turn.apply(wide.clone(memory_format=torch.contiguous_format), dim, back=True)
+        old = wide.narrow(dim, 0, self.sizes[0]) / output.factor
         for name in output.absorbs:
-            old = old * _along(output.dim, self.gains[name].to(old), old)
-        return old.to(leaf.dtype)
+            old = old * _along(dim, self.gains[name].to(old), old)
+        return old.flatten(output.dim, dim).to(leaf.dtype)
 
     def layer(self, name: str) -> str | None:
         """No layer is new."""
@@ -91,8 +92,7 @@ class StreamFilling:
         assert growth.stream is not None
         self._layer, self._growth, self._stream, self._noise = layer, growth, growth.stream, noise
         self._vectors = {name: values_of(vector) + self._stream.changes[name].offset for name, vector in vectors.items()}
-        axis, layout = next(iter(growth.layouts.items()))
-        self._sizes = axis.size, len(layout.origin)
+        self._sizes = min((axis.size, len(layout.origin)) for axis, layout in growth.layouts.items())
         self._reads = growth.coupling.record.mask("reads")
         centred = self._stream.centred
         self._turn = Turn(self._sizes, noise.of("turn"), centred=centred) if self._stream.kind == "turned" else None
@@ -134,17 +134,22 @@ class StreamFilling:
         noisy = any(map(self._is_read, axes))
         new = write(old, self._sides(name, drawn=True), root_mean_square(old) if noisy else 0.0)
         for axis in axes:
-            fresh = new.narrow(axis.dim, self._sizes[0], self._sizes[1] - self._sizes[0])
+            parts, dim = self._parts(new, axis), axis.dim + 1
+            fresh = parts.narrow(dim, self._sizes[0], self._sizes[1] - self._sizes[0])
             if self._is_read(axis):
                 if change.read == "mean":
-                    fresh -= fresh.mean(axis.dim, keepdim=True)
+                    fresh -= fresh.mean(dim, keepdim=True)
             elif change.gain:
                 fresh.fill_(_typical(old + change.offset) - change.offset)
             elif change.made == "mean":
-                fresh.copy_(self._mean(change, new.narrow(axis.dim, 0, self._sizes[0]), axis.dim))
+                fresh.copy_(self._mean(change, parts.narrow(dim, 0, self._sizes[0]), dim))
         if change.factor != 1:
             new.add_(change.offset).mul_(change.factor).sub_(change.offset) if change.offset else new.mul_(change.factor)
         return new
+
+    def _parts(self, new: Tensor, axis: Axis) -> Tensor:
+        """A view of a new tensor in which an axis is two: how often it holds the stream, and its D channels."""
+        return new.unflatten(axis.dim, (-1, self._sizes[1]))
 
     def _mean(self, change: Change, rows: Tensor, dim: int) -> Tensor:
         """The mean of rows as they reach the stream, over what new gains multiply by."""
@@ -197,10 +202,11 @@ class StreamFilling:
         new = write(old.to(wide), self._sides(name, drawn=scale > 0), scale)
         for axis in self._axes(name):
             factors = self._taken_over(axis)
+            parts, dim = self._parts(new, axis), axis.dim + 1
             if factors is not None:
-                new.narrow(axis.dim, 0, axis.size).mul_(_along(axis.dim, factors.to(wide) ** power, new))
+                parts.narrow(dim, 0, self._sizes[0]).mul_(_along(dim, factors.to(wide) ** power, parts))
         for axis in self._axes(name):
-            self._turn.apply(new, axis.dim)
+            self._turn.apply(self._parts(new, axis), axis.dim + 1)
         return new.to(old)
 
     def _can_follow(self, name: str) -> bool:
@@ -216,11 +222,12 @@ class StreamFilling:
         """A dense map spreads squares evenly."""
         new = moment
         for axis in self._axes(name):
-            factors = self._taken_over(axis)
+            factors, parts, dim = self._taken_over(axis), new.unflatten(axis.dim, (-1, self._sizes[0])), axis.dim + 1
             if factors is not None:
-                new = new / _along(axis.dim, factors.to(moment).square(), moment)
-            new = (new.sum(axis.dim, keepdim=True) / self._sizes[1]).expand(
-                [self._sizes[1] if dim == axis.dim else size for dim, size in enumerate(new.shape)]
+                parts = parts / _along(dim, factors.to(moment).square(), parts)
+            mean = parts.sum(dim, keepdim=True) / self._sizes[1]
+            new = mean.expand([self._sizes[1] if at == dim else size for at, size in enumerate(parts.shape)]).flatten(
+                dim - 1, dim
             )
         return new / self._stream.changes[name].factor ** 2
 

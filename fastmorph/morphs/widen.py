@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
-from fastmorph.graph.find import tensor_of
+from fastmorph.graph.find import how_to_bake, tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.structure import Structure, follow
 from fastmorph.graph.widths import Stage, Width, find_stages, reach
 from fastmorph.morphs.stream_fill import StreamFilling
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
+from fastmorph.morphs.widen_put import Grown
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
@@ -112,6 +113,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
     if whole is not None and transaction.with_weights:
         transaction.settle()
     marks = Marks(whole.coupling.record) if whole is not None and transaction.with_weights else None
+    grown = None if whole is None else Grown(transaction, whole)
     fillings: dict[str, list[Filling]] = {name: [] for name in ([] if whole is None else whole.names)}
     last = {name: at for at, growth in enumerate(stage.growths) if growth is not None for name in growth.names}
     steps = []
@@ -119,7 +121,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
         with transaction.step(operator) as step:
             step.milliseconds += share
             steps.append(step)
-            if whole is None or growth is None:
+            if grown is None or growth is None:
                 continue
             if growth.stream is not None:
                 _grow_stream(operator, growth, transaction)
@@ -129,11 +131,11 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
                     fillings[name].append(filling)
             for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
-                    old = tensor_of(transaction.model, name)
-                    _replace(transaction, old, name, whole, fillings.pop(name))
+                    grown.put(name, fillings.pop(name))
     for step in steps:
         step.after = transaction.kernel_shapes(step.layer)
-    if whole is not None:
+    if whole is not None and grown is not None:
+        grown.finish()
         buffers = dict(transaction.model.named_buffers())
         for name, value in new_factors(buffers, whole).items():
             transaction.replace(buffers[name], value, linear=None, square=None)
@@ -143,8 +145,14 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 @torch.no_grad()
 def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> None:
     """The same for a stream."""
-    model = transaction.model
+    model, record = transaction.model, growth.coupling.record
     assert growth.stream is not None
+    for direction, _, _ in record.normed:
+        if any(axis in growth.layouts for axis in record.parameter(direction)):
+            raise MorphError(
+                f"layer {operator.layer!r} cannot get more channels: a stream does not grow through {direction!r}, the "
+                f"direction of a weight norm; {how_to_bake(model, direction)}."
+            )
     gains = {name: tensor_of(model, name) for name in sorted(StreamFilling.gains(growth))}
     filling = StreamFilling(operator.layer, growth, transaction.noise("widen", operator.layer), gains)
     for name in growth.names:
@@ -157,15 +165,6 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
         transaction.replace(old, new, linear=linear, square=square)
     if growth.stream.outputs:
         transaction.readings.append(filling.reading())
-
-
-@torch.no_grad()
-def _replace(transaction: Transaction, old: Tensor, name: str, growth: Growth, fillings: Sequence[Filling]) -> None:
-    if fillings:
-        new, linear, square = fill_tensor(fillings, name, old)
-        transaction.replace(old, new, linear=linear, square=square)
-    else:  # without weights
-        transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
 
 
 def widen(

@@ -21,18 +21,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastmorph.elsewhere import values_of
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
-from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_write import Side, write
 from fastmorph.plan.lineage import Map
-from fastmorph.plan.transaction import Transaction
 
 FILLS = ("pair", "zero", "duplicate")
 _SAMPLE, _LINES = 2**15, 64  # entries, and indices of a dimension, from which the size of a tensor's entries is taken
@@ -180,19 +177,6 @@ def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Te
     return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
 
 
-@torch.no_grad()
-def put_grown(transaction: Transaction, growth: Growth, fillings: Sequence[Filling]) -> None:
-    """Put all tensors that grow, filled, in the place of the old ones."""
-    for name in growth.names:
-        old = tensor_of(transaction.model, name)
-        if transaction.with_weights:
-            new, linear, square = fill_tensor(fillings, name, old)
-            transaction.replace(old, new, linear=linear, square=square)
-            del new  # before the next one is made
-        else:
-            transaction.replace(old, old.detach().new_empty(growth.shape(name, old.shape)), linear=None, square=None)
-
-
 def _ordered(sides: Iterable[Side]) -> list[Side]:
     """Columns first: copies of a row have the same noise in new columns."""
     return sorted(sides, key=lambda side: not side.reads)
@@ -267,5 +251,7 @@ def root_mean_square(tensor: Tensor) -> float:
     for dim, count in enumerate(tensor.shape):
         if sample.numel() > _SAMPLE:
             sample = sample[(slice(None),) * dim + (slice(None, None, max(1, count // _LINES)),)]
-    size = float(np.sqrt(np.square(sample.double().cpu().numpy()).mean())) if tensor.numel() else 0.0
+    values = sample.double().cpu().numpy() if tensor.numel() else np.zeros(1)
+    largest = float(np.abs(values).max())  # by which squares are numbers, whatever the weights' size is
+    size = largest * float(np.sqrt(np.square(values / (largest or 1.0)).mean()))
     return size or (tensor[0].numel() if tensor.ndim else 1) ** -0.5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Mixture(nn.Module):
-    """y = sum over the `top_k` experts of the largest logits of softmax(those logits)_i * experts[i](x), position by position.
+    """y = sum over the `top_k` experts of the largest logits of softmax(those logits)_i * `experts[i](x)`, by position.
 
     The weights of the chosen ones sum to 1 (Jiang et al., "Mixtral of Experts", 2024, Section 2.1), so that experts that all
     compute the same compute it together, whatever the router says.

@@ -57,6 +57,11 @@ class Lineage:
         if past is not None:
             self._of[new] = past.then(linear, square)
 
+    def renamed(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Let `new` be what `old` was, if that is known."""
+        if old in self._of:
+            self._of[new] = self._of.pop(old)
+
     def copied(self, new: nn.Parameter, old: Sequence[nn.Parameter], linear: Map | None, square: Map | None) -> None:
         """Let `new` descend from what `old` descend from, beside them; of several, it is made of all, one behind the other."""
         parts = tuple(self._of[each] for each in old if each in self._of)

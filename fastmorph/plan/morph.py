@@ -31,7 +31,7 @@ from fastmorph.plan.guessed import described, random_values
 from fastmorph.plan.history import remember
 from fastmorph.plan.lineage import Lineage
 from fastmorph.plan.optimizers import carry_over, check_optimizer
-from fastmorph.plan.parents import check_parent, guard_saving, savable
+from fastmorph.plan.parents import check_parent, check_targets, guard_saving, savable
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.schedulers import rebound
 from fastmorph.plan.step import Step
@@ -121,7 +121,8 @@ def morph(
         model: the parent. It is not touched, unless it is consumed.
         plan: morphs, in order, or a single one; each names layers as those before it left them.
         example_inputs: the arguments of one call, to verify the child on and for operators that follow channels through the
-            model: a tensor, a tuple of positional arguments, a dict of keywords, or a pair of such a tuple and such a dict.
+            model: a tensor, a tuple of positional arguments, a dict or named tuple of keywords, or a pair of such a tuple and
+            such a dict. A dict, list or named tuple whose names are not the forward's is one argument.
         structure: what `fastmorph.follow` found in the model, for such operators, instead of following it again.
         optimizer: the parent's, of any class that wraps no other; it is not touched. Its options, moments and step counts are
             carried over, each moment as its weight where `optimizer_rule` knows how: `Morphed.optimizer`. Each group is in the
@@ -149,6 +150,7 @@ def morph(
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     check_parent(model)
+    check_targets(model, plan)
     shapes = savable(model)
     if structure is not None:
         structure.check(model)
@@ -260,6 +262,7 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     """
     plan = plan if isinstance(plan, Plan) else Plan(plan)
     check_parent(model)
+    check_targets(model, plan)
     shapes = savable(model)
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = plan.example_inputs(model) if given is None else given

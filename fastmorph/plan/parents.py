@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,15 @@ def check_parent(model: nn.Module) -> None:
                 f"the parameter {name!r} is a {type(parameter.data).__name__}, distributed over a mesh: "
                 "fastmorph.distributed.morph grows the model shard by shard."
             )
+
+
+def check_targets(model: nn.Module, operators: Iterable[Any]) -> None:
+    """Raise MorphError, with the name, for a target that is a module or anything else but a name."""
+    for target in (operator.target for operator in operators):
+        if not isinstance(target, str):
+            names = [name for name, module in model.named_modules() if module is target]
+            hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
+            raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
 
 
 # --- children that their class cannot hold -----------------------------------------------------------------------------------

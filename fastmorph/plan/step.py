@@ -35,7 +35,6 @@ class Step:
 
     def add(self, answer: Decomposition[Tensor], milliseconds: float) -> None:
         """Count an equation that was solved for it."""
-        residual = float(answer.residual.max())
-        if residual >= self.residual:
-            self.residual, self.estimated, self.how = residual, answer.estimated, answer.reason
+        if answer.worst >= self.residual:
+            self.residual, self.estimated, self.how = answer.worst, answer.estimated, answer.reason
         self.milliseconds += milliseconds

@@ -66,7 +66,7 @@ class Streamed(Transaction):
                     kept = self.keep(parameter)
                     if kept is not parameter:
                         module._parameters[name] = kept
-                        self.lineage.replaced(parameter, kept, None, None)
+                        self.lineage.renamed(parameter, kept)
         self.shelf.let_go()
 
     def _answers(self, queue: list[_Equation]) -> Iterator[tuple[int, Decomposition[Tensor], float]]:

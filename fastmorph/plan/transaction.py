@@ -152,7 +152,7 @@ class Transaction:
 
         Neighbours of one class that can be applied together are. `advance` is told how many have been run.
 
-        Raises MorphError, besides what they raise, for a target that is no name, and for absurd sizes.
+        Raises MorphError, besides what they raise, for absurd sizes.
         """
         for may_move, stretch in groupby(operators, _may_move):
             written = list(stretch)
@@ -277,12 +277,7 @@ class Transaction:
         self._ran += operators
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for operator in operators:
-            target: object = operator.target
-            if not isinstance(target, str):
-                names = [name for name, module in modules.items() if module is target]
-                hint = f"its name is {names[0]!r}" if names else "see model.named_modules()"
-                raise MorphError(f"a morph takes the name of a layer, not a {type(target).__name__}: {hint}.")
-            check_sizes(operator, target, modules.get(target))
+            check_sizes(operator, operator.target, modules.get(operator.target))
 
     @contextmanager
     def step(self, operator: Operator) -> Iterator[Step]:

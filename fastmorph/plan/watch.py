@@ -8,7 +8,6 @@ borders included.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from fastmorph.certify.compare import TOLERANCES, Comparison, coarsest_dtype, co
 from fastmorph.certify.outputs import eval_mode
 from fastmorph.certify.run import isolated, run
 from fastmorph.errors import MorphError
-from fastmorph.graph.find import tensor_of
+from fastmorph.graph.find import backbone_hint, tensor_of
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 from fastmorph.graph.trail import Operation, Trail, bare_skeleton, walk
 from fastmorph.inputs import Inputs
@@ -75,7 +74,9 @@ class Surroundings:
                 layer.name,
                 f"the forward of {f'module {where!r}' if where else 'the model itself'} takes weights besides calling layers, "
                 "and the model could not be followed to see which",
-                "pass example_inputs= that it runs on, or let the forward call its layers alone",
+                f"pass example_inputs= that it runs on, or let the forward call its layers alone.{backbone_hint(model)}".rstrip(
+                    "."
+                ),
             )
         for parameter in layer.origins:
             for stack in self._uses.get(parameter, ()):
@@ -156,9 +157,7 @@ class Piece:
         self._before = self._run(layer.module)
 
     def _run(self, module: nn.Module) -> Outputs:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using padding='same' with even kernel")
-            return run(unhooked(module), f"layer {self.name!r}", "eval", self._call, self._precision).outputs
+        return run(unhooked(module), f"layer {self.name!r}", "eval", self._call, self._precision).outputs
 
     def compare(self, model: nn.Module) -> list[Comparison]:
         """What stands in the layer's place against the layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from fastmorph.plan.morph import Morphed, morph
 from fastmorph.plan.parents import CannotSave
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import rewrite, say_inner, size_of
+from fastmorph.transformers.sizes import rewrite, say_chosen, say_heads, say_inner, size_of
 
 M = TypeVar("M", bound=nn.Module)
 _IGNORED = frozenset({"training", "dropout", "is_hf_initialized"})
@@ -87,22 +87,33 @@ def grow(
         call = example_call(model, cached=num_attention_heads is None and num_key_value_heads is None and hidden_size is None)
     done = morph(model, plan, example_inputs=call, optimizer=optimizer, generator=generator, verify=verify)
     child: Any = done.model
-    if num_key_value_heads is None and olds["num_key_value_heads"] == olds["num_attention_heads"]:
-        sizes["num_key_value_heads"] = num_attention_heads
-    for name, old in olds.items():
-        new = sizes[name]
-        if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
-            rewrite(child, name, old, new)
-    if olds["intermediate_size"] is not None:
-        say_inner(child, intermediate_size or olds["intermediate_size"])
+    say_sizes(child, sizes, olds)
     check_stock(child, call, {(olds[name], new) for name, new in sizes.items()})
     return replace(done, model=child)
+
+
+def say_sizes(child: nn.Module, sizes: Mapping[str, int | None], olds: Mapping[str, int | None]) -> None:
+    """Write grown sizes into configs and modules. Raises MorphError where a config cannot say one."""
+    if any(sizes.get(name) is not None for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")):
+        say_heads(child)
+    for name, new in sizes.items():
+        if name == "num_key_value_heads" and new is None and olds.get(name) == olds.get("num_attention_heads"):
+            new = sizes.get("num_attention_heads")
+        old = olds.get(name)
+        if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
+            rewrite(child, name, old, new)
+            if name == "num_experts":
+                say_chosen(child, new // old)
+    inner = olds.get("intermediate_size")
+    if inner is not None:
+        say_inner(child, sizes.get("intermediate_size") or inner)
 
 
 def check_stock(child: Any, call: Any, grown: Collection[tuple[Any, Any]]) -> None:
     """Raise MorphError unless the class makes, with the child's config, a network like the child; then let it be saved.
 
-    Numbers of modules that are a size as it was, where the class sets it as it is, are set so, if that computes the same.
+    Numbers of modules that are a size as it was, where the class sets it as it is, are set so, if that computes the same on
+    `call`; None: whoever loads the child compares it.
     """
     kind = type(child).__name__
     try:
@@ -128,10 +139,11 @@ def check_stock(child: Any, call: Any, grown: Collection[tuple[Any, Any]]) -> No
         for key in _differing(ours, theirs)
         if (vars(ours)[key], vars(theirs)[key]) in grown
     ]
-    before = run(child, "child", "eval", as_call(call, child), torch.float32).outputs if late else {}
+    inputs = as_call(call, child) if late and call is not None else None
+    before = {} if inputs is None else run(child, "child", "eval", inputs, torch.float32).outputs
     for ours, key, value in late:
         setattr(ours, key, value)
-    after = run(child, "child", "eval", as_call(call, child), torch.float32).outputs if late else {}
+    after = {} if inputs is None else run(child, "child", "eval", inputs, torch.float32).outputs
     if any(isinstance(leaf, Tensor) and not torch.equal(leaf, after[path]) for path, leaf in before.items()):
         raise MorphError(f"{kind} computes otherwise with the numbers that the class sets, {late[0][1]!r} among them.")
     for (name, ours), (_, theirs) in zip(child.named_modules(), stock.named_modules(), strict=True):

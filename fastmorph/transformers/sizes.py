@@ -71,9 +71,14 @@ def rewrite(model: nn.Module, size: str, old: int, new: int) -> None:
         for name in NAMES[size]:
             if type(vars(holder).get(name)) is int and vars(holder)[name] == old:
                 setattr(holder, name, new)
+
+
+def say_heads(model: nn.Module) -> None:
+    """Let configs say the size of a head that have it from the width and the number of heads, before these grow."""
     for config in configs(model):
-        if size == "num_attention_heads" and "head_dim" in vars(config) and config.head_dim is None:
-            config.head_dim = next(_held(config, "hidden_size")) // old  # which the class would take from the new number
+        width, heads = (next(_held(config, size), 0) for size in ("hidden_size", "num_attention_heads"))
+        if "head_dim" in vars(config) and config.head_dim is None and heads:
+            config.head_dim = width // heads
 
 
 def say_inner(model: nn.Module, inner: int) -> None:
@@ -89,6 +94,18 @@ def say_inner(model: nn.Module, inner: int) -> None:
                 raise MorphError(
                     f"mlp_ratio of a {type(config).__name__} cannot say intermediate_size={inner} at width {width}."
                 )
-            config.mlp_ratio = ratio
+            try:
+                config.mlp_ratio = ratio
+            except Exception as error:  # of a config that takes whole numbers alone
+                raise MorphError(
+                    f"mlp_ratio={ratio} is none for a {type(config).__name__}: grow intermediate_size to a multiple of {width}."
+                ) from error
         elif "n_inner" in held and held["n_inner"] is None and 4 * width != inner:
             config.n_inner = inner
+
+
+def say_chosen(model: nn.Module, times: int) -> None:
+    """Let configs say that so many times as many experts are chosen for a position."""
+    for config in configs(model):
+        if type(vars(config).get("num_experts_per_tok")) is int:
+            config.num_experts_per_tok *= times

@@ -11,15 +11,15 @@ from torch import Tensor
 from .support import interprets
 
 
-class Operator(NamedTuple):
-    """The three functions, which take the same arguments; the last two have the outputs in front and fill them."""
+class Functions(NamedTuple):
+    """What makes a PyTorch operator, three functions of the same arguments; the last two have the outputs in front, to fill."""
 
     allocate: Callable[..., Any]
     launch: Callable[..., None]
     plain: Callable[..., None]
 
 
-OPERATORS: dict[str, Operator] = {}
+OPERATORS: dict[str, Functions] = {}
 """Every operator that is registered, by name."""
 
 
@@ -36,7 +36,7 @@ def register(
         plain: fills them in plain PyTorch, on a CPU without the interpreter; with products in float64, which no setting of
             PyTorch's makes less exact.
     """
-    OPERATORS[name] = Operator(allocate, launch, plain)
+    OPERATORS[name] = Functions(allocate, launch, plain)
 
     def on_cuda(*arguments: Any) -> Any:
         outputs = allocate(*arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,16 @@ class Keywords(nn.Module):
 class OneDict(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["x"]
+
+
+class Two(nn.Module):
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return one + two
+
+
+class Named(NamedTuple):
+    x: Tensor
+    y: Tensor | None = None
 
 
 class Anything(nn.Module):
@@ -44,6 +54,11 @@ class Anything(nn.Module):
         ({"x": X}, OneDict(), Inputs(({"x": X},), {})),
         ({1: X}, Anything(), Inputs(({1: X},), {})),
         (Inputs((X,), {"y": Y}), Anything(), Inputs((X,), {"y": Y})),
+        (Named(X, Y), Keywords(), Inputs((), {"x": X, "y": Y})),
+        (Named(X), Keywords(), Inputs((), {"x": X})),
+        (Named(X, Y), OneDict(), Inputs((Named(X, Y),), {})),
+        ((Named(X, Y),), Keywords(), Inputs((Named(X, Y),), {})),
+        (Named(X, Y), Two(), Inputs((X, Y), {})),
     ],
 )
 def test_a_call_is_read_from_what_is_given(given: Any, model: nn.Module, expected: Inputs) -> None:

@@ -112,6 +112,7 @@ PLANS = {
         fm.Widen("blocks.1.feed.up", 38, fill="duplicate"),  # what was grown grows again
         fm.Deepen("head", hidden_channels=40, activation="gelu"),  # deeper
     ],
+    "mixture": [fm.InsertBlock("blocks.0"), fm.AddExperts("blocks.2.feed", 3), fm.Widen("blocks.1.feed.up", 32)],
     "resnet": [
         fm.Widen("blocks.0.conv1", 11),
         fm.GrowKernel("blocks.1.conv1", 5),
@@ -121,7 +122,7 @@ PLANS = {
         fm.Deepen("head", hidden_channels=16, activation="tanh"),
     ],
 }
-NETWORKS = {"llama": llama, "resnet": resnet}
+NETWORKS = {"llama": llama, "mixture": llama, "resnet": resnet}
 
 
 # --- ways to shard -----------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def check(processes, *arguments):
         ("resnet", "fsdp", "fsdp", "adamw"),
         ("llama", "tensor", "tensor", "adamw"),
         ("resnet", "ddp", "ddp", "sgd"),
+        ("mixture", "fsdp", "fsdp", "adamw"),
         ("llama", "nothing", "fsdp", "sgd"),
         ("llama", "fsdp", "tensor", "sgd"),
     ],

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
+from fastmorph_kernels.direct.mixing import mixing_matrix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import Case, cases, oracle_residual
 
 import fastmorph as fm
+from fastmorph.equation.backends import TritonBackend
 from fastmorph.equation.bounds import freedom, smallest_by_counting, smallest_exact
 from fastmorph.equation.frame import make_frame
-from fastmorph.equation.solvers.direct import _Mixing
+from fastmorph.equation.randomness import Noise
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -116,14 +119,47 @@ def test_density_sets_the_outer_taps():
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 2, 5, 20])
-@pytest.mark.parametrize("hidden", [1, 2, 7, 8, 9, 30, 64, 67])
+@pytest.mark.parametrize("hidden", [1, 2, 7, 8, 9, 30, 32, 33, 64, 67, 130])
 def test_the_mixing_matrix_is_orthogonal_and_spreads_the_noise(hidden, pairs):
     noisy = min(2 * pairs, hidden // 2 * 2)
-    eye = torch.eye(hidden, dtype=torch.float64).expand(2, hidden, hidden)
-    scale = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    p = _Mixing(hidden, noisy, eye)(eye.clone(), scale) / scale[:, None, None]
-    torch.testing.assert_close(p @ p.mT, eye, rtol=0, atol=1e-13)
-    assert noisy == 0 or bool((p[:, :, :noisy] != 0).any(-1).all())
+    p = mixing_matrix(hidden, hidden - noisy)
+    torch.testing.assert_close(p @ p.T, torch.eye(hidden, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert noisy == 0 or bool((p[:, hidden - noisy :].abs() > 1e-6).any(-1).all())
+
+
+@pytest.mark.parametrize("role", ["first", "second"])
+@pytest.mark.parametrize(("co", "hidden"), [(5, 13), (40, 40), (66, 69), (70, 140)])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_backends_give_one_answer_for_one_seed(co, hidden, seed, role):
+    """64 terms at most, about as large as the largest entries; where kernels work in float32, to its rounding."""
+    weight = torch.randn(1, co, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = (2, 2) if role == "first" else (1, 2)
+    frame = make_frame((2,), sizes)
+    for dtype in (torch.float64, torch.float32):
+        given = weight.to(dtype) if role == "first" else weight.to(dtype).transpose(1, 2)
+        options = {"kernel_sizes": sizes, "spatial_dims": 1, "solver": fm.Direct(), "generator": seed}
+        one, other = (fm.decompose(given, hidden, backend=name, **options) for name in ("torch", "numpy"))
+        answers = [(one.first, one.second), (other.first, other.second)]
+        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+            keys = Noise([seed], [1], given.device, dtype).keys(2)
+            backend = TritonBackend("ieee" if dtype == torch.float32 else None)
+            answers.append(backend.direct(given, hidden, frame, keys, None, density=0.5, into_first=role == "first"))
+        for answer in answers[1:]:
+            for found, expected in zip(answer, answers[0], strict=True):
+                atol = 64 * torch.finfo(dtype).eps * float(expected.abs().max())
+                torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("role", ["first", "second"])
+def test_backends_give_one_answer_by_low_rank(role):
+    """Singular vectors, whose signs differ, are as large as their gaps let them: to 1e-10."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((40, 3), (3, 20, 3, 3)))
+    weight = torch.tensordot(left, right, dims=1)
+    weight = weight if role == "first" else weight.transpose(0, 1)
+    one, other = (fm.decompose(weight, 3, solver=fm.Direct(), backend=name, generator=1) for name in ("torch", "numpy"))
+    norms = [found.first.flatten(1).norm() * found.second.norm() for found in (one, other)]
+    assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-10)
 
 
 @QUICK

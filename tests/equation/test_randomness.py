@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from fastmorph_kernels import noise
 
 import fastmorph as fm
-from fastmorph.equation import randomness
 from fastmorph.equation.randomness import Noise, Stream, draw_seed, draw_seeds
 
 CPU = torch.device("cpu")
@@ -50,12 +51,12 @@ def test_values_are_those_of_the_formula(key, start):
 def test_tensor_code_makes_the_same_words(start):
     """What other devices run, here on the CPU."""
     keys = np.array([3, MASK, 2**63], np.uint64)
-    ours = randomness._words_torch(keys, start, start + 64, CPU)
-    assert torch.equal(ours, randomness._words(keys, start, start + 64, CPU))
+    ours = noise.words_on_device(keys, start, start + 64, CPU)
+    assert np.array_equal(ours.numpy().view(np.uint32), noise.words_on_host(keys, start, start + 64))
 
 
 def test_the_whole_is_its_parts():
-    stream, size = Stream(5), 5 * randomness._BLOCK + 3
+    stream, size = Stream(5), 5 * noise.BLOCK + 3
     whole = stream.fill(torch.empty(size))
     for cuts in ([0, 1, 2, 1001, 2**16, 2**16 + 1, 2**17 - 1, size], [*range(0, size, 9973), size]):
         parts = [stream.fill(torch.empty(b - a), start=a) for a, b in pairwise(cuts)]
@@ -72,7 +73,7 @@ def test_blocks_do_not_matter(monkeypatch):
 
     whole = drawn()
     for block in (1, 3, 64):
-        monkeypatch.setattr(randomness, "_BLOCK", block)
+        monkeypatch.setattr(noise, "BLOCK", block)
         assert all(torch.equal(one, two) for one, two in zip(drawn(), whole, strict=True))
 
 
@@ -95,18 +96,23 @@ def test_items_have_the_same_noise_alone_and_among_others():
         assert torch.equal(among(*shape)[2:5], alone(*shape))
     some, one = among.of(torch.tensor([3, 0])), alone.of(torch.tensor([1]))
     assert torch.equal(some(4, 4)[:1], one(4, 4)), "of the draws of others an item knows nothing"
-    assert torch.equal(some.seeds()[:1], one.seeds())
+    assert np.array_equal(some.keys(2)[:1], one.keys(2))
     assert not torch.equal(among(4, 4)[0], among(4, 4)[0]), "each draw is another"
     assert noise([], [])(3, 4).shape == (0, 3, 4)
     assert noise([1], [2])(0, 4, 3).shape == (2, 0, 4, 3)
 
 
 def test_a_draw_in_parts_is_the_whole_draw():
+    """As the closed form draws it: a row is a stream of its own under the draw's key."""
     whole, parts = (Noise([1, 2], [1, 2], CPU, torch.float64) for _ in range(2))
-    draw, other = parts.parts(6, 11, 3), parts.parts(2, 2)
-    pieces = [draw(slice(a, b)) for a, b in ((7, 11), (0, 1), (1, 7))]
-    assert torch.equal(torch.cat([*pieces[1:], pieces[0]], 2), whole(6, 11, 3))
-    assert torch.equal(other(slice(0, 2)), whole(2, 2))
+    under = parts.keys(2)
+    for draw, shape in enumerate(((6, 11, 3), (2, 2))):
+        keys = noise.mix_keys(noise.mix_keys(under, np.uint64(draw))[:, None], np.arange(shape[0], dtype=np.uint64)).reshape(-1)
+        row = math.prod(shape[1:])
+        out = torch.full((len(keys), row), torch.nan, dtype=torch.float64)
+        for at, stop in ((row // 2, row), (0, 1), (1, row // 2)):
+            noise.fill(out[:, at:stop], keys, at, 1.0)
+        assert torch.equal(out.view(3, *shape), whole(*shape))
 
 
 def close(observed, variance, count):

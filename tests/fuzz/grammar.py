@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.fuzz import hostile as _hostile  # noqa: F401 - registers its pieces
 from tests.fuzz import norms as _norms  # noqa: F401 - registers its pieces
 from tests.fuzz.pieces import PIECES, Piece
-from tests.fuzz.source import NAMES, Input, Source, race
+from tests.fuzz.source import NAMES, Batch, Input, Source, race
 
 # --- starts -------------------------------------------------------------------------------------------------------------------
 
@@ -167,8 +169,12 @@ class Network:
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if tensor.is_floating_point():
                     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                    positive = name.endswith(("running_var", "original0")) or (tensor.ndim == 1 and name.endswith("weight"))
-                    scale = max(1, tensor[0].numel() if tensor.ndim > 1 else 2) ** 0.5
+                    if name.endswith(("weight_u", "weight_v", "0._u", "0._v")):  # spectral norms want unit vectors
+                        noise = noise.abs() / noise.norm() * 2**0.5
+                    positive = name.endswith(("running_var", "original0", "weight_g")) or (
+                        tensor.ndim == 1 and name.endswith("weight")
+                    )
+                    scale = max(1, tensor[0].numel() if tensor.ndim > 1 else 2) ** 0.5 * 2.0 ** -getattr(tensor, "power", 0)
                     tensor.data = (0.5 + noise.abs() if positive else noise / scale).to(
                         torch.bfloat16 if tensor in parts else self.dtype
                     )
@@ -177,24 +183,25 @@ class Network:
             random.Random(self.seed).choice(list(model.modules())).eval()
         return model
 
-    def call(self, seed: int, batch: int, size: int, options: bool) -> tuple[tuple[object, ...], dict[str, Tensor]]:
+    def call(self, seed: int, batch: int, size: int, options: bool) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """Arguments of one call, of a batch and a map size, with the optional inputs or without."""
         generator = torch.Generator().manual_seed(seed)
         made = {
             name: i.make(generator, batch, size, self.dtype) for name, i in self.inputs.items() if options or not i.optional
         }
-        if self.form == "dict":
-            return (made,), {}
-        return ((), made) if self.form == "keywords" else (tuple(made.values()), {})
+        if self.form == "keywords":
+            return (), made
+        bags = {"dict": made, "nested": {"data": [made]}, "named": Batch(**made) if self.form == "named" else None}
+        return ((bags[self.form],) if self.form in bags else tuple(made.values())), {}
 
 
 def network(seed: int, pieces: Collection[int] | None = None) -> Network:
     """The network of a seed; `pieces` are the numbers of those that stay, all if None."""
     draw = random.Random(f"{seed}.network")
     net = Source(seed)
-    net.form = draw.choice(["positional"] * 38 + ["keywords", "dict"])
-    mode = draw.choice(["eval"] * 6 + ["train"] * 2 + ["mixed"])
-    dtype = draw.choice([torch.float64] * 15 + [torch.float32] * 4 + [torch.bfloat16])
+    net.form = draw.choice(["positional"] * 36 + ["keywords", "dict", "named", "nested"])
+    net.mode = draw.choice(["eval"] * 6 + ["train"] * 2 + ["mixed"])
+    net.dtype = draw.choice([torch.float64] * 15 + [torch.float32] * 4 + [torch.bfloat16])
     start = race(f"{seed}.start", {name: weight for name, (_, weight) in STARTS.items()})
     if not net.attempt(0, start, STARTS[start][0]):
         net.attempt(0, "image", image)
@@ -205,4 +212,4 @@ def network(seed: int, pieces: Collection[int] | None = None) -> Network:
             net.attempt(slot, chosen, PIECES[chosen][0])
     net.attempt(HEAD, "head", head)
     net.attempt(HEAD + 1, "output", output) or net.let("return h")
-    return Network(seed, net.text(), tuple(net.pieces), dict(net.inputs), net.form, mode, dtype, net.grain)
+    return Network(seed, net.text(), tuple(net.pieces), dict(net.inputs), net.form, net.mode, net.dtype, net.grain)

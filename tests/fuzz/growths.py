@@ -15,7 +15,7 @@ from torch import nn
 import fastmorph as fm
 from tests.fuzz.grammar import Network, network
 from tests.fuzz.judge import bound, difference, fingerprint, other_modes, outputs
-from tests.fuzz.plans import Circumstances, circumstances, plan
+from tests.fuzz.plans import CONTEXTS, Circumstances, circumstances, plan
 
 GOOD = ("ok", "refused")
 KINDS = (*GOOD, "wrong", "raw", "parent changed", "cannot run", "replay differs", "restructure differs", "optimizer")
@@ -74,6 +74,8 @@ def run(seed: int, pieces: Collection[int] | None = None, steps: Collection[int]
         parent = net.build()
         operators = plan(seed, parent, net.mode, steps)
         how = circumstances(seed)
+        if how.context == "channels last":
+            _channels_last(parent)
         try:
             _grow(seed, net, parent, operators, how)
             found = ("ok", "", "")
@@ -105,21 +107,31 @@ def _grow(seed: int, net: Network, parent: nn.Module, operators: list[Any], how:
     if how.inputs:
         args, keywords = net.call(seed + 1, 2, 7, how.options)
         options["example_inputs"] = keywords or args
-    optimizer = _optimizer(net, parent, how.optimizer)
-    before = fingerprint(parent)
+    optimizer = None if how.consume else _optimizer(net, parent, how.optimizer)
+    before, given = fingerprint(parent), net.build() if how.consume else parent
+    generator = torch.Generator().manual_seed(seed)
     try:
-        morphed = fm.morph(parent, operators, optimizer=optimizer, generator=torch.Generator().manual_seed(seed), **options)
+        with CONTEXTS[how.context]():
+            if how.followed:
+                options["structure"] = fm.follow(given, options.get("example_inputs"))
+            morphed = fm.morph(given, operators, optimizer=optimizer, generator=generator, consume=how.consume, **options)
     except fm.MorphError as error:
         _unchanged(before, parent)
         raise _Found("refused", family(str(error)), str(error)) from None
     except Exception as error:
         raise _Found("raw", f"{type(error).__name__}: {family(str(error))}", repr(error)) from error
     _unchanged(before, parent)
-    _compare(net, parent, morphed.model, fresh)
-    if how.replay:
+    _compare(net, parent, morphed.model, fresh, wider=bool(morphed.readings))
+    if how.replay and not how.consume:
         _replay(parent, morphed, options, fresh)
     if optimizer is not None:
         _trains(net, parent, morphed, before)
+
+
+def _channels_last(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def _runs(net: Network, parent: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
@@ -134,7 +146,8 @@ def _runs(net: Network, parent: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any]) -> None:
+def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any], *, wider: bool) -> None:
+    """`wider`: whether it is told that some outputs are as wide as a stream that grew: those are not compared."""
     if told := other_modes(parent, child):
         raise _Found("wrong", "mode", told)
     for call, before in fresh:
@@ -142,9 +155,14 @@ def _compare(net: Network, parent: nn.Module, child: nn.Module, fresh: list[Any]
             after = outputs(child, call)
         except Exception as error:
             raise _Found("cannot run", f"{type(error).__name__}: {family(str(error))}", repr(error)) from error
-        apart, where = difference(before, after)
+        grown = {path for path in before if wider and _shape(before[path]) != _shape(after.get(path))}
+        apart, where = difference(*({path: leaves[path] for path in leaves if path not in grown} for leaves in (before, after)))
         if apart > 1e-9 and apart > bound(parent, call, net.grain, net.dtype, before):
             raise _Found("wrong", "value" if apart < float("inf") else "shape", f"{apart:.1e} {where}")
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None
 
 
 def _replay(parent: nn.Module, morphed: fm.Morphed, options: dict[str, Any], fresh: list[Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 # Largest |child - parent| over the output's largest value, by the coarsest arithmetic; see `fastmorph.Certificate`. Where the
 # network's own rounding is larger, 16 times that is the bound.
@@ -47,7 +48,13 @@ def outputs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Tensor]]) -
     args, keywords = copy.deepcopy(call)
     torch.manual_seed(0)
     with torch.no_grad():
-        return dict(leaves(copy.deepcopy(model)(*args, **keywords)))
+        return dict(leaves(copied(model)(*args, **keywords)))
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; of weights that hooks computed with gradients, which PyTorch does not copy, the values."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, str]:
@@ -86,13 +93,12 @@ def rounding(model: nn.Module, call: Any, grain: torch.dtype, before: dict[str, 
             sign = torch.randint(-1, 2, tensor.shape, generator=generator)
             return (tensor.detach().double() * (1 + eps * sign)).to(tensor.dtype)
 
-        other = copy.deepcopy(model)
+        other = copied(model)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.copy_(moved(parameter))
-        args, keywords = copy.deepcopy(call)
-        args = tuple({k: moved(v) for k, v in a.items()} if isinstance(a, dict) else moved(a) for a in args)
-        worst = max(worst, difference(before, outputs(other, (args, {k: moved(v) for k, v in keywords.items()})))[0])
+        near = tree_map_only(Tensor, moved, call)
+        worst = max(worst, difference(before, outputs(other, near))[0])
     return max(worst, eps)
 
 

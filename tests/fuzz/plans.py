@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 import fastmorph as fm
@@ -16,17 +18,38 @@ from tests.fuzz.source import race
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WIDENED = (*CONVS, *TRANSPOSED, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "": nullcontext,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "meta": lambda: torch.device("meta"),
+    "channels last": nullcontext,  # of the parent: see `growths`
+}
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """How `fm.morph` is called: with example inputs (and optional ones), a certificate, an optimizer of that name."""
+    """How `fm.morph` is called.
+
+    Attributes:
+        inputs: with example inputs.
+        options: with optional ones among them.
+        verify: with a certificate.
+        optimizer: with one of this name.
+        replay: whether its history is replayed and restructured.
+        context: what the caller's process is set to, one of `CONTEXTS`.
+        consume: whether the parent is consumed.
+        followed: with a structure that was followed before.
+    """
 
     inputs: bool
     options: bool
     verify: bool
     optimizer: str | None
     replay: bool
+    context: str
+    consume: bool
+    followed: bool
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,8 @@ def circumstances(seed: int) -> Circumstances:
     draw = random.Random(f"{seed}.circumstances")
     inputs, options, verify = draw.random() < 0.65, draw.random() < 0.5, draw.random() < 0.4
     optimizer = draw.choice([None] * 12 + ["SGD", "Adam", "AdamW"])
-    return Circumstances(inputs, options, verify, optimizer, draw.random() < 0.25)
+    replay, context = draw.random() < 0.25, draw.choice([""] * 20 + list(CONTEXTS))
+    return Circumstances(inputs, options, verify, optimizer, replay, context, draw.random() < 0.06, draw.random() < 0.06)
 
 
 def plan(seed: int, model: nn.Module, mode: str, steps: Collection[int] | None = None) -> list[Any]:

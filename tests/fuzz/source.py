@@ -17,9 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn import utils
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 BATCH, SIZE = 2, 7  # while a network is written
+
+# How inputs are given: one by one, by keywords alone, or in one bag; with what unpacks an input x from it.
+FORMS = {
+    **{"positional": "", "keywords": "", "dict": "inputs.get({!r})", "nested": "inputs['data'][0].get({!r})"},
+    "named": "inputs._asdict()[{!r}]",
+}
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Slots:
 
 
 Named = namedtuple("Named", "logits hidden")
+Batch = namedtuple("Batch", "x y", defaults=[None])
 
 
 def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -49,7 +57,8 @@ def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 NAMES = {
-    **{"torch": torch, "nn": nn, "F": F, "math": math, "weight_norm": weight_norm, "UserDict": UserDict},
+    **{"torch": torch, "nn": nn, "F": F, "math": math, "UserDict": UserDict},
+    **{"weight_norm": weight_norm, "spectral_norm": spectral_norm, "utils": utils},
     **{"Record": Record, "Plain": Plain, "Slots": Slots, "Named": Named, "doubled": doubled},
 }
 
@@ -80,7 +89,9 @@ class Source:
 
     Attributes:
         kind: of `h`: "map" (batch, channels, *sizes), "tokens" (batch, positions, channels) or "vector" (batch, channels).
-        form: how the network takes its inputs: "positional", "keywords" or "dict".
+        form: how the network takes its inputs, one of `FORMS`.
+        mode: "eval", "train", or "mixed": one of its modules is not in train mode.
+        dtype: of its parameters.
         grain: the coarsest arithmetic that the network uses, whatever its parameters are.
         slot: number of the piece that is being written.
     """
@@ -88,6 +99,8 @@ class Source:
     seed: int
     kind: str = ""
     form: str = "positional"
+    mode: str = "eval"
+    dtype: torch.dtype = torch.float64
     grain: torch.dtype = torch.float64
     slot: int = 0
     inputs: dict[str, Input] = field(default_factory=dict)
@@ -206,8 +219,8 @@ class Source:
     def text(self) -> str:
         """The module's source."""
         names = [f"{name}=None" if i.optional else name for name, i in self.inputs.items()]
-        arguments = {"positional": names, "keywords": ["*", *names], "dict": ["inputs"]}[self.form]
-        unpacked = [f"{name} = inputs.get({name!r})" for name in self.inputs] if self.form == "dict" else []
+        arguments = {"positional": names, "keywords": ["*", *names]}.get(self.form, ["inputs"])
+        unpacked = [f"{name} = {FORMS[self.form].format(name)}" for name in self.inputs if FORMS[self.form]]
         return "\n".join(
             [
                 "class Net(nn.Module):",

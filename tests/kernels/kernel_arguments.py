@@ -11,9 +11,9 @@ from kernel_oracle import random
 Arguments = tuple[Any, ...]
 
 
-def _direct(batch: int, held: int, hidden: int, *, into_first: bool = True) -> Arguments:
-    weight = random(batch, held, 3, 2)
-    return weight, hidden, [3], [2], [1], torch.arange(batch), torch.ones(batch), 1.0, "ieee", into_first
+def _direct(batch: int, held: int, hidden: int, *, into_first: bool = True, measured: bool = False) -> Arguments:
+    weight, spread = random(batch, held, 3, 2), None if measured else torch.ones(batch)
+    return weight, hidden, [3], [2], [1], torch.arange(batch), spread, 1.0, "ieee", into_first
 
 
 # The operator is what stands before a comma. Two items and two taps at least, so that every stride counts.
@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "anderson_update": lambda: (random(2, 40), random(2, 3, 40), random(2, 3)),
     "direct": lambda: _direct(1, 5, 12),
     "direct, shared pairs": lambda: _direct(1, 66, 69),
+    "direct, spread of the weight": lambda: _direct(2, 5, 12, measured=True),
     "direct, into second": lambda: _direct(2, 2, 9, into_first=False),
 }
 

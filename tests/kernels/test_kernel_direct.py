@@ -8,8 +8,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 from fastmorph_kernels import direct, support
-from fastmorph_kernels.direct.mixing import deal, dealing_table, groups_of, mixing_table, shares_pairs
-from fastmorph_kernels.direct.plain import mix
+from fastmorph_kernels.direct.mixing import (
+    SIDE,
+    deal,
+    dealing_table,
+    groups_of,
+    mixing_matrix,
+    mixing_table,
+    shares_pairs,
+)
 
 from fastmorph.equation.bounds import tolerance
 
@@ -21,7 +28,7 @@ F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat1
 # The requirement: rounding grows with the noise that cancels, not with sizes. `tolerance` leaves more in float64, for solvers.
 BOUND = {F64: 1e-13, F32: tolerance(F32), F16: tolerance(F16), BF16: tolerance(BF16)}
 
-# batch, Co, Ci, Ch, K, K1, K2 where the weight goes into first. Blocks hold 64 channels: 66 are two blocks, 130 are three.
+# batch, Co, Ci, Ch, K, K1, K2 where the weight goes into first. Blocks hold 32 channels: 66 are three blocks, 130 are five.
 SHAPES = [
     pytest.param(2, 6, 5, 6, (), (), (), id="linear-no-extras"),
     pytest.param(1, 20, 70, 29, (), (), (), id="linear-odd-extras"),
@@ -158,8 +165,8 @@ def test_each_factor_has_noise_of_its_own_that_cancels(device):
     """Taken back through P. 12 * 60 entries: a correlation has a standard deviation of 0.04."""
     weight = torch.zeros(1, 20, 20, 3, dtype=F64, device=device)
     first, second = direct(weight, 44, (3,), (3,), (1,), 0)
-    p = mix(torch.eye(44, dtype=F64)[None], 20)[0]
-    s, r = ((p.T @ rows.flatten(1).cpu())[:24] for rows in (first[0], second[0].transpose(0, 1)))
+    p = mixing_matrix(44, 20)
+    s, r = ((p.T @ rows.flatten(1).cpu())[20:] for rows in (first[0], second[0].transpose(0, 1)))
     assert float(torch.corrcoef(torch.stack([s[:12].flatten(), r[:12].flatten()]))[0, 1].abs()) < 0.2
     assert float((torch.corrcoef(s[:12]) - torch.eye(12, dtype=F64)).abs().max()) < 0.5
     for noise, sign in ((s, 1.0), (r, -1.0)):
@@ -172,7 +179,7 @@ def test_the_mixing_matrix_is_orthogonal(hidden):
     for held in {1, hidden // 2, hidden - 5, hidden - 4, hidden - 3, hidden - 2, hidden - 1, hidden}:
         if held > 0:
             unit = torch.eye(hidden, dtype=F64)
-            p = mix(unit[None], held)[0]
+            p = mixing_matrix(hidden, held)
             torch.testing.assert_close(p @ p.T, unit, rtol=0, atol=1e-13)
 
 
@@ -184,7 +191,7 @@ def test_channels_are_dealt_evenly(hidden):
         assert sum(block.size for block in blocks) == hidden
         assert sum(block.held for block in blocks) == held
         assert sum(block.pairs for block in blocks) == (hidden - held) // 2
-        assert max(block.size for block in blocks) <= min(64, min(block.size for block in blocks) + 2)
+        assert max(block.size for block in blocks) <= min(SIDE, min(block.size for block in blocks) + 2)
         assert all(0 <= block.size - 2 * block.pairs - block.held <= 1 for block in blocks)
         assert shares_pairs(hidden, held) or len(blocks) == 1 or all(block.pairs for block in blocks)
 
@@ -195,8 +202,7 @@ def test_kernels_mix_as_the_fallback_does(held, hidden, kernel_device):
     weight = noise(1, held, 3, dtype=F64, device=kernel_device)
     none = torch.full((1,), 1e-30, dtype=F64, device=kernel_device)
     first, second = direct(weight, hidden, (), (), (), 0, density=1e-30, spread=none)
-    channels = torch.cat([torch.arange(b.held) + b.start + 2 * b.pairs for b in deal(hidden, held)])
-    p = mix(torch.eye(hidden, dtype=F64)[None], held)[0][:, channels]
+    p = mixing_matrix(hidden, held)[:, :held]
     gain = float(second.norm() / held**0.5)
     torch.testing.assert_close(second[0].T.cpu(), p * gain, rtol=0, atol=1e-14 * gain)
     torch.testing.assert_close(first[0].cpu(), p @ weight[0].cpu() / gain, rtol=0, atol=1e-13 / gain)
@@ -343,3 +349,22 @@ def test_wrong_dtypes_and_ranks_are_refused():
         direct(torch.zeros(2, 4, 5, 3), **{**GOOD, "seed": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"unsqueeze\(\)"):
         direct(torch.zeros(4, 5), **GOOD)
+
+
+@pytest.mark.parametrize(
+    ("co", "hidden"), [(5, 12), (5, 13), (5, 5), (40, 40), (40, 41), (66, 69), (70, 140), (131, 134), (130, 150)]
+)
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+def test_kernels_and_plain_pytorch_give_one_answer(co, hidden, dtype, kernel_device, monkeypatch):
+    """One P and one noise: sums of at most 64 terms, about as large as the largest entries, in another order."""
+    weight = noise(2, co, 3, 2, 3, dtype=dtype)
+    for into_first in (True, False):
+        given, sizes = (weight, ((3, 3), (2, 1))) if into_first else (weight.transpose(1, 2), ((2, 1), (3, 3)))
+        arguments = (hidden, *sizes, (1, 0), 7)
+        ours = direct(given.to(kernel_device), *arguments, into_first=into_first, precision="ieee")
+        with monkeypatch.context() as patched:
+            patched.setattr(support, "interpreted", lambda: False)
+            plain = direct(given, *arguments, into_first=into_first)
+        for one, other in zip(ours, plain, strict=True):
+            atol = 64 * torch.finfo(dtype).eps * float(other.abs().max())
+            torch.testing.assert_close(one.cpu(), other, rtol=0, atol=atol)

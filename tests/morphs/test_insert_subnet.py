@@ -211,3 +211,15 @@ def test_specs_that_say_nothing_are_refused(make, words):
     with pytest.raises(fm.MorphError) as caught:
         make()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 2.0**-560), (torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_a_weight_that_is_lost_beside_a_skip_is_refused(dtype, scale):
+    model = nn.Conv2d(4, 4, 3, padding=1, dtype=dtype)
+    model.weight.data *= scale
+    subnet = fm.Stacked([fm.Skip(), fm.Sequential([(None, 3)])])
+    with pytest.raises(
+        fm.MorphError, match=r"so small beside the identity that torch\.float\d\d would lose .* leave the fm\.Skip"
+    ):
+        fm.insert_subnet(model, "", subnet, verify=False)
+    fm.insert_subnet(model, "", subnet, verify=False, allow_inexact=True)

@@ -191,3 +191,16 @@ def test_widths_on_both_sides_of_a_layer(order, fills):
         if "duplicate" not in fills:
             assert torch.equal(after[:8, :6], before)
             assert torch.equal(new[:8, :6], old)
+
+
+@pytest.mark.parametrize("power", [-560, 560])
+@pytest.mark.parametrize("fill", ["pair", "zero"])
+def test_noise_is_of_the_size_of_weights_whose_squares_are_no_numbers(power, fill):
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    for layer in (0, 2):
+        parent[layer].weight.data *= 2.0**power
+    child = fm.widen(parent, {"0": 10}, fill=fill, verify=False)
+    for layer in (0, 2):
+        old, new = (model[layer].weight.abs().max() for model in (parent, child))
+        assert old / 8 < new < 8 * old

@@ -156,3 +156,21 @@ def test_steps_name_the_nearest_width():
     ):
         fm.widen(model, {"1": 13}, example_inputs=x)
     widened(model, {"1": 12}, x)
+
+
+def test_empty_inputs_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    with pytest.raises(fm.MorphError, match="the example inputs are empty"):
+        fm.widen(model, {"0": 8}, example_inputs=torch.randn(0, 3, 9, 9))
+
+
+def test_the_model_itself_is_named_where_it_normalises():
+    class Centred(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x - x.mean(1, keepdim=True))
+
+    model = Centred(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    with pytest.raises(fm.MorphError, match=r"normalised together|the model itself normalises over them"):
+        fm.widen(model, {"0": 5}, example_inputs=torch.randn(1, 3, 9, 9))
+    assert "the model itself normalises over them" in str(fm.coupled(model, "0", torch.randn(1, 3, 9, 9)))

@@ -218,25 +218,30 @@ class Pictures(nn.Module):
         super().__init__()
         self.patches, self.token = nn.Conv2d(3, D, 4, stride=4), nn.Parameter(torch.zeros(1, 1, D))
         self.positions, self.block = nn.Parameter(torch.zeros(1, 5, D)), Block(D, norm)
-        self.norm, self.head, self.pooled = norm(D), nn.Linear(D, 7), pooled
+        self.norm, self.pooled = norm(D), pooled
+        self.head = nn.Linear(2 * D if pooled == "both" else D, 7)
 
     def forward(self, images):
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         x = self.block(x)
-        return self.head(x.mean(1)) if self.pooled else self.head(self.norm(x)[:, 0])
+        if self.pooled == "mean":
+            return self.head(x.mean(1))
+        x = self.norm(x)
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1) if self.pooled == "both" else x[:, 0])
 
 
 @pytest.mark.parametrize("fill", ["zero", "rotate"])
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("pooled", ["token", "mean", "both"])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_patches_tokens_and_poolers(norm, pooled, fill):
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = trained(Pictures(NORMS[norm], pooled))
-    if pooled:
+    if pooled == "mean":
         model.norm = nn.Identity()
     child = grown(model, "patches", fill, images).model
-    assert child.patches.out_channels == child.head.in_features == WIDER
+    assert child.patches.out_channels == WIDER
+    assert child.head.in_features == (2 * WIDER if pooled == "both" else WIDER)
 
 
 class Translation(nn.Module):
@@ -356,3 +361,22 @@ def test_moments_follow_as_gradients_do(fill):
     if fill == "zero":
         torch.testing.assert_close(new["exp_avg"], torch.cat([old["exp_avg"] / s, torch.zeros(TOKENS, WIDER - D)], 1))
         torch.testing.assert_close(new["exp_avg_sq"][:, :D], old["exp_avg_sq"] / s**2)
+
+
+class Told(nn.Module):
+    """A head's output, and a number that is taken from it or from its weight."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.body, self.head, self.number = nn.Linear(5, 6), nn.Linear(6, 4), number
+
+    def forward(self, x):
+        y = self.head(torch.relu(self.body(x)))
+        return y, self.number(self, y)
+
+
+@pytest.mark.parametrize("number", [lambda m, y: y.mean(), lambda m, y: m.head.weight.square().sum(), lambda m, y: y.mean(1)])
+@pytest.mark.parametrize("fill", ["zero", "rotate"])
+def test_an_output_beside_a_number_is_no_stream(number, fill):
+    with pytest.raises(fm.MorphError, match=r"layer 'head' cannot (get more|have 7) channels"):
+        fm.widen(Told(number), {"head": 7}, fill=fill, example_inputs=torch.randn(3, 5))

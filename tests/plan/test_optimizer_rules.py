@@ -214,6 +214,37 @@ def test_a_wrapper_is_refused_before_any_work(wrap, words):
         fm.morph(model, [fm.Deepen("0")], optimizer=optimizer)
 
 
+@pytest.mark.parametrize("name", ["Lookahead", "OrthoGrad", "PCGrad", "ScheduleFreeWrapper", "TRAC"])
+def test_wrappers_of_pytorch_optimizer_are_refused(name):
+    package = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed (requirements-zoo.txt)")
+    model = network()
+    optimizer = getattr(package, name)(torch.optim.Adam(model.parameters()))
+    with pytest.raises(fm.MorphError, match=f"a {name} cannot be carried over: it wraps another optimizer, in its attribute"):
+        fm.morph(model, [fm.Deepen("0")], optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", ["SAM", "WSAM", "LookSAM"])
+def test_sharpness_aware_wrappers_of_pytorch_optimizer_are_refused(name):
+    package = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed (requirements-zoo.txt)")
+    model = network()
+    first = (model, model.parameters()) if name == "WSAM" else (model.parameters(),)
+    optimizer = getattr(package, name)(*first, base_optimizer=torch.optim.SGD, lr=0.1)
+    with pytest.raises(fm.MorphError, match=f"a {name} cannot be carried over: it wraps another optimizer, in its attribute"):
+        fm.morph(model, [fm.Deepen("0")], optimizer=optimizer)
+
+
+def test_an_optimizer_of_accelerate_is_refused_and_what_is_inside_goes_on():
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (requirements-zoo.txt)")
+    model = network()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    with pytest.raises(fm.MorphError, match="AcceleratedOptimizer cannot be carried over: it wraps another optimizer"):
+        fm.morph(model, [fm.GrowKernel("0", 5)], optimizer=optimizer)
+    grown = fm.morph(model, [fm.GrowKernel("0", 5)], optimizer=optimizer.optimizer)
+    held = {parameter for group in accelerator.prepare(grown.optimizer).param_groups for parameter in group["params"]}
+    assert held == set(grown.model.parameters())
+
+
 def test_what_is_inside_a_wrapper_can_be_carried_and_wrapped_anew():
     lookahead = timm_part("optim.lookahead", "Lookahead")
     model = network()

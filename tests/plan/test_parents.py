@@ -15,6 +15,7 @@ from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import fastmorph as fm
+from bench.zoo.models import declare_torchvision_operators
 
 
 def network():
@@ -150,6 +151,27 @@ def test_a_detector_is_refused_with_what_to_morph_instead():
     assert fm.verify(parent, fm.deepen(parent, "backbone.0", example_inputs=(images,)), images)
 
 
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_mobilenet_v3_large_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+)
+def test_torchvisions_detectors_are_refused_and_their_backbones_grow(name):
+    declare_torchvision_operators()
+    detection = pytest.importorskip(
+        "torchvision.models.detection", reason="torchvision is not installed (requirements-zoo.txt)"
+    )
+    torch.manual_seed(0)
+    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3).eval()
+    images = [torch.rand(3, 64, 80), torch.rand(3, 72, 64)]
+    layers = [n for n, m in model.backbone.named_modules() if type(m) is nn.Conv2d and n.startswith(("body", "features"))]
+    layer, way = layers[len(layers) // 2], r"morph model\.backbone alone, and put the child in its place"
+    for inputs, operator in ((images, fm.Widen(f"backbone.{layer}", "x1.5")), ((images,), fm.Deepen(f"backbone.{layer}"))):
+        with pytest.raises(fm.MorphError, match=way):
+            fm.morph(model, operator, example_inputs=inputs)
+    x, child = torch.rand(1, 3, 64, 64), copy.copy(model)
+    child._modules = {**model._modules, "backbone": fm.deepen(model.backbone, layer, example_inputs=x, verify=False)}
+    assert fm.verify(model.backbone, child.backbone, x, exact=False)
+
+
 # --- children that their class cannot hold -----------------------------------------------------------------------------------
 
 
@@ -202,14 +224,12 @@ def test_a_child_that_its_class_can_load_is_saved(tmp_path):
 
 
 def test_a_network_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    try:
-        config = transformers.BertConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50
-        )
-        parent = transformers.BertModel(config).eval()
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"this installation of transformers has no Bert: {error}")
+    declare_torchvision_operators()
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (requirements-zoo.txt)")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50
+    )
+    parent = transformers.BertModel(config).eval()
     call = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     layer = "encoder.layer.0.intermediate.dense"
     for operator in (fm.Deepen(layer), fm.Widen(layer, 56)):

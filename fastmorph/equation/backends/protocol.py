@@ -5,14 +5,16 @@ Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co, Ch, *K2); N 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmorph.equation.banded import BandedCholesky
 from fastmorph.equation.frame import Frame, Size
+
+if TYPE_CHECKING:
+    from fastmorph_kernels.noise import Keys
 
 T = TypeVar("T")
 
@@ -59,6 +61,14 @@ class Backend(Protocol):
         """The image less the combination of `images` whose combination of `moves` is nearest to `move`."""
 
     def direct(
-        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """The closed form by one kernel; None where there is no such kernel."""
+        self,
+        weight: Tensor,
+        hidden: int,
+        frame: Frame,
+        keys: Keys,
+        factors: tuple[Tensor, Tensor] | None,
+        *,
+        density: float,
+        into_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Both factors of the closed form, in the weight's dtype."""

@@ -6,9 +6,9 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from fastmorph.equation.arrays import host_waits
 from fastmorph.equation.banded import BandedCholesky
 from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
+
+if TYPE_CHECKING:
+    from fastmorph_kernels.noise import Keys
 
 _LITTLE = 2**15  # numbers
 _SOME = 2**17  # numbers that may be copied
@@ -146,13 +149,31 @@ class TorchBackend:
         return image - (images.mT @ share).view(image.shape)
 
     def direct(
-        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """The closed form by one kernel, both factors in the weight's dtype; None where there is no such kernel.
+        self,
+        weight: Tensor,
+        hidden: int,
+        frame: Frame,
+        keys: Keys,
+        factors: tuple[Tensor, Tensor] | None,
+        *,
+        density: float,
+        into_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Both factors of the closed form, (B, Ch, Ci, *K1) and (B, Co, Ch, *K2), in the weight's dtype.
 
-        `seeds()` draws a seed for each item, (B,) int64; `density` is that of `Direct`.
+        `keys` (B,) are those of each item's noise, `factors` those of `Choice`, `density` that of `Direct`.
         """
-        return None
+        batch, co, ci = weight.shape[:3]
+        first = weight.new_empty((batch, hidden, ci, *frame.first))
+        second = weight.new_empty((batch, hidden, co, *frame.second)).transpose(1, 2)  # as it is written
+        work, left = self.working_dtype(weight.device), None
+        if factors is not None:
+            left, weight = (factor.to(work) for factor in factors)
+            weight = weight if into_first else weight.transpose(1, 2)
+        options: dict[str, Any] = {"density": density, "into_first": into_first, "left": left, "work": work}
+        fill = importlib.import_module("fastmorph_kernels.direct.op").fill_plainly
+        fill((first, second), weight, frame.before, keys, **options)
+        return first, second
 
 
 def dense_system(first: Tensor, k2: Size) -> Tensor:

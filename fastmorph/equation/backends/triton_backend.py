@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastmorph.equation.backends.torch_backend import TorchBackend
 from fastmorph.equation.frame import Frame, Size
+
+if TYPE_CHECKING:
+    from fastmorph_kernels.noise import Keys
 
 _CAPABILITY = (8, 0)  # the oldest that they are compiled for ahead of time
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,13 +72,24 @@ class TritonBackend(TorchBackend):
         return out
 
     def direct(
-        self, weight: Tensor, hidden: int, frame: Frame, seeds: Callable[[], Tensor], *, density: float, into_first: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """The closed form in one pass, with noise made on the way."""
+        self,
+        weight: Tensor,
+        hidden: int,
+        frame: Frame,
+        keys: Keys,
+        factors: tuple[Tensor, Tensor] | None,
+        *,
+        density: float,
+        into_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The closed form in one pass, with noise made on the way; by low rank as the base class has it."""
+        if factors is not None:
+            return super().direct(weight, hidden, frame, keys, factors, density=density, into_first=into_first)
         sizes = (frame.first, frame.second, frame.before)
         precision = "tf32x3" if self.precision is None else self.products
+        seeds = torch.from_numpy(keys.view("int64")).to(weight.device, non_blocking=True)
         first, second = kernels().direct(
-            weight, hidden, *sizes, seeds(), density=density, precision=precision, into_first=into_first
+            weight, hidden, *sizes, seeds, density=density, precision=precision, into_first=into_first
         )
         return first, second
 

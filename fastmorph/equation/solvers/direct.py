@@ -6,8 +6,9 @@ With e = C_hid - r extra channels, m = e // 2 of them in pairs,
 
 where S and R are noise, I is a delta kernel that puts G where the frame has it, and P is orthogonal over the hidden channels.
 F2 * F1 = I * G + R * S - R * S = G whatever S, R and P are. P mixes the three groups, so that no entry stays zero and no
-channel stays a copy of another. It is block-diagonal, so that mixing costs little more than the memory that it touches: blocks
-of a few channels where each gets noise, about sqrt(C_hid) wide where the extra channels are too few for that.
+channel stays a copy of another. It is block-diagonal, so that mixing costs little more than the memory that it touches, but for
+directions that bring noise to blocks that have none (`fastmorph_kernels.direct.mixing`). All backends have the same P, S and R,
+so that for one seed their answers agree to rounding.
 
 r = C_out and [I; G] in general; where C_hid is smaller than that, G = U V by a singular value decomposition, with r its rank.
 The other role, the weight in F2, is the same on the transposed equation.
@@ -15,26 +16,20 @@ The other role, the weight in F2, is the same on the transposed equation.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.backends.torch_backend import frobenius
 from fastmorph.equation.bounds import may_have_rank, numerical_rank, refuse_below_rank, tail_norms, tolerance
-from fastmorph.equation.frame import Frame, Side, tap_count, window
+from fastmorph.equation.frame import Frame, Side, tap_count
 from fastmorph.equation.solvers.base import Choice, Equation, Solution, Solver
 from fastmorph.errors import MorphError
 
-# Numbers in the working memory of one range of channels: what stays in a CPU's cache, and what fills another device.
-_NUMBERS_CPU, _NUMBERS = 2**17, 2**24
-_SMALLEST_BLOCK = 8  # below this a block is dense anyway and a product of its size costs only its launch
+_BLOCK = 32  # channels that P mixes together, at most
 
 
 @dataclass(frozen=True)
@@ -114,23 +109,20 @@ class Direct(Solver):
 
     def solve(self, equation: Equation) -> Solution:
         """Build a batch of answers."""
-        if equation.factors is None:
-            weight = equation.weight.to(equation.work) if equation.corrected else equation.weight
-            sizes = (equation.hidden, equation.frame, equation.noise.seeds)
-            kernels = equation.backend.direct(weight, *sizes, density=self.density, into_first=equation.role == "first")
-            if kernels is not None:
-                return Solution.without_steps(*kernels)
-        return self._into_first(equation) if equation.role == "first" else self._into_first(equation.transposed).transposed
+        weight = equation.weight.to(equation.work) if equation.corrected else equation.weight
+        sizes = (equation.hidden, equation.frame, equation.noise.keys(2))
+        into_first = equation.role == "first"
+        kernels = equation.backend.direct(weight, *sizes, equation.factors, density=self.density, into_first=into_first)
+        return Solution.without_steps(*kernels)
 
     def cost(self, co: int, ci: int, hidden: int, frame: Frame, half_steps: int) -> float:
         """Mixing of both kernels."""
-        block = max(_SMALLEST_BLOCK, math.isqrt(hidden) + 1)
-        return 2.0 * block * hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second))
+        return 2.0 * min(hidden, _BLOCK) * hidden * (ci * tap_count(frame.first) + co * tap_count(frame.second))
 
     def reference(
         self, weight: reference.Array, hidden: int, frame: Frame, draw: reference.Draw, tol: float
     ) -> reference.Solved:
-        """The same closed form with a dense P, by the numpy oracle, which finds the role for itself."""
+        """The same closed form with P as a dense matrix, by the numpy oracle, which finds the role for itself."""
         turned, (co, ci) = weight.swapaxes(0, 1), weight.shape[:2]
         matrices: dict[Side, reference.Array] = {
             "first": weight.reshape(len(weight), -1),
@@ -143,59 +135,6 @@ class Direct(Solver):
             return reference.direct(weight, hidden, frame, draw, self.density)
         solved = reference.direct(turned, hidden, frame.transposed, draw, self.density)
         return reference.Solved(solved.second.swapaxes(0, 1), solved.first.swapaxes(0, 1), solved.trace)
-
-    def _into_first(self, equation: Equation) -> Solution:
-        """F1 = P [S; S; V], F2 = [R | -R | U] P^T for G = U V, a range of channels at a time."""
-        (batch, co, ci), hidden, frame = equation.sizes, equation.hidden, equation.frame
-        # G = U V: (B, Co, r), None for a unit matrix, and (B, r, Ci, *K).
-        left, right = (None, equation.weight) if equation.factors is None else (f.to(equation.work) for f in equation.factors)
-        rank = right.shape[1]
-        pairs, extras = (hidden - rank) // 2, hidden - rank  # an odd extra channel meets zeros in F2
-        centre = tuple((k - 1) // 2 for k in frame.second)
-        within = window(tuple(b - c for b, c in zip(frame.before, centre, strict=True)), frame.kernel)
-        everything: Any = slice(None)
-        one, two, odd = slice(pairs), slice(pairs, 2 * pairs), slice(2 * pairs, extras)
-
-        power = frobenius(right, equation.work).square() / (right[0].numel() if batch else 1)  # of an entry of V, (B,)
-        power = torch.where(power > 0, power, torch.full_like(power, 1.0 / (ci * tap_count(frame.first))))
-        spread = _column(power.sqrt(), right.ndim)
-        density = self.density * math.sqrt(rank / (2 * max(1, pairs) * co))  # makes F2's taps as `density` says
-        # P keeps norms: scaled by this, the kernels come out with one root mean square, as far as noise has its expectation.
-        power1 = power * (extras * tap_count(frame.first) + rank * tap_count(frame.kernel)) / tap_count(frame.first)
-        power2 = (rank + 2 * pairs * co * tap_count(frame.second) * density**2) / (co * tap_count(frame.second))
-        balance = (power2 / power1) ** 0.25
-
-        s, r = equation.noise.parts(extras - pairs, ci, *frame.first), equation.noise.parts(pairs, co, *frame.second)
-
-        def rows(part: slice) -> Tensor:
-            """[S; S; s; V] for some input channels."""
-            noise, channels = s(part) * spread, part.stop - part.start
-            out = noise.new_empty(batch, hidden, channels, *frame.first)
-            out[:, one] = out[:, two] = noise[:, :pairs]
-            out[:, odd] = noise[:, pairs:]
-            if frame.first != frame.kernel:
-                out[:, extras:] = 0
-            out[(everything, slice(extras, None), everything, *within)] = right[:, :, part]
-            return out
-
-        def columns(part: slice) -> Tensor:
-            """[R | -R | 0 | U]^T for some output channels."""
-            noise, channels = r(part) * density, part.stop - part.start
-            out = noise.new_empty(batch, hidden, channels, *frame.second)
-            out[:, one], out[:, two] = noise, -noise
-            out[:, 2 * pairs :] = 0
-            tap = out[(everything, slice(extras, None), everything, *centre)]  # (B, r, channels)
-            if left is None:
-                tap[:, part].diagonal(dim1=1, dim2=2).fill_(1)
-            else:
-                tap.copy_(left[:, part].mT)
-            return out
-
-        mix = _Mixing(hidden, 2 * pairs, power)
-        dtype = equation.work if equation.corrected else equation.dtype
-        first = _mixed(rows, mix, balance, (batch, hidden, ci, *frame.first), dtype)
-        second = _mixed(columns, mix, 1 / balance, (batch, hidden, co, *frame.second), dtype)
-        return Solution.without_steps(first, second.transpose(1, 2))
 
 
 def _matrix(weight: Tensor, side: Side) -> Tensor:
@@ -213,65 +152,3 @@ def _factorise(weight: Tensor, side: Side, hidden: int) -> tuple[tuple[Tensor, T
     norms = tail_norms(s)  # (B, n + 1)
     missed = norms[:, min(hidden, s.shape[1])] / norms[:, 0].clamp_min(torch.finfo(norms.dtype).tiny)
     return (u[:, :, :rank], (s[:, :rank, None] * vh[:, :rank]).view(-1, rank, *shape)), missed
-
-
-def _mixed(
-    unmixed: Callable[[slice], Tensor], mix: _Mixing, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """P times all of `unmixed`, (B, Ch, C, *K) rounded to `dtype`, in ranges of C whose working memory stays small."""
-    most = _NUMBERS_CPU if scale.device.type == "cpu" else _NUMBERS
-    width = max(1, most // max(1, shape[0] * shape[1] * math.prod(shape[3:])))
-    if width >= shape[2] and dtype == scale.dtype:
-        return mix(unmixed(slice(0, shape[2])), scale)
-    out = scale.new_empty(shape, dtype=dtype)
-    for start in range(0, shape[2], width):
-        part = slice(start, min(start + width, shape[2]))
-        out[:, :, part] = mix(unmixed(part), scale)
-    return out
-
-
-class _Mixing:
-    """An orthogonal P over the hidden channels, the first `noisy` of which are noise in both kernels.
-
-    It is block-diagonal: each block mixes the channels of one remainder modulo the number of blocks, all by one matrix. Where
-    noise is too rare for each block to get some, a block over the first channels spreads it first, one to each block at least.
-    """
-
-    def __init__(self, hidden: int, noisy: int, like: Tensor) -> None:
-        smallest = min(hidden, _SMALLEST_BLOCK)
-        self.noise_first = hidden > smallest and noisy * smallest < hidden
-        if self.noise_first:
-            smallest = max(smallest, math.isqrt(hidden - 1) + 1)  # as wide as there are blocks, or wider
-        self.block = next((n for n in range(smallest, 2 * smallest) if hidden % n == 0), smallest)
-        self.blocks = hidden // self.block
-        self.whole = self.blocks * self.block  # what is left over is mixed by one more block, over the last channels
-        self.q = _orthogonal(self.block).to(like)
-
-    def __call__(self, x: Tensor, scale: Tensor) -> Tensor:
-        """P x, times the scale (B,) of each item: (B, Ch, *any) -> (B, Ch, *any).
-
-        Fresh memory costs more than the arithmetic: that of `x`, which is spent, and one buffer take turns.
-        """
-        rows = x.flatten(2)
-        batch, _, columns = rows.shape
-        if self.noise_first:
-            rows[:, : self.block] = torch.matmul(self.q, rows[:, : self.block])
-        mixed = torch.empty_like(rows)
-        across = (batch, self.block, self.blocks * columns)
-        body, into = rows[:, : self.whole].view(across), mixed[:, : self.whole].view(across)
-        torch.bmm(self.q * scale.view(-1, 1, 1), body, out=into)
-        if self.whole < rows.shape[1]:
-            mixed[:, self.whole :] = rows[:, self.whole :] * scale.view(-1, 1, 1)
-            mixed[:, -self.block :] = torch.matmul(self.q, mixed[:, -self.block :])
-        return mixed.view(x.shape)
-
-
-@lru_cache(maxsize=64)
-def _orthogonal(size: int) -> Tensor:
-    """One orthogonal matrix without zeros for each size: P may be any, for S and R are random already."""
-    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64, device="cpu")
-    return torch.linalg.qr(noise)[0]
-
-
-def _column(values: Tensor, ndim: int) -> Tensor:
-    return values.view(-1, *(1,) * (ndim - 1))

@@ -16,7 +16,7 @@ from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.solvers.anderson import MEMORY, anderson
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.solvers.gauss_newton import gauss_newton
-from fastmorph.equation.solvers.sweeps import History, alternate_until
+from fastmorph.equation.solvers.sweeps import alternate_until
 from fastmorph.errors import MorphError
 
 _CACHE = 32 * 2**20  # bytes of `memory`: a CPU takes half of that
@@ -66,8 +66,7 @@ class General(Solver):
         frame, (batch, co, ci) = equation.frame, equation.sizes
         if batch == 0:
             second = equation.weight.new_empty(0, co, equation.hidden, *frame.second)
-            trace = History(equation.weight).stacked()
-            return Solution(equation.start(), second, trace, (~trace.isnan()).sum(0))
+            return Solution.without_steps(equation.start(), second)
         side = exact_side(frame, co, ci, equation.hidden)
         if side == "second":
             return self._in_parts(equation)

@@ -1,4 +1,4 @@
-"""What the iterations on the two kernels share: the alternation, a projection, the gauge and the record of residuals."""
+"""What the iterations on the two kernels share: the alternation, a projection and the gauge."""
 
 from __future__ import annotations
 
@@ -119,19 +119,3 @@ def unit(first: Tensor) -> Tensor:
     """F1, (B, Ch, Ci, *K1), with hidden channels of norm 1: F2 takes any scale back, so that nothing is lost."""
     norm = first.flatten(2).norm(dim=2).clamp_min(1e-30)  # (B, Ch)
     return first / norm.view(*norm.shape, *(1,) * (first.ndim - 2))
-
-
-class History:
-    """Residuals after each step, (S, B); NaN for items that took no part in it."""
-
-    def __init__(self, equations: Tensor) -> None:
-        self.empty = equations.new_full((len(equations),), torch.nan)
-        self.rows: list[Tensor] = []
-
-    def add(self, items: Tensor, residual: Tensor) -> None:
-        """Record one step of some items."""
-        self.rows.append(self.empty.index_copy(0, items, residual))
-
-    def stacked(self) -> Tensor:
-        """The trace of a Solution."""
-        return torch.stack(self.rows) if self.rows else self.empty.new_empty(0, len(self.empty))

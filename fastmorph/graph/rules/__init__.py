@@ -130,6 +130,7 @@ _register(contract.matrix_product, "mm", "bmm", "mv", "dot", "addmm", "baddbmm",
 _register(norms.batch_norm, *_NORMS)
 _register(norms.layer_norm, "native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 _register(norms.group_norm, "native_group_norm")
+_register(norms.weight_norm, "_weight_norm_interface")
 _register(index.lookup, "index", "index_select")
 _register(contract.convolution, "convolution")
 _register(attention.attention, *attention.FUSED)

@@ -53,6 +53,25 @@ def _affine(tracer: Tracer, flow: Flow, shape: Any, dim: int, args: dict[str, An
     return flow
 
 
+def weight_norm(tracer: Tracer, call: Call) -> list[Flow]:
+    """A weight g v / ||v||, one norm for each index of a dimension (Salimans and Kingma, 2016).
+
+    As g can make good what becomes of the norms of v (`Record.normed`), the weight is followed as v is.
+    """
+    v, g, dim = call["v"], call["g"], call["dim"]
+    tracer.note(call.name, dim)
+    direction, magnitude = tracer.flow(v), tracer.flow(g)
+    rows = direction.slots[dim] if len(direction.slots) == v.ndim else None
+    if rows is None or len(magnitude.slots) != g.ndim or not (direction.linear and magnitude.linear):
+        tracer.block([*direction.slots, *magnitude.slots], "computes a weight of weights that it computes")
+        return [Flow(), Flow()]
+    tracer.record.tie(rows.reshape(-1), magnitude.slots[dim].reshape(-1))
+    one, two = (tracer.record.axis_of(int(flow.slots[dim].flatten()[0])).name for flow in (direction, magnitude))
+    if (one, two, dim) not in tracer.record.normed:
+        tracer.record.normed.append((one, two, dim))
+    return [direction, Flow()]
+
+
 def group_norm(tracer: Tracer, call: Call) -> list[Flow]:
     """(N, C, *) in groups of channels: groups get wider only all together, or there will be more of them."""
     x, groups = call["input"], call["group"]

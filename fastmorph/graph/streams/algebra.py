@@ -150,15 +150,24 @@ class Algebra:
         centred: whether norms subtract a mean.
         grown: how many of its dimensions grow, for each parameter and buffer that does.
         readers: those of them that sum over channels.
+        several: those of them that hold the stream several times along one dimension.
         sizes: d and D.
     """
 
-    def __init__(self, kind: Kind, centred: bool, grown: dict[str, int], readers: set[str], sizes: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        centred: bool,
+        grown: dict[str, int],
+        readers: set[str],
+        several: set[str],
+        sizes: tuple[int, int],
+    ) -> None:
         self.kind, self.centred, self.grown, self.sizes = kind, centred, grown, sizes
         self.wider = math.log(sizes[1] / sizes[0])  # of s squared
         self.gains: set[str] = set()
         self.shifts: dict[str, tuple[str, ...]] = {}
-        self._readers = readers
+        self._readers, self._several = readers, several
         self._scales = Scales(self._rank)
         self._made: dict[str, tuple[New, tuple[str, ...]]] = {}
         self._read: dict[str, list[State]] = {}
@@ -198,6 +207,8 @@ class Algebra:
 
         "turned": it becomes ones, and what reads the channels, or makes them, takes it over.
         """
+        if gain.leaf in self._several:
+            raise Stuck("multiplies several of them, one behind the other, by vectors")
         self.gains.add(gain.leaf)
         if self.kind != "turned":
             return gain.scale

@@ -21,6 +21,8 @@ def _reduced(walk: Walk) -> tuple[State, bool, bool]:
             raise Stuck("sums up one number for all of them")
         return state, False, False
     channels = walk.channels(old, new)
+    if channels in places:
+        walk.once(new, channels)
     return state, channels in places, places == {channels}
 
 
@@ -101,6 +103,7 @@ def layer_norm(walk: Walk) -> Results:
     walk.same("eps")
     if len(walk.new.args["normalized_shape"]) != 1 or walk.channels(old, new) != len(new.shape) - 1:
         raise Stuck("normalises over more than them, or over less")
+    walk.once(new, -1)
     if walk.new.name.endswith("layer_norm"):
         settle_centred(walk, state)
     elif state.absorbs or state.squared:

@@ -25,6 +25,8 @@ def moved(walk: Walk) -> Results:
                 raise Stuck("makes a tensor of another size than before")
         return [state] * len(walk.new.outs)
     held = walk.grown(old, new)
+    if along and walk.new.name in ("slice", "narrow", "select"):
+        walk.once(new, held[0])
     for before, after in zip(walk.old.outs, walk.new.outs, strict=True):
         found = walk.grown(before, after)
         if len(found) != len(held):
@@ -52,7 +54,7 @@ def joined(walk: Walk) -> State:
             raise Stuck("makes a tensor of another size than before")
         return State(ONE if first is None else first.scale)
     held = [state for state in states if streams(state)]
-    if len(held) < len(states) or any(state.absorbs or state.squared for state in held):
+    if len(held) < len(states) or any(state.absorbs != held[0].absorbs or state.squared for state in held):
         raise Stuck("joins them with something else")
     walk.channels(walk.old.outs[0], walk.new.outs[0])
     return _alike(walk, held)
@@ -64,7 +66,20 @@ def _alike(walk: Walk, states: list[State]) -> State:
     for state in states[1:]:
         walk.algebra.equate(first.scale, state.scale)
         fill = walk.algebra.merge(first, state)
-    return State(first.scale, fill)
+    return State(first.scale, fill, absorbs=first.absorbs)
+
+
+def resized(walk: Walk) -> State | None:
+    """Means and interpolations along space, channel by channel."""
+    state = walk.states[walk.new.refs[0].key]
+    walk.same()
+    if not streams(state) or state.squared:
+        return plain(walk)
+    (old, *_), (new, *_) = walk.old.refs, walk.new.refs
+    dims = next(int(digit) for digit in walk.new.name if digit in "123")
+    if walk.channels(old, new) >= len(new.shape) - dims:
+        raise Stuck("mixes them")
+    return State(state.scale, state.fill, absorbs=state.absorbs)
 
 
 def chosen(walk: Walk) -> State | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from fastmorph.graph.growth import Growth
+from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Record
 from fastmorph.graph.streams.algebra import Algebra, Kind, State, Stream, Stuck
 from fastmorph.graph.streams.rules import RULES
@@ -22,22 +20,32 @@ def read_stream(growth: Growth, old: list[Tape], child: Record) -> Stream | str:
     """What a growth of a stream comes to, from the tapes of the model and of the resized one; a clause where it is none."""
     record = growth.coupling.record
     axes = {axis: layout for axis, layout in growth.layouts.items() if axis.parameter}
-    (sizes,) = {(axis.size, len(layout.origin)) for axis, layout in axes.items()}
-    if any((layout.origin[: axis.size] != np.arange(axis.size)).any() for axis, layout in axes.items()):
+    sizes = min((axis.size, len(layout.origin)) for axis, layout in axes.items())
+    if not all(_is_behind(layout, sizes) for layout in axes.values()):
         return "some tensors hold them in another order"
     grown: dict[str, int] = {}
     for axis in axes:
         grown[axis.name] = grown.get(axis.name, 0) + 1
+    several = {axis.name for axis in axes if axis.size > sizes[0]}
     reads = record.mask("reads")
     readers = {axis.name for axis in axes if reads[axis.start : axis.start + axis.size].any()}
     stuck: tuple[int, str] = (-1, "")
     for kind, centred in _KINDS[growth.way]:
-        algebra = Algebra(kind, centred, grown, readers, sizes)
+        algebra = Algebra(kind, centred, grown, readers, several, sizes)
         found, read = _read(algebra, old, child.tapes)
-        if isinstance(found, Stream):
-            return found
+        if isinstance(found, Stream):  # which some weight reads, or it is but an output
+            return found if readers or not found.outputs else "they are the model's output"
         stuck = max(stuck, (read, found), key=lambda pair: pair[0])  # of the way that led furthest
     return stuck[1]
+
+
+def _is_behind(layout: Layout, sizes: tuple[int, int]) -> bool:
+    """Whether an axis holds the stream once or several times, each time with new channels behind the old ones."""
+    small, large = sizes
+    if len(layout.origin) % large:
+        return False
+    old = layout.copy.reshape(-1, large) == 0
+    return bool(old[:, :small].all() and not old[:, small:].any())
 
 
 def _read(algebra: Algebra, old: list[Tape], new: list[Tape]) -> tuple[Stream | str, int]:

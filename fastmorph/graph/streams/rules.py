@@ -10,6 +10,11 @@ _THROUGH_ZERO = (
     *("relu6", "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish", "tanh", "sign", "softshrink", "hardshrink", "erf"),
     *("sin", "asinh", "atan", "sinh", "tan", "expm1", "log1p", "trunc", "round", "ceil", "floor"),
 )
+_ALONG_SPACE = (
+    *(f"{name}{dims}d" for dims in (1, 2, 3) for name in ("avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool")),
+    *(f"{name}{dims}d" for dims in (1, 2, 3) for name in ("upsample_nearest", "_upsample_nearest_exact")),
+    *("upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
+)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_THROUGH_ZERO, pointwise.keeps_zero),
     **dict.fromkeys((*move.KEEP, *move.MOVE), moves.moved),
@@ -40,4 +45,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "index_select"), moves.looked_up),
     **{"masked_fill": moves.masked, "copy": moves.copied, "zeros_like": moves.zeros_like, "new_zeros": moves.zeros_like},
     **dict.fromkeys(("native_dropout", "dropout"), moves.dropped_out),
+    **dict.fromkeys(_ALONG_SPACE, moves.resized),
 }

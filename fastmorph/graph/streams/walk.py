@@ -62,7 +62,7 @@ class Walk:
         for (path, before), (_, after) in zip(old.outputs, new.outputs, strict=True):
             state = self._state(before, after)
             if not streams(state):
-                self.kept |= after.floating
+                self.kept |= after.floating and math.prod(after.shape) > 1  # a mean of a stream is no output beside it
                 self.unchanged([state], "an output of the model")
                 if before.shape != after.shape:
                     raise Stuck("the model's output would have another shape")
@@ -176,14 +176,20 @@ class Walk:
         return found[0]
 
     def grown(self, old: Ref, new: Ref) -> list[int]:
-        """The dimensions of other sizes, all of them from d to D."""
+        """The dimensions of other sizes: each holds d channels and now D, once or several times, one behind the other."""
         if len(old.shape) != len(new.shape):
             raise Stuck("has another number of dimensions")
         pairs = zip(old.shape, new.shape, strict=True)
         found = [dim for dim, (before, after) in enumerate(pairs) if before != after]
-        if any((old.shape[dim], new.shape[dim]) != self.algebra.sizes for dim in found):
+        small, large = self.algebra.sizes
+        if any(old.shape[dim] % small or new.shape[dim] != old.shape[dim] // small * large for dim in found):
             raise Stuck("cuts them, or joins them with others, or with themselves")
         return found
+
+    def once(self, ref: Ref, dim: int) -> None:
+        """Raise Stuck where a dimension holds the stream several times."""
+        if ref.shape[dim] != self.algebra.sizes[1]:
+            raise Stuck("takes several of them together, one behind the other")
 
     def unchanged(self, states: Sequence[State | None], does: str) -> None:
         """Let tensors be what they were. Raises Stuck where their size has changed."""

@@ -26,11 +26,13 @@ class Balance(NamedTuple):
 def balance_of(weight: Tensor, one: Tensor, two: Tensor, density: float) -> Balance:
     """For a weight (B, rows, columns, *K), its factor `one` (B, hidden, columns, *K1) and the delta's, `two`.
 
-    P keeps a norm, so that the mean squares are known without a look at the factors.
+    P keeps a norm, so that the mean squares are known without a look at the factors. The delta has as many ones as the weight
+    has rows: a unit matrix, or orthonormal columns.
     """
     hidden, taps, size = one.shape[1], math.prod(two.shape[3:]), math.prod(one.shape[2:])
     extra = hidden - weight.shape[1]
-    noise = density / (extra - extra % 2) ** 0.5 if extra > 1 else 0.0
+    share = (max(1, weight.shape[1]) / max(1, two.shape[2])) ** 0.5
+    noise = share * density / (extra - extra % 2) ** 0.5 if extra > 1 else 0.0
     mean_one = (math.prod(weight.shape[1:]) + extra * size) / max(1, hidden * size)  # times s^2
-    mean_two = (1.0 + (density**2 * taps if extra > 1 else 0.0)) / max(1, hidden * taps)
+    mean_two = share**2 * (1.0 + (density**2 * taps if extra > 1 else 0.0)) / max(1, hidden * taps)
     return Balance(max(1, size) ** -0.5, (mean_two / mean_one) ** 0.5 if mean_one else 1.0, noise)

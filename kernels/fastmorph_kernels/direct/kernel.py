@@ -3,7 +3,7 @@
     first = P [S; S; s; G],   second^T = P [R; -R; 0; D],   second * first = G
 
 G (Co, Ci, *K) stands in the frame of K1; D is the unit matrix at one tap of K2; S, s and R are noise, made where they are
-used. P = B W is that of `mixing`: W, the identity unless blocks share pairs, then blocks of at most 64 channels.
+used. P = B W is that of `mixing`: W, the identity unless blocks share pairs, then blocks of at most 32 channels.
 
 `direct_kernel` makes either factor, (B, Ch, columns), a column being an input channel and a tap of `first`, or an output
 channel and a tap of `second`. A program owns a block of P and a run of tiles of BLOCK_M columns. It keeps the block on the
@@ -11,7 +11,7 @@ chip, and for each tile reads the block's rows of G, makes its noise, and writes
 - The tile is transposed, columns by hidden channels: what varies is then the left operand of a matrix instruction, which
   Hopper takes from registers, and what stays is the right one, which it takes from shared memory.
 - Twins are two rows of one noise, so that their columns of P are added up (for `second`, subtracted) beforehand: a block of
-  64 channels with 16 pairs is a product over 32 rows of G and one over 16 rows of noise.
+  32 channels with 8 pairs is a product over 16 rows of G and one over 8 rows of noise.
 - D takes no product: each of its columns takes one row of P, and few tiles have any.
 - Shared pairs: W takes multiples of the sums U^T G from the rows of a group. `sums_kernel` makes these in one more pass over
   G; to a block they are two more rows, along what P makes of u_t and u_d.
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .mixing import SIDE, MixingBlock
-from .tile import NOISE_RMS, directions_of, load_tile, locate, noise_row, noise_rows, run_of, store_run, store_tile
+from .tile import NOISE_SCALE, directions_of, load_tile, locate, mix_key, noise_row, noise_rows, run_of, store_run, store_tile
 
 _SIDE = tl.constexpr(SIDE)
 _FIELDS = tl.constexpr(len(MixingBlock._fields))
@@ -106,12 +106,13 @@ def direct_kernel(
     block_ptr = dealing_ptr + k * _FIELDS
     channel, channels = tl.load(block_ptr), tl.load(block_ptr + 1)
     own, row, held = tl.load(block_ptr + 2), tl.load(block_ptr + 3), tl.load(block_ptr + 4)
+    pair = tl.load(block_ptr + 10)
     if ALIGNED:
         channel, channels = tl.multiple_of(channel, 16), tl.multiple_of(channels, 16)
         row, held = tl.multiple_of(row, 16), tl.multiple_of(held, 16)
     single = channels > 2 * own + held
-    seed = tl.load(seed_ptr + pid_b)
-    noise, gain = tl.load(scale_ptr + 2 * pid_b) / NOISE_RMS, tl.load(scale_ptr + 2 * pid_b + 1)
+    key = mix_key(tl.load(seed_ptr + pid_b).to(tl.uint64, bitcast=True), tl.full((), STREAM, tl.uint64))
+    noise, gain = tl.load(scale_ptr + 2 * pid_b) * NOISE_SCALE, tl.load(scale_ptr + 2 * pid_b + 1)
     weight_ptr += pid_b * stride_wb + row.to(tl.int64) * stride_wo
     out_ptr += pid_b * stride_ob + channel.to(tl.int64) * stride_oh
 
@@ -181,13 +182,13 @@ def direct_kernel(
                 sum_d = tl.load(sum_ptrs + columns, mask=inside, other=0.0)
                 own_t = tl.load(own_ptrs, mask=has_pair, other=0.0)
                 own_d = tl.load(own_ptrs + columns, mask=has_pair, other=0.0)
-            twins = noise_row(seed, offs_m, group, STREAM).to(ACC) * twin_noise
+            twins = noise_row(key, offs_m, group).to(ACC) * twin_noise
             t = -taken * sum_t if DELTA else twins - taken * sum_t  # the twins' sum in first, their difference in second
             d = twins - taken * sum_d if DELTA else -taken * sum_d
-            odd_one = noise_row(seed, offs_m, blocks, STREAM).to(ACC)
+            odd_one = noise_row(key, offs_m, pairs).to(ACC)
             tile_s = _stack(offs_s[None, :], t[:, None], d[:, None], own_t[:, None], own_d[:, None], odd_one[:, None])
         else:
-            tile_s = noise_rows(seed, offs_m, 16 * k, STREAM, BLOCK_S).to(ACC)  # [BLOCK_M, BLOCK_S]
+            tile_s = noise_rows(key, offs_m, pair + offs_s).to(ACC)  # [BLOCK_M, BLOCK_S]
         acc = tl.dot(tile_s, mixing_s, acc, input_precision=PRECISION, out_dtype=ACC)
         if RUN_O:
             run_ptr = out_ptr + (first // TAPS).to(tl.int64) * stride_oi
@@ -204,19 +205,56 @@ def _stack(index, a, b, c, d, e):
     return tl.where(index == 3, d, tl.where(index == 4, e, lower))
 
 
-@triton.jit(do_not_specialize=["batch"])
-def scales_kernel(spread_ptr, scales_ptr, batch, share, least, ratio, noise, BLOCK: tl.constexpr):
-    """`Balance.scales` of spreads that are yet to be multiplied by a share, (B,) -> (2, B, 2)."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < batch
-    spread = tl.load(spread_ptr + offs, mask=mask, other=1.0)
-    spread = tl.where(spread > 0, spread * share, least).to(scales_ptr.dtype.element_ty)
+@triton.jit(do_not_specialize=["batch", "rows", "columns"])
+def scales_kernel(
+    sample_ptr,
+    spread_ptr,
+    balance_ptr,
+    scales_ptr,
+    batch,
+    rows,
+    columns,
+    k_x,
+    k_y,
+    k_z,
+    stride_b,
+    stride_o,
+    stride_i,
+    stride_x,
+    stride_y,
+    stride_z,
+    GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`Balance.scales`, (2, B, 2), of spreads (B,) that are GIVEN, or else of root mean squares of a sample of the weight.
+
+    A program an item: scales_ptr + 2 * (2, B) entries; balance (4,) float64 holds 1 / entries of the sample and a `Balance`.
+    """
+    ACC: tl.constexpr = scales_ptr.dtype.element_ty
+    pid_b = tl.program_id(0).to(tl.int64)
+    if GIVEN:
+        spread = tl.load(spread_ptr + pid_b).to(ACC)
+    else:
+        sample_ptr += pid_b * stride_b
+        total = tl.zeros((BLOCK,), dtype=ACC)
+        count = rows * columns * k_x * k_y * k_z
+        for begin in range(0, count, BLOCK):
+            place = begin + tl.arange(0, BLOCK)
+            z, y, x = place % k_z, place // k_z % k_y, place // (k_z * k_y) % k_x
+            line = place // (k_z * k_y * k_x)
+            offsets = (line // columns).to(tl.int64) * stride_o + (line % columns).to(tl.int64) * stride_i
+            offsets += x.to(tl.int64) * stride_x + y.to(tl.int64) * stride_y + z.to(tl.int64) * stride_z
+            value = tl.load(sample_ptr + offsets, mask=place < count, other=0.0).to(ACC)
+            total += value * value
+        spread = tl.sqrt(tl.sum(total, 0) * tl.load(balance_ptr).to(ACC))
+    least, ratio = tl.load(balance_ptr + 1).to(ACC), tl.load(balance_ptr + 2).to(ACC)
+    spread = tl.where(spread > 0, spread, least)
     gain = tl.sqrt(ratio / spread)
-    tl.store(scales_ptr + 2 * offs, spread, mask=mask)
-    tl.store(scales_ptr + 2 * offs + 1, gain, mask=mask)
+    tl.store(scales_ptr + 2 * pid_b, spread)
+    tl.store(scales_ptr + 2 * pid_b + 1, gain)
     scales_ptr += 2 * batch
-    tl.store(scales_ptr + 2 * offs, noise, mask=mask)
-    tl.store(scales_ptr + 2 * offs + 1, 1.0 / gain, mask=mask)
+    tl.store(scales_ptr + 2 * pid_b, tl.load(balance_ptr + 3).to(ACC))
+    tl.store(scales_ptr + 2 * pid_b + 1, 1.0 / gain)
 
 
 @triton.jit(do_not_specialize=["groups"])

@@ -20,7 +20,7 @@ from .mixing import SIDE, deal, groups_of, shares_pairs
 _LONG_ROW = 32
 # Columns of the largest tile that a table may ask for.
 _WIDEST = 256
-SCALES_BLOCK = 128  # items
+SCALES_BLOCK = 1024  # numbers of a sample at a time
 # A GPU is well filled by so many programs; where there are more tiles, each keeps its block of P for several of them.
 _PROGRAMS = 2048
 
@@ -189,10 +189,27 @@ def launch_sums(
     )
 
 
-def launch_scales(spread: Tensor, share: float, balance: Balance, scales: Tensor) -> None:
-    """Fill `scales` (2, B, 2) from `share` times spreads (B,); both contiguous, of one dtype, not empty."""
-    grid = (triton.cdiv(len(spread), SCALES_BLOCK),)
-    scales_kernel[grid](spread, scales, len(spread), share, *balance, BLOCK=SCALES_BLOCK, num_warps=4, enable_fp_fusion=True)
+def launch_scales(sample: Tensor, spread: Tensor | None, balance: Balance, scales: Tensor) -> None:
+    """Fill `scales` (2, B, 2) from spreads (B,), or without them from a sample (B, rows, columns, x, y, z) of the weight."""
+    count = sample[0].numel()
+    scales_kernel[(len(sample),)](
+        sample,
+        sample if spread is None else spread,
+        _balance_table(1.0 / max(1, count), balance, sample.device),
+        scales,
+        len(sample),
+        *sample.shape[1:],
+        *sample.stride(),
+        GIVEN=spread is not None,
+        BLOCK=SCALES_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+@functools.cache  # for good, as the other tables
+def _balance_table(share: float, balance: Balance, device: torch.device) -> Tensor:
+    return torch.tensor([share, *balance], dtype=torch.float64, device="cpu").to(device)
 
 
 def config_for(variant: str, like: Tensor) -> DirectConfig:

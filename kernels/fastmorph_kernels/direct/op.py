@@ -6,17 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import Precision, check_precision, check_tensors
+from ..noise import Keys, mix_keys
 from ..register import register
 from ..support import accumulator, six_dimensional, three
 from .balance import Balance, balance_of
 from .mixing import dealing_table, groups_of, mixing_table
 from .plain import fill_factor
 
-_SAMPLE = 64  # channels on each side from which the spread of a weight is taken
+_SAMPLE = 32  # channels on each side, twice as many at most, from which the spread of a weight is taken
 
 
 def direct(
@@ -43,11 +45,11 @@ def direct(
     G is the weight, D a unit matrix at one tap, S, s and R noise that cancels, P orthogonal over the hidden channels. Or, by
     transposition, G is in `second` and D in `first`. Both are exact to rounding, have the same expected standard deviation,
     and no zeros where there are at least four extra channels. G is read once, or twice where there are fewer pairs
-    of extra channels than blocks of 64 hidden channels; the factors are written once; nothing of their size is allocated.
+    of extra channels than blocks of 32 hidden channels; the factors are written once; nothing of their size is allocated.
 
-    Noise follows from an item's seed and shape alone, not from the batch, and bits are the same from call to call. It differs
-    between devices with and without Triton. The first call for a shape makes small tables, so that a CUDA graph must not
-    hold it. Not differentiable.
+    Noise follows from an item's seed and shape alone, not from the batch, and is the same with and without Triton, so that
+    answers agree to rounding (`noise`: the weight's factor has draw 0 under the seed, the delta's draw 1). The first call for a
+    shape makes small tables, so that a CUDA graph must not hold it. Not differentiable.
 
     Args:
         weight: (B, Co, Ci, *K), 0 to 3 spatial dimensions, any strides; float32, float64, bfloat16 or float16.
@@ -61,7 +63,7 @@ def direct(
         precision: how float32 products are taken, also those of 16-bit weights. `tf32` is no longer exact in float32. Where
             there are no such units, and in float64, products are taken in full.
         into_first: whether the weight goes into `first`.
-        spread: (B,) root mean square of S and s; None: that of the weight, as a sample of at most 127 x 127 channels has it.
+        spread: (B,) root mean square of S and s; None: that of the weight, as a sample of at most 63 x 63 channels has it.
 
     Returns:
         first: (B, Ch, Ci, *K1), second: (B, Co, Ch, *K2), contiguous, of the dtype and on the device of the weight.
@@ -158,14 +160,19 @@ def _factors(
     return (_Factor(weight, one, start), _Factor(None, two, centre)), balance_of(weight, one, two, density)
 
 
-def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The root mean square of each item's noise in the factor of the weight, (B,) of `dtype`, as a tensor times a number."""
-    if spread is not None:
-        return spread.to(dtype), 1.0
+def _sample(weight: Tensor) -> Tensor:
+    """The entries of a weight (B, rows, columns, *K) whose root mean square is that of the noise in its factor."""
     rows, columns = weight.shape[1:3]
-    sample = weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
-    norms = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
-    return norms, max(1, math.prod(sample.shape[1:])) ** -0.5
+    return weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
+
+
+def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The root mean square of each item's noise in the factor of the weight, (B,) of `dtype`."""
+    if spread is not None:
+        return spread.to(dtype)
+    sample = _sample(weight)
+    norms: Tensor = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
+    return norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
 
 
 def _plain(
@@ -181,11 +188,40 @@ def _plain(
     precision: str,
     into_first: bool,
 ) -> None:
+    keys = seeds.numpy().view(np.uint64)
+    fill_plainly(out, weight, before, keys, density=density, into_first=into_first, spread=spread)
+
+
+def fill_plainly(
+    out: tuple[Tensor, Tensor],
+    weight: Tensor,
+    before: Sequence[int],
+    keys: Keys,
+    *,
+    density: float,
+    into_first: bool,
+    spread: Tensor | None = None,
+    left: Tensor | None = None,
+    work: torch.dtype = torch.float64,
+) -> None:
+    """Fill both factors as `direct` does, in plain PyTorch on any device; nothing is checked.
+
+    Args:
+        out: first and second, of any strides.
+        weight, before, density, into_first, spread: as in `direct`.
+        keys: (B,) the seeds.
+        left: U, (B, Co, r), where `weight` is V, (B, r, Ci, *K), of a weight U V; (B, Ci, r) and (B, Co, r, *K) of its
+            transpose where not `into_first`.
+        work: what is computed in.
+    """
     held = weight.shape[1 if into_first else 2]
     factors, balance = _factors(out, weight, before, density, into_first)
-    measured, share = _spread(weight, spread, torch.float64)
-    for (given, factor, start), scales in zip(factors, balance.scales(measured * share), strict=True):
-        fill_factor(given, factor, held, start, seeds, scales)
+    for draw, ((given, factor, start), scales) in enumerate(
+        zip(factors, balance.scales(_spread(weight, spread, work)), strict=True)
+    ):
+        source = left.mT[..., None, None, None] if given is None and left is not None else given
+        own, delta = mix_keys(keys, np.uint64(draw)), given is None
+        fill_factor(source, factor, held, start, own, (scales[:, 0], scales[:, 1]), delta=delta, work=work)
 
 
 def _launch(
@@ -208,12 +244,12 @@ def _launch(
         return
     if dtype == torch.float64 or torch.version.hip is not None:
         precision = "ieee"
-    tables, seeds = (mixing_table(dtype, device), dealing_table(hidden, held, device)), seeds.contiguous()
+    seeds, spread = seeds.contiguous(), None if spread is None else spread.contiguous()
+    tables = (mixing_table(dtype, device), dealing_table(hidden, held, device))
     sums, groups = None, groups_of(hidden, held)
     factors, balance = _factors(out, weight, before, density, into_first)
-    measured, share = _spread(weight, spread, dtype)
-    scales = measured.new_empty((2, len(weight), 2))
-    launch_scales(measured.contiguous(), share, balance, scales)
+    scales = weight.new_empty((2, len(weight), 2), dtype=dtype)
+    launch_scales(_sample(six_dimensional(weight)), spread, balance, scales)
     for (given, factor, start), own in zip(factors, scales, strict=True):
         if factor.numel() == 0:
             continue

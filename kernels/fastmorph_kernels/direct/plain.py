@@ -1,68 +1,232 @@
-"""The closed form in plain PyTorch, for a CPU without Triton: the same P as the kernels have, other noise."""
+"""The closed form in plain PyTorch, on any device, with the P and the noise of the kernels: for CPUs, and GPUs without Triton.
+
+The working memory is a few ranges of channels: what stays in a CPU's cache, and what fills another device.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .mixing import deal, groups_of, mixing_table, shares_pairs
+from ..noise import Keys, fill, mix_keys
+from .mixing import MixingBlock, along, deal, groups_of, mixing_table, shares_pairs
+
+_NUMBERS_CPU, _NUMBERS = 2**17, 2**24  # of a range
+_ROOT = 2.0**0.5
 
 
-def fill_factor(weight: Tensor | None, out: Tensor, held: int, start: Sequence[int], seeds: Tensor, scales: Tensor) -> None:
-    """Fill `out` (B, hidden, channels, x, y, z) as `launch_direct` does: from `weight`, or from a delta where it is None."""
-    _, hidden, channels, *size = out.shape
-    rows = scales.new_zeros(out.shape)
-    window = tuple(slice(a, a + n) for a, n in zip(start, (1, 1, 1) if weight is None else weight.shape[3:], strict=True))
-    generators = [torch.Generator().manual_seed((2 * seed + (weight is None)) % 2**63) for seed in seeds.tolist()]
-    for block in deal(hidden, held):
-        one, two, three = (block.start + twins * block.pairs for twins in range(3))
-        end = three + block.held
-        for item, generator in enumerate(generators):
-            noise = torch.randn(two - one, channels, *size, generator=generator) * scales[item, 0]
-            rows[item, one:two], rows[item, two:three] = noise, -noise if weight is None else noise
-            if weight is not None and end < block.start + block.size:
-                rows[item, end] = torch.randn(channels, *size, generator=generator) * scales[item, 0]
-        ours = slice(block.row, block.row + block.held)
-        if weight is None:
-            unit = torch.eye(held, dtype=rows.dtype)[ours]
-            rows[(slice(None), slice(three, end), slice(None), *window)] = unit[..., None, None, None]
-        else:
-            rows[(slice(None), slice(three, end), slice(None), *window)] = weight[:, ours].to(rows.dtype)
-    mixed = mix(rows.flatten(2), held) * scales[:, 1, None, None]
-    out.copy_(mixed.view(out.shape))
+class Run(NamedTuple):
+    """Neighbouring blocks of P with equal sizes, which are mixed together; `number` of them."""
+
+    first: MixingBlock
+    number: int
+    held: Tensor  # (1, size, rows of G)
+    noise: Tensor  # (1, size, rows of noise); where pairs are shared, (number, size, 5): what is taken of five rows
+    rows: Tensor  # where pairs are shared, (number, 5): which ones of those that `_shared` makes
+
+    def of(self, dealt: Tensor) -> Tensor:
+        """Of (1 or B, hidden, n), the channels of these blocks, (number or B, size, n)."""
+        return _cut(dealt, self.first.start, self.number, self.first.size)
 
 
-def mix(rows: Tensor, held: int) -> Tensor:
-    """P rows, (B, hidden, n) -> (B, hidden, n), where `held` of the rows are those of G."""
-    hidden = rows.shape[1]
-    if shares_pairs(hidden, held):
-        u, e = (x.to(rows) for x in directions(hidden, held))
-        held_sums, pair_sums = u.mT @ rows, e.mT @ rows
-        if hidden - held < 2:
-            rows = rows - 2.0 * (u @ held_sums)
-        else:
-            rows = rows + u @ (pair_sums - held_sums) - e @ (held_sums + pair_sums)
-    table, out = mixing_table(rows.dtype, rows.device), torch.empty_like(rows)
-    for block in deal(hidden, held):
-        channels = slice(block.start, block.start + block.size)
-        out[:, channels] = table[block.size - 1, : block.size, : block.size].mT @ rows[:, channels]
+def fill_factor(
+    given: Tensor | None,
+    out: Tensor,
+    held: int,
+    start: Sequence[int],
+    keys: Keys,
+    scales: tuple[Tensor, Tensor],
+    *,
+    delta: bool,
+    work: torch.dtype = torch.float64,
+) -> None:
+    """Fill `out` (B, hidden, channels, *size) with the factor that has the weight or, for `delta`, with the other one.
+
+    Args:
+        given: G or, for a delta that is no unit matrix, what stands in its place; (B, held, channels, *K). None: a unit matrix.
+        held: rows of G.
+        start: where `given` stands among the taps.
+        keys: (B,) of the factor's noise.
+        scales: (B,) each, root mean square of the noise, and what the factor is multiplied by; in `work`.
+        work: what is computed in; tensors of it are mixed in place.
+    """
+    batch, hidden, channels, *size = out.shape
+    if not out.numel():
+        return
+    taps, pairs = math.prod(size), (hidden - held) // 2
+    rows = pairs if delta else hidden - held - pairs  # of noise; the odd one meets zeros in the delta's factor
+    streams = mix_keys(keys[:, None], np.arange(rows, dtype=np.uint64)).reshape(-1)
+    most = _NUMBERS_CPU if out.device.type == "cpu" else _NUMBERS
+    width = max(1, most // (batch * hidden * taps))
+    inside = out.dtype == work and out.is_contiguous()
+    for at in range(0, channels, width):
+        part = slice(at, min(at + width, channels))
+        noise = out.new_empty((batch, rows, (part.stop - at) * taps), dtype=work)
+        fill(noise.view(-1, noise.shape[2]), streams, at * taps, 1.0)
+        framed = None if given is None else _framed(given[:, :, part].to(work), size, start)
+        into = out[:, :, part] if inside else out.new_empty((batch, hidden, part.stop - at, *size), dtype=work)
+        centre = int(np.ravel_multi_index(tuple(start), tuple(size))) if size else 0
+        _mix(framed, noise, into.flatten(3) if size else into[..., None], held, centre, at, scales, delta=delta)
+        if not inside:
+            out[:, :, part] = into
+
+
+def _mix(
+    given: Tensor | None,
+    noise: Tensor,
+    into: Tensor,
+    held: int,
+    centre: int,
+    at: int,
+    scales: tuple[Tensor, Tensor],
+    *,
+    delta: bool,
+) -> None:
+    """P of rows of G (B, held, n), or of a unit matrix at a tap, and of noise: (B, hidden, channels from `at` on, taps)."""
+    batch, hidden, channels, taps = into.shape
+    spread, gain = (scale.view(-1, 1, 1) for scale in scales)
+    columns = into.flatten(2)
+    shared = (
+        _shared(given, noise, held, centre, at, channels, taps, spread, hidden, delta) if shares_pairs(hidden, held) else None
+    )
+    for run in runs(hidden, held, delta, batch > 1, into.dtype, into.device):
+        block, target = run.first, run.of(columns)
+        beta = 0.0
+        if given is not None and block.held:
+            torch.bmm(_each(run.held * gain, target), _cut(given, block.row, run.number, block.held), out=target)
+            beta = 1.0
+        if shared is not None:
+            rows = shared[:, run.rows[0]] if run.number == 1 else shared[0, run.rows]
+            target.baddbmm_(run.noise * gain, rows, beta=beta)
+        elif run.noise.shape[2]:
+            rows = _cut(noise, block.pair, run.number, run.noise.shape[2])
+            target.baddbmm_(_each(run.noise * (gain * spread), target), rows, beta=beta)
+        elif not beta:
+            target.zero_()
+    if given is None:
+        rows_out, row, share, first = _unit(hidden, held, into.dtype, into.device)
+        ours = slice(first[min(at, held)], first[min(at + channels, held)])
+        into[:, rows_out[ours], row[ours] - at, centre] += share[ours] * gain[:, 0]
+
+
+def _each(matrices: Tensor, target: Tensor) -> Tensor:
+    return matrices.expand(len(target), -1, -1)
+
+
+def _cut(rows: Tensor, start: int, count: int, size: int) -> Tensor:
+    """(1 or B, rows, n) from `start` on, as `count` blocks: (count, size, n), or (B, size, n) for one block."""
+    cut = rows[:, start : start + count * size]
+    return cut if count == 1 else cut[0].view(count, size, rows.shape[2])
+
+
+def _framed(given: Tensor, size: Sequence[int], start: Sequence[int]) -> Tensor:
+    """(B, rows, channels, *K), behind `start` zeros in taps of `size`, as (B, rows, channels * taps)."""
+    if list(given.shape[3:]) == list(size):
+        return given.flatten(2)
+    out = given.new_zeros((*given.shape[:3], *size))
+    window: tuple[Any, ...] = tuple(slice(a, a + n) for a, n in zip(start, given.shape[3:], strict=True))
+    out[(..., *window)] = given
+    return out.flatten(2)
+
+
+def _shared(
+    given: Tensor | None,
+    noise: Tensor,
+    held: int,
+    centre: int,
+    at: int,
+    channels: int,
+    taps: int,
+    spread: Tensor,
+    hidden: int,
+    delta: bool,
+) -> Tensor:
+    """The rows that blocks take where they share pairs, (B, 4 * groups + 2, n): see `mixing`, and `runs` for their order.
+
+    Two a group for its rows of G, pair sums less held sums; two a pair for its twins, held sums less; the odd one; zeros.
+    """
+    blocks, groups, pairs = deal(hidden, held), groups_of(hidden, held), (hidden - held) // 2
+    batch, columns = len(noise), channels * taps
+    out = noise.new_zeros((batch, 4 * groups + 2, columns))
+    sums = out[:, 2 * groups : 4 * groups]
+    for p, block in enumerate(blocks[:groups]):
+        low, high = block.pair_low, block.pair_high
+        u = _along(high - low, noise.dtype, noise.device)
+        if given is not None:
+            torch.matmul(u, given[:, low:high], out=sums[:, 2 * p : 2 * p + 2])
+        elif max(low, at) < min(high, at + channels):
+            low, high = max(low, at), min(high, at + channels)
+            sums.view(batch, 2 * groups, channels, taps)[:, 2 * p : 2 * p + 2, low - at : high - at, centre] = u[
+                :, low - block.pair_low : high - block.pair_low
+            ]
+    sums.mul_(-1.0)
+    torch.mul(sums, 1.0 if pairs else 2.0, out=out[:, : 2 * groups])
+    if pairs:  # the twins' sum in the weight's factor, their difference in the delta's
+        out[:, int(delta) : 2 * groups : 2].add_(noise[:, :pairs] * (spread * _ROOT))
+    if noise.shape[1] > pairs:
+        out[:, -2] = noise[:, -1] * spread[:, 0]
     return out
 
 
-def directions(hidden: int, held: int) -> tuple[Tensor, Tensor]:
-    """U and E, (hidden, 2 * groups) float64; u_t is constant, u_d has one value on even rows of its group, one on odd ones."""
-    blocks, groups = deal(hidden, held), groups_of(hidden, held)
-    channels = torch.cat([torch.arange(b.held) + b.start + 2 * b.pairs for b in blocks])  # of the rows of G
-    u, e = torch.zeros(2, hidden, 2 * groups, dtype=torch.float64)
-    for p, block in enumerate(blocks[:groups]):
-        rows = channels[block.pair_low : block.pair_high]
-        size, odd = len(rows), len(rows) // 2
-        u[rows, 2 * p] = size**-0.5
-        u[rows[0::2], 2 * p + 1] = (odd / ((size - odd) * size)) ** 0.5
-        u[rows[1::2], 2 * p + 1] = -(((size - odd) / (odd * size)) ** 0.5)
-        if block.pairs:
-            e[block.start : block.start + 2, 2 * p] = 0.5**0.5
-            e[block.start, 2 * p + 1], e[block.start + 1, 2 * p + 1] = 0.5**0.5, -(0.5**0.5)
-    return u, e
+@functools.lru_cache(maxsize=256)
+def _along(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return along(size).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def runs(hidden: int, held: int, delta: bool, alone: bool, dtype: torch.dtype, device: torch.device) -> tuple[Run, ...]:
+    """The blocks of P by runs of equal ones, with what they take of rows of G and of noise, twins added up or subtracted.
+
+    Each block is `alone` where there is a batch, whose items are then what is mixed together.
+    """
+    shared, groups = shares_pairs(hidden, held), groups_of(hidden, held)
+    table, found = mixing_table(torch.float64, torch.device("cpu")), []
+    alike = itertools.groupby(deal(hidden, held), key=lambda b: (b.size, b.pairs, b.held, alone and b.start))
+    for (size, pairs, rows, _), equal in alike:
+        blocks = list(equal)
+        p = table[size - 1, :size, :size].mT  # (size, size)
+        one, two, ours = p[:, :pairs], p[:, pairs : 2 * pairs], p[:, 2 * pairs : 2 * pairs + rows]
+        single = 2 * pairs + rows < size and not delta
+        taken, places = one - two if delta else one + two, []
+        if shared:
+            taken = p.new_zeros(len(blocks), size, 5)
+            for k, block in enumerate(blocks):
+                inside = slice(max(block.low, block.row), min(block.high, block.row + rows))
+                u = along(block.high - block.low)[:, inside.start - block.low : inside.stop - block.low]
+                taken[k, :, :2] = ours[:, inside.start - block.row : inside.stop - block.row] @ u.mT
+                places.append([2 * block.group, 2 * block.group + 1, *[4 * groups + 1] * 3])
+                if pairs:
+                    taken[k, :, 2], taken[k, :, 3] = (one + two)[:, 0] / _ROOT, (one - two)[:, 0] / _ROOT
+                    places[-1][2:4] = 2 * groups + 2 * block.pair, 2 * groups + 2 * block.pair + 1
+                if single:
+                    taken[k, :, 4], places[-1][4] = p[:, -1], 4 * groups
+        elif single:
+            taken = torch.cat([taken, p[:, -1:]], 1)
+        noise, held_part = (taken if shared else taken[None]).to(device, dtype), ours[None].to(device, dtype)
+        found.append(Run(blocks[0], len(blocks), held_part, noise, torch.tensor(places, device="cpu").to(device)))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _unit(hidden: int, held: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """B of a unit matrix: hidden channels, rows of G, entries; and where the entries of each row begin."""
+    table, first = mixing_table(torch.float64, torch.device("cpu")), [0]
+    channels, rows, entries = [], [], []
+    for block in deal(hidden, held):
+        for j in range(block.held):
+            channels.append(torch.arange(block.start, block.start + block.size, device="cpu"))
+            rows.append(torch.full((block.size,), block.row + j, device="cpu"))
+            entries.append(table[block.size - 1, 2 * block.pairs + j, : block.size])
+            first.append(first[-1] + block.size)
+    none = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    where = (torch.cat(part or none).to(device) for part in (channels, rows))
+    values = torch.cat(entries) if entries else torch.zeros(0, dtype=torch.float64, device="cpu")
+    channels_out, rows_out = where
+    return channels_out, rows_out, values.to(device, dtype), first

@@ -7,37 +7,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Ten rounds are Philox's usual safety margin; from seven on it passes every known test.
-_ROUNDS = tl.constexpr(7)
-# 32 random bits as a signed number are uniform noise of this root mean square. It needs none of the transcendental functions
-# that normal noise does, and mixing makes it nearly normal.
-NOISE_RMS = tl.constexpr(2**31 / 3**0.5)
+from .. import noise
+
+# Constants of `noise`, whose words these are.
+_GOLDEN, _MIX1, _MIX2 = tl.constexpr(noise.GOLDEN), tl.constexpr(noise.MIX1), tl.constexpr(noise.MIX2)
+_STEP, _FIRST, _SECOND = tl.constexpr(noise.STEP), tl.constexpr(noise.FIRST), tl.constexpr(noise.SECOND)
+NOISE_SCALE = tl.constexpr(noise.SCALE)
 
 
 @triton.jit
-def noise_rows(seed, columns, call, stream, ROWS: tl.constexpr):
-    """Noise in ROWS rows (a multiple of 16) of some columns, [BLOCK_M] -> [BLOCK_M, ROWS] float32.
+def mix_key(key, number):
+    """The key of a number under a key, both uint64."""
+    x = key + number * tl.full((), _GOLDEN, tl.uint64)
+    x = (x ^ (x >> 30)) * tl.full((), _MIX1, tl.uint64)
+    x = (x ^ (x >> 27)) * tl.full((), _MIX2, tl.uint64)
+    return x ^ (x >> 31)
 
-    Call q of Philox makes rows q, q + 4, q + 8 and q + 12 of a column, which one thread holds of the left operand of a matrix
-    instruction: noise never moves between threads. The counter is the logical place (column, `call` + q, `stream`).
+
+@triton.jit
+def noise_rows(key, columns, rows):
+    """Noise under a draw's key in some rows [R] and columns [M], below 2^32: [M, R] float32, yet to be multiplied by its scale.
+
+    Each row is a stream, counted through columns; a value is half of a word, so that two neighbours make the same one.
     """
-    calls = call + tl.arange(0, ROWS // 4)
-    a, b, c, d = tl.philox(seed, columns[:, None], 0, calls[None, :], stream, _ROUNDS)  # [BLOCK_M, ROWS / 4]
-    words = tl.join(tl.join(_noise(a), _noise(b)), tl.join(_noise(c), _noise(d)))
-    words = tl.permute(tl.reshape(words, (columns.shape[0], ROWS // 16, 4, 2, 2)), (0, 1, 3, 4, 2))
-    return tl.reshape(words, (columns.shape[0], ROWS))
+    streams = mix_key(mix_key(key, rows.to(tl.uint64)), tl.full((), 0, tl.uint64))  # [R]
+    low, high = streams.to(tl.uint32)[None, :], (streams >> 32).to(tl.uint32)[None, :]
+    x = (columns.to(tl.uint32) // 2 * tl.full((), _STEP, tl.uint32))[:, None] + low
+    x = ((x ^ (x >> 16)) * tl.full((), _FIRST, tl.uint32)) ^ high
+    x = (x ^ (x >> 15)) * tl.full((), _SECOND, tl.uint32)
+    x = x ^ (x >> 16)
+    half = tl.where((columns % 2 == 1)[:, None], x >> 16, x & 0xFFFF)
+    return half.to(tl.uint16).to(tl.int16, bitcast=True).to(tl.float32) + 0.5
 
 
 @triton.jit
-def noise_row(seed, columns, call, stream):
-    """One row of such noise, [BLOCK_M] float32."""
-    word, _, _, _ = tl.philox(seed, columns, 0, call, stream, _ROUNDS)
-    return _noise(word)
-
-
-@triton.jit
-def _noise(word):
-    return word.to(tl.int32, bitcast=True).to(tl.float32)
+def noise_row(key, columns, row):
+    """One row of such noise, [M] float32."""
+    return tl.sum(noise_rows(key, columns, row + tl.arange(0, 1)), 1)
 
 
 @triton.jit

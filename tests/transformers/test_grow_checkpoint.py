@@ -1,0 +1,79 @@
+"""A checkpoint grown into a checkpoint: the bits that growth in memory gives, out of shards, and on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from test_grow import call_of, made
+
+import fastmorph as fm
+from fastmorph.cli.main import main
+
+SIZES = {"hidden_size": 24, "intermediate_size": 17, "num_hidden_layers": 3, "vocab_size": 45}
+
+
+def grown(tmp_path: Any, name: str = "llama", **options: Any) -> tuple[Any, Any]:
+    """A parent, and its class's model of the grown checkpoint."""
+    parent = made(name)
+    parent.save_pretrained(tmp_path / "source", max_shard_size=4000)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    plan, certificate = fm.transformers.grow_checkpoint(tmp_path / "source", tmp_path / "out", SIZES, seed=5, **options)
+    assert certificate or options.get("verify") is False
+    assert fm.Plan.load(tmp_path / "out" / "growth.toml") == plan
+    return parent, type(parent).from_pretrained(tmp_path / "out").eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # whose embedding is tied
+def test_the_bits_are_those_of_growth_in_memory(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmorph.transformers.checkpoint._SMALL", 0)  # everything that is made goes through a file
+    parent, child = grown(tmp_path, name, shard_size=5000)
+    wanted = fm.transformers.grow(parent, **SIZES, generator=5).model
+    assert child.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(tensor, wanted.state_dict()[key]) for key, tensor in child.state_dict().items())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / ".growing").exists()
+    ids = call_of(name)["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(child(ids).logits[..., :40], parent(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_an_interrupted_growth_goes_on(tmp_path):
+    grown(tmp_path, shard_size=5000, verify=False)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    kept, lost = shards[0], shards[-1]
+    bits, when = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.write_bytes(bits[:-7])
+    again = {"seed": 5, "shard_size": 5000, "verify": False}
+    fm.transformers.grow_checkpoint(tmp_path / "source", tmp_path / "out", SIZES, **again)
+    assert lost.read_bytes() == bits
+    assert kept.stat().st_mtime_ns == when
+    fm.transformers.grow_checkpoint(tmp_path / "source", tmp_path / "out", SIZES, **again | {"seed": 6})
+    assert kept.stat().st_mtime_ns != when
+
+
+def test_the_command(tmp_path, capsys):
+    made("llama").save_pretrained(tmp_path / "source")
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    assert main(["grow", source, out, "--intermediate-size", "15", "--num-hidden-layers", "3"]) == 0
+    assert "HOLDS" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 3
+    assert main(["grow", source, out, "--intermediate-size", "5"]) == 2
+    assert "never shrink" in capsys.readouterr().err
+
+
+def test_refusals(tmp_path):
+    made("vit").save_pretrained(tmp_path / "vit")
+    with pytest.raises(fm.MorphError, match="renames or joins tensors"):
+        fm.transformers.grow_checkpoint(tmp_path / "vit", tmp_path / "out", {"num_hidden_layers": 3})
+    made("llama").save_pretrained(tmp_path / "source")
+    with pytest.raises(fm.MorphError, match="directory of its own"):
+        fm.transformers.grow_checkpoint(tmp_path / "source", tmp_path / "source", SIZES)
+    shutil.move(tmp_path / "source" / "model.safetensors", tmp_path / "moved")
+    with pytest.raises(fm.MorphError, match="in safetensors is needed"):
+        fm.transformers.grow_checkpoint(tmp_path / "source", tmp_path / "out", SIZES)
