@@ -56,9 +56,9 @@ def figures(m: Measured) -> dict[str, Any]:
         "ratio": _short(m.ratio),
         "spread": [_short(ratio) for ratio in m.spread],
         "residual": None if m.residual is None else _short(m.residual),
-        "residuals": {name: _short(residual) for name, residual in m.residuals.items()},
         "target": m.measurement.target,
         "met": m.measurement.met(m.ratio),
+        **({"residuals": {name: _short(residual) for name, residual in m.residuals.items()}} if m.residuals else {}),
         **({"peak_mb": {name: _short(peak / 1e6) for name, peak in m.peaks.items()}} if m.peaks else {}),
     }
 

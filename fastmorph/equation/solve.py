@@ -48,7 +48,8 @@ Outcome = tuple[Decomposition[Any] | None, MorphError | None]
 def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> Solved:
     """Solve problems that share sizes, dtype, device, backend and solver as one batch."""
     first, choice = problems[0], problems[0].choice
-    weight = torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight
+    # In one layout, by which products round: a weight gives the same bits wherever it stands.
+    weight = (torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight).contiguous()
     work = first.backend.working_dtype(weight.device)
     noise = Noise(seeds, [len(p.weight) for p in problems], weight.device, work)
     given = weight if choice.solver.closed_form else weight.to(work)

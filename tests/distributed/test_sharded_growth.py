@@ -76,7 +76,8 @@ def grows_as_alone(name, way, child_way, kind):
     assert grown.history == expected.history
     wanted = expected.model.state_dict()
     assert found.keys() == wanted.keys()
-    assert not [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    differ = [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    assert not differ, differ
     for state, parameter in zip(states, expected.model.parameters(), strict=True):
         other = expected.optimizer.state[parameter]
         assert state.keys() == other.keys()

@@ -78,3 +78,15 @@ def test_nothing_to_do_and_silence(capsys):
     assert capsys.readouterr().err == ""
     fm.decompose_many(problems()[:2], progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_weight_gives_the_same_bits_in_any_layout():
+    weight = torch.randn(7, 16, 1, 1, dtype=torch.float64)
+    wide = torch.randn(7, 40, 1, 1, dtype=torch.float64)
+    wide[:, 5:21] = weight
+    turned = weight[:, :, 0, 0].t().contiguous().t()[..., None, None]
+    expected = fm.decompose(weight, 20, (1, 1), generator=0)
+    for other in (wide[:, 5:21], turned):
+        found = fm.decompose(other, 20, (1, 1), generator=0)
+        assert torch.equal(found.first, expected.first)
+        assert torch.equal(found.second, expected.second)

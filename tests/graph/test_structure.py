@@ -82,6 +82,10 @@ def test_other_operators_follow_again_only_where_a_width_comes(runs):
     model = blocks()
     plan = [fm.Widen("blocks.0.0", 8), fm.Deepen("blocks.1.0"), fm.GrowKernel("stem", 3), fm.Widen("blocks.0.0", 9)]
     assert fm.morph(model, plan, example_inputs=X).certificate
+    assert len(runs) == 3  # what meets no other operator is found before them: followed, and checked once a width
+    del runs[:]
+    meets = [fm.Widen("blocks.0.0", 8), fm.Deepen("blocks.0.0"), fm.Widen("blocks.0.0.first", 40)]
+    assert fm.morph(model, meets, example_inputs=X).certificate
     assert len(runs) == 4
     del runs[:]
     fm.morph(model, plan[1:3], example_inputs=X)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fastmorph_kernels import noise
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmorph as fm
-from fastmorph.equation import randomness
 from fastmorph.morphs import widen_write
 from fastmorph.plan import transaction
 
@@ -102,7 +102,7 @@ def test_no_more_is_held_than_the_child_and_its_largest_layer(parent, measured, 
 @pytest.mark.parametrize("fill", ["pair", "zero", "duplicate"])
 def test_widths_hold_the_bound_too(fill, monkeypatch):
     monkeypatch.setattr(widen_write, "_BLOCK", 2**10)
-    monkeypatch.setattr(randomness, "_BLOCK", 2**10)
+    monkeypatch.setattr(noise, "BLOCK", 2**10)
     convs = [nn.Conv2d(3 if index == 0 else 48, 48, 3, padding=1) for index in range(5)]
     parent = nn.Sequential(*(part for conv in convs for part in (conv, nn.BatchNorm2d(48), nn.ReLU())), nn.Flatten())
     parent, x = parent.double().eval(), torch.randn(1, 3, 4, 4, dtype=torch.float64)
