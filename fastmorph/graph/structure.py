@@ -17,7 +17,7 @@ from fastmorph.graph.find import backbone_hint, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
 from fastmorph.graph.record import Axis, Record
-from fastmorph.graph.skeleton import Skeleton
+from fastmorph.graph.skeleton import ForwardError, Skeleton
 from fastmorph.graph.tape import Tape
 from fastmorph.inputs import Inputs, as_call
 
@@ -56,7 +56,11 @@ class Structure:
         skeleton = self.skeleton.copy()
         for name in growth.names:
             skeleton.resize(name, growth.shape(name, [axis.size for axis in self.record.parameter(name)]))
-        update_attributes(skeleton.model, growth)
+        try:
+            update_attributes(skeleton.model, growth)
+        except RuntimeError as error:  # of a hook that computes a weight, on tensors that do not fit each other
+            cause = f"the weights that its hooks compute do not fit the grown ones ({error}); bake those, then it may"
+            raise ForwardError("", cause) from error
         skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
         taped = bool(growth.way)

@@ -66,7 +66,8 @@ def norm_of_chunk(net: Source) -> None:
     k, axis = net.int(1, net.channels - 1), net.axis
     k = net.channels // 2 if net.chance(0.5) else k
     net.let(f"a, b = h.split([{k}, {net.channels - k}], {axis})")
-    written = f"(a - a.mean({axis}, keepdim=True)) * torch.rsqrt(a.var({axis}, keepdim=True) + 1e-5)"
+    correction = "" if k > 1 else ", correction=0"  # one value has no other variance
+    written = f"(a - a.mean({axis}, keepdim=True)) * torch.rsqrt(a.var({axis}, keepdim=True{correction}) + 1e-5)"
     normed = written if net.chance(0.3) else f"{_norm(net, k)}(a)"
     net.step(f"torch.cat([{net.pick(f'{normed}, b', f'b, {normed}')}], {axis})")
 

@@ -133,3 +133,12 @@ def test_whole_multiples_under_a_norm_over_channels(fill):
     parent = nn.Sequential(*layers, nn.Tanh(), nn.Conv2d(5, 2, 1)).double().eval()
     child = fm.widen(parent, {"0": 12}, fill=fill, example_inputs=X)
     assert torch.allclose(child(X), parent(X), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("fill", ["pair", "zero", "duplicate"])
+def test_a_spectral_hook_that_does_not_fit_is_refused_by_a_sentence(fill):
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(3, 2, 1), torch.nn.utils.spectral_norm(nn.Conv1d(2, 6, 3, padding=1)), nn.Conv1d(6, 6, 3)]
+    parent, x = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 8, dtype=torch.float64)
+    with pytest.raises(fm.MorphError, match="layer '0' cannot"):
+        fm.widen(parent, {"0": 6}, fill=fill, example_inputs=x)
