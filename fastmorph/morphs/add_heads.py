@@ -24,7 +24,7 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.heads import Heads, by_heads, find_heads, outputs_by_head, try_heads
 from fastmorph.graph.propose import Refusal
 from fastmorph.graph.record import Ints
-from fastmorph.graph.structure import Structure, follow
+from fastmorph.graph.structure import Structure
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
 from fastmorph.morphs.widen_put import put_grown
 from fastmorph.outputs import Outputs, Path
@@ -70,11 +70,7 @@ class AddHeads:
         began = perf_counter()
         for operator in operators:
             operator._check()
-        structure = transaction.structure or follow(transaction.model, transaction.example_inputs)
-        used = structure.record.used
-        unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
-        transaction.untouched = transaction.untouched or unused
-        structure = by_heads(structure, [operator.layer for operator in operators])
+        structure = by_heads(transaction.followed(), [operator.layer for operator in operators])
         share = 1e3 * (perf_counter() - began) / len(operators)
         done, most = 0, len(operators)
         while done < len(operators):

@@ -19,7 +19,7 @@ from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.find import how_to_bake, tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.graph.structure import Structure, follow
+from fastmorph.graph.structure import Structure
 from fastmorph.graph.widths import Stage, Width, find_stages, reach
 from fastmorph.morphs.stream_fill import StreamFilling
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
@@ -68,13 +68,9 @@ class Widen:
             if operator.fill not in (*FILLS, "rotate"):
                 known = ", ".join(map(repr, (*FILLS, "rotate")))
                 raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
-        if transaction.structure is None:
-            transaction.structure = follow(transaction.model, transaction.example_inputs)
-        used = transaction.structure.record.used
-        unused = tuple(name for name, _ in transaction.model.named_parameters() if name not in used)
-        transaction.untouched = transaction.untouched or unused
+        structure = transaction.followed()
         widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
-        stages, structure = find_stages(transaction.structure, widths)
+        stages, structure = find_stages(structure, widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:

@@ -9,8 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
+
+from fastmorph.graph.structure import Structure
 
 EVERYTHING = frozenset({""})  # the modules under the model itself
+
+
+def is_wide(operator: Any) -> bool:
+    """Whether an operator joins widths: it tells what it reaches."""
+    return hasattr(type(operator), "reach")
+
+
+def may_move(operator: Any) -> bool:
+    """Whether it is known what an operator changes: it is a width or a local one, of one layer, named as it stands."""
+    plain = isinstance(operator.target, str) and not set(operator.target) & set("*?[")
+    return plain and (getattr(type(operator), "local", False) or is_wide(operator))
+
+
+def reaches(operators: Sequence[Any], structure: Structure) -> list[frozenset[str]]:
+    """Of each operator, the modules whose tensors it changes."""
+    names, found = structure.skeleton.names, []
+    for operator in operators:
+        if is_wide(operator):
+            found.append(operator.reach(structure))
+        else:
+            inside = (name for name in names if name.startswith(f"{operator.target}."))
+            found.append(structure.owners(inside) | {operator.target})
+    return found
 
 
 def turns(reaches: Sequence[frozenset[str]], wide: Sequence[bool]) -> list[list[int]]:

@@ -15,13 +15,13 @@ from time import perf_counter
 from torch import Tensor, nn
 
 from fastmorph.elsewhere import Elsewhere, Shelf, values_of
-from fastmorph.equation.decomposition import Decomposition
 from fastmorph.equation.divided import Settings, sized, solve_divided
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import draw_seeds
 from fastmorph.errors import MorphError
+from fastmorph.plan.equations import Answered, Assign, Equation, of_layer
 from fastmorph.plan.step import Step
-from fastmorph.plan.transaction import Assign, Operator, Transaction, _Equation
+from fastmorph.plan.transaction import Operator, Transaction
 from fastmorph.ranks import Ranks
 
 
@@ -69,7 +69,7 @@ class Streamed(Transaction):
                         self.lineage.renamed(parameter, kept)
         self.shelf.let_go()
 
-    def _answers(self, queue: list[_Equation]) -> Iterator[tuple[int, Decomposition[Tensor], float]]:
+    def _answers(self, queue: list[Equation]) -> Iterator[Answered]:
         problems, seeds = [equation.problem for equation in queue], [equation.seed for equation in queue]
         try:
             checked = [sized(self._settings.check(problem, index)) for index, problem in enumerate(problems)]
@@ -87,4 +87,4 @@ class Streamed(Transaction):
                 yield index, answer, 1e3 * (perf_counter() - began)
                 began = perf_counter()
         except MorphError as error:
-            raise self._of_layer(error, queue) from None
+            raise of_layer(error, queue) from None

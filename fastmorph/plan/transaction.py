@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +21,20 @@ from torch.nn.parameter import is_lazy
 
 from fastmorph.certify.compare import Comparison
 from fastmorph.certify.readings import Reading
-from fastmorph.equation.decomposition import Decomposition
-from fastmorph.equation.many import decompose_many
 from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure, follow
 from fastmorph.inputs import Inputs
+from fastmorph.plan.equations import Answered, Assign, Equation, solved
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
-from fastmorph.plan.order import Reach, interleaved, turns
+from fastmorph.plan.order import Reach, interleaved, is_wide, may_move, reaches, turns
 from fastmorph.plan.patterns import expanded
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
 from fastmorph.plan.watch import Piece, Surroundings
-
-Assign = Callable[[Decomposition[Tensor]], None]
-
-
-def _is_wide(operator: Operator) -> bool:
-    return hasattr(type(operator), "reach")
-
-
-def _may_move(operator: Operator) -> bool:
-    """Whether it is known what the operator changes: it is a width or a local one, of one layer, named as it stands."""
-    plain = isinstance(operator.target, str) and not set(operator.target) & set("*?[")
-    return plain and (getattr(type(operator), "local", False) or _is_wide(operator))
 
 
 class Operator(Protocol):
@@ -66,24 +53,6 @@ class Operator(Protocol):
 
     def apply(self, transaction: Transaction) -> None:
         """Change `transaction.model` in place. Raises MorphError where that cannot be exact."""
-
-
-@dataclass(eq=False)
-class _Equation:
-    problem: Problem[Tensor]
-    assign: Assign
-    layer: str
-    part: str
-    modules: tuple[nn.Module, ...]
-    seed: int
-    step: Step | None
-
-    @property
-    def name(self) -> str:
-        groups = self.problem.weight.shape[: -2 - self.problem.spatial_dims].numel()
-        return f"layer {self.layer!r}{self.part and ', '}{self.part}" + (
-            f" (each of its {groups} groups)" if groups > 1 else ""
-        )
 
 
 @dataclass(eq=False)
@@ -131,7 +100,7 @@ class Transaction:
     _resolved: list[tuple[Operator, Operator]] = field(default_factory=list, init=False)
     _ran: list[Operator] = field(default_factory=list, init=False)
     _drawn: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
-    _queue: list[_Equation] = field(default_factory=list, init=False)
+    _queue: list[Equation] = field(default_factory=list, init=False)
     _step: Step | None = field(default=None, init=False)
     _operator: Operator | None = field(default=None, init=False)
     _reach: dict[int, Reach] = field(default_factory=dict, init=False)
@@ -154,13 +123,13 @@ class Transaction:
 
         Raises MorphError, besides what they raise, for absurd sizes.
         """
-        for may_move, stretch in groupby(operators, _may_move):
+        for movable, stretch in groupby(operators, may_move):
             written = list(stretch)
-            reaches = self._reaches(written) if may_move and interleaved([_is_wide(operator) for operator in written]) else None
-            if reaches is None:
+            structure = self._structure() if movable and interleaved([is_wide(operator) for operator in written]) else None
+            if structure is None:
                 self._run(written, advance)
             else:
-                self._run_in_turns(written, reaches, advance)
+                self._run_in_turns(written, reaches(written, structure), advance)
         self._leave()
 
     def _run(self, operators: Iterable[Operator], advance: Callable[[int], object]) -> None:
@@ -184,35 +153,37 @@ class Transaction:
                     self.structure = None
                 advance(1)
 
-    def _reaches(self, operators: Sequence[Operator]) -> list[frozenset[str]] | None:
-        """Of each operator, the modules whose tensors it changes; None where the model cannot be followed as it stands."""
+    def followed(self) -> Structure:
+        """The structure of `model` as it stands, followed where it has not been; parameters without use are noted.
+
+        Raises MorphError where it cannot be followed.
+        """
+        self.structure = self.structure or follow(self.model, self.example_inputs)
+        used = self.structure.record.used
+        self.untouched = self.untouched or tuple(name for name, _ in self.model.named_parameters() if name not in used)
+        return self.structure
+
+    def _structure(self) -> Structure | None:
+        """None where the model cannot be followed as it stands: then operators have their turns as written, and say so."""
         try:
             self.structure = self.structure or follow(self.model, self.example_inputs)
         except MorphError:
             return None
-        names = self.structure.skeleton.names
-        found = []
-        for operator in operators:
-            if _is_wide(operator):
-                found.append(cast(Any, operator).reach(self.structure))
-            else:
-                inside = (name for name in names if name.startswith(f"{operator.target}."))
-                found.append(self.structure.owners(inside) | {operator.target})
-        return found
+        return self.structure
 
     def _run_in_turns(
-        self, written: Sequence[Operator], reaches: Sequence[frozenset[str]], advance: Callable[[int], object]
+        self, written: Sequence[Operator], reached: Sequence[frozenset[str]], advance: Callable[[int], object]
     ) -> None:
         """Run operators in the turns of `fastmorph.plan.order`; what they did is noted in the order that was written."""
         began, order = (len(self.steps), len(self._ran), len(self._resolved)), list[int]()
-        self._reach = {id(operator): Reach(reach) for operator, reach in zip(written, reaches, strict=True)}
-        for turn in turns(reaches, [_is_wide(operator) for operator in written]):
+        self._reach = {id(operator): Reach(reach) for operator, reach in zip(written, reached, strict=True)}
+        for turn in turns(reached, [is_wide(operator) for operator in written]):
             steps, ran = len(self.steps), len(self._ran)
             self.settle()  # so that what fails below has changed nothing
             try:
                 self._run([written[place] for place in turn], advance)
             except MorphError:
-                if len(self.steps) > steps or not _is_wide(written[turn[0]]):
+                if len(self.steps) > steps or not is_wide(written[turn[0]]):
                     raise
                 # One is to be refused, or found in another way, at its own place.
                 del self._ran[ran:]
@@ -339,7 +310,7 @@ class Transaction:
         """
         if self.with_weights:
             seed = self.noise("equation", layer, part).seed
-            self._queue.append(_Equation(problem, assign, layer, part, tuple(modules), seed, self._step))
+            self._queue.append(Equation(problem, assign, layer, part, tuple(modules), seed, self._step))
 
     def settle(self, *modules: nn.Module) -> None:
         """Solve everything queued, in one `decompose_many`, and assign the answers.
@@ -354,7 +325,7 @@ class Transaction:
         while self._queue:
             queue, self._queue = self._queue, []
             waiting = [(equation.step, equation.assign) for equation in queue]
-            further: dict[int, list[_Equation]] = {}
+            further: dict[int, list[Equation]] = {}
             for index, answer, milliseconds in self._answers(queue):
                 step, assign = waiting[index]
                 if step is not None:
@@ -368,23 +339,9 @@ class Transaction:
         pending = {module for equation in self._queue for module in equation.modules}
         return any(part in pending for module in modules for part in module.modules())
 
-    def _answers(self, queue: list[_Equation]) -> Iterator[tuple[int, Decomposition[Tensor], float]]:
-        """The answers to equations, which leave the queue, with each one's number and milliseconds."""
-        began = perf_counter()
-        try:
-            answers = decompose_many([e.problem for e in queue], generator=[e.seed for e in queue], **self.solving)
-        except MorphError as error:
-            raise self._of_layer(error, queue) from None
-        elapsed = 1e3 * (perf_counter() - began)
-        total = sum(answer.cost for answer in answers) or 1.0
-        queue.clear()  # and with it the weights that are no longer needed
-        for index, answer in enumerate(answers):
-            yield index, answer, elapsed * answer.cost / total
-
-    @staticmethod
-    def _of_layer(error: MorphError, queue: Sequence[_Equation]) -> MorphError:
-        """An error met in a queue's equations, with the layer that it is about."""
-        return error if error.problem is None or error.inner is None else error.inner.within(queue[error.problem].name)
+    def _answers(self, queue: list[Equation]) -> Iterator[Answered]:
+        """The answers to equations, which leave the queue."""
+        return solved(queue, self.solving)
 
     @contextmanager
     def _resumed(self, step: Step | None) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastmorph as fm
 from fastmorph.morphs import widen_write
-from fastmorph.plan import transaction
+from fastmorph.plan import equations
 
 ROW = fm.Sequential([(20, 3, "relu"), (20, 1, "relu"), (None, 1)])
 PLAN = fm.Plan(
@@ -81,8 +81,8 @@ def measured(monkeypatch):
             grown = fm.morph(model, plan, **options)
         return memory.peak, grown
 
-    memory, decompose_many = None, transaction.decompose_many
-    monkeypatch.setattr(transaction, "decompose_many", solve)
+    memory, decompose_many = None, equations.decompose_many
+    monkeypatch.setattr(equations, "decompose_many", solve)
     return run
 
 
@@ -149,8 +149,8 @@ def test_a_wrong_child_is_noticed_without_the_parent(parent, monkeypatch):
         answers[0].second.mul_(1 + 1e-6)
         return answers
 
-    decompose_many = transaction.decompose_many
-    monkeypatch.setattr(transaction, "decompose_many", spoilt)
+    decompose_many = equations.decompose_many
+    monkeypatch.setattr(equations, "decompose_many", spoilt)
     with pytest.raises(fm.MorphError, match="FAILS"):
         fm.morph(parent, PLAN, example_inputs=x, consume=True)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmorph as fm
-from fastmorph.plan import transaction
+from fastmorph.plan import equations
 
 PLAN = fm.Plan(
     [
@@ -79,13 +79,13 @@ def network():
 @pytest.fixture
 def calls(monkeypatch):
     """The number of problems of each call of decompose_many."""
-    numbers, decompose_many = [], transaction.decompose_many
+    numbers, decompose_many = [], equations.decompose_many
 
     def counted(problems, **options):
         numbers.append(len(problems))
         return decompose_many(problems, **options)
 
-    monkeypatch.setattr(transaction, "decompose_many", counted)
+    monkeypatch.setattr(equations, "decompose_many", counted)
     return numbers
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastmorph as fm
 from fastmorph.equation import problem
-from fastmorph.plan import operators, transaction
+from fastmorph.plan import equations, operators
 from fastmorph.plan.operators import OPERATORS, PARTS
 
 PLAN = fm.Plan([Reorder("0", "2"), Factor("2", Between(12), 0.5), fm.Deepen("0", 9, activation="relu")])
@@ -293,8 +293,8 @@ def test_every_solving_option_reaches_the_equations(model, monkeypatch):
         reached.append(given)
         return decompose_many(problems, **given)
 
-    decompose_many = transaction.decompose_many
-    monkeypatch.setattr(transaction, "decompose_many", spied)
+    decompose_many = equations.decompose_many
+    monkeypatch.setattr(equations, "decompose_many", spied)
     fm.deepen(model, "0", **options)
     assert reached
     assert all(options.items() <= given.items() for given in reached)

@@ -62,7 +62,6 @@ def follows(monkeypatch):
         return grown(structure, growth)
 
     monkeypatch.setattr(transactions, "follow", counted)
-    monkeypatch.setattr(fm.morphs.widen, "follow", counted)
     monkeypatch.setattr(fm.graph.Structure, "grown", counted_growth)
     return counts
 
