@@ -100,7 +100,7 @@ def candidates(
     else:
         structure.check(model)
     around = Surroundings(model, structure.inputs)
-    groups = {name.removesuffix(".weight"): group for name, group in structure.groups().items()}
+    groups = {_layer(name): group for name, group in structure.groups().items()}
     names = {name: module for name, module in model.named_modules() if find_rule(module)[0] is not None}
     widths = _Widths(structure, groups)
     rows = [
@@ -141,6 +141,11 @@ def _candidate(
     return Candidate(name, kind, channels, tuple(operators), 0, (), 0, tuple(refused))
 
 
+def _layer(weight: str) -> str:
+    """The layer whose weight, or that from which it is computed, has this name."""
+    return weight.partition(".parametrizations.weight.")[0].removesuffix(".weight")
+
+
 class _Widths:
     """The steps of widths, tried once for all layers that share all of their channels."""
 
@@ -168,6 +173,6 @@ class _Widths:
 
     def _makers(self, name: str) -> Iterator[str]:
         for row in self._groups[name].rows:
-            layer = row.name.removesuffix(".weight")
+            layer = _layer(row.name)
             if row.role == "makes" and layer != name and layer in self._groups:
                 yield layer

@@ -82,3 +82,12 @@ def test_a_structure_serves_and_another_model_s_is_refused():
     assert list(fm.candidates(parent, structure=structure)) == list(fm.candidates(parent, X))
     with pytest.raises(fm.MorphError, match="not this model's"):
         fm.candidates(nn.Linear(3, 4), structure=structure)
+
+
+def test_a_layer_that_computes_its_weight_is_one_row():
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm(nn.Conv2d(6, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    found = fm.candidates(model, X)
+    assert [(row.layer, row.channels, row.step) for row in found] == [("0", 6, 1), ("1", 4, 1), ("3", 2, 0)]
+    child = fm.widen(model, {"1": 5}, example_inputs=X)
+    assert child[3].in_channels == 5
