@@ -157,11 +157,13 @@ class Task:
     rate: float
     wider: tuple[tuple[str, int | str], ...]
     deeper: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
 
     def plan(self, fill: str = "pair", deepen: bool = True) -> list[fm.Operator]:
-        """The growth: first wider, then deeper."""
+        """The growth: first wider, then deeper. Blocks that follow a `fill` that blocks do not have are pairs."""
         widths = [fm.Widen(layer, channels, fill) for layer, channels in self.wider]
-        return [*widths, *(fm.Deepen(layer, "x1.25", activation="relu") for layer in self.deeper if deepen)]
+        blocks = [fm.InsertBlock(name, fill="zero" if fill == "zero" else "pair") for name in self.blocks]
+        return [*widths, *blocks, *(fm.Deepen(layer, "x1.25", activation="relu") for layer in self.deeper if deepen)]
 
     def batches(self, seed: int, start: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         return (self.data.batch(seed, step) for step in range(start, start + steps))
@@ -183,6 +185,6 @@ def tasks(quick_run: bool = False) -> dict[str, Task]:
             ("3", "10", "17"),
         ),
         Task("resnet", resnet, pictures, 3, 2e-3, (("0", 16), ("*.conv1", "x2"), ("[345].conv2", "x2")), ("*.conv2",)),
-        Task("text", Transformer, letters, 3, 2e-3, (("blocks.*.up", "x4"),), ()),
+        Task("text", Transformer, letters, 3, 2e-3, (("blocks.*.up", "x4"),), (), ("blocks.0", "blocks.1")),
     ]
     return {task.name: task for task in found}
