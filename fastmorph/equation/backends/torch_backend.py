@@ -175,6 +175,7 @@ class TorchBackend:
             left, weight = (factor.to(work) for factor in factors)
             weight = weight if into_first else weight.transpose(1, 2)
         options: dict[str, Any] = {"density": density, "into_first": into_first, "left": left, "work": work}
+        options["queued"] = host_waits(weight.device)
         fill = importlib.import_module("fastmorph_kernels.direct.op").fill_plainly
         fill((first, second), weight, frame.before, keys, **options)
         return first, second

@@ -166,13 +166,13 @@ def _sample(weight: Tensor) -> Tensor:
     return weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
 
 
-def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Scale:
-    """The root mean square of each item's noise in the factor of the weight, (B, 1, 1) of `dtype`; of one on a CPU a number."""
+def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype, queued: bool) -> Scale:
+    """The root mean square of each item's noise in the factor of the weight, (B, 1, 1) of `dtype`; that of one is read."""
     if spread is None:
         sample = _sample(weight)
         norms = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
         spread = norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
-    return float(spread) if len(spread) == 1 and spread.device.type == "cpu" else spread.to(dtype).view(-1, 1, 1)
+    return float(spread) if len(spread) == 1 and not queued else spread.to(dtype).view(-1, 1, 1)
 
 
 def _plain(
@@ -203,6 +203,7 @@ def fill_plainly(
     spread: Tensor | None = None,
     left: Tensor | None = None,
     work: torch.dtype = torch.float64,
+    queued: bool = False,
 ) -> None:
     """Fill both factors as `direct` does, in plain PyTorch on any device; nothing is checked.
 
@@ -213,10 +214,11 @@ def fill_plainly(
         left: U, (B, Co, r), where `weight` is V, (B, r, Ci, *K), of a weight U V; (B, Ci, r) and (B, Co, r, *K) of its
             transpose where not `into_first`.
         work: what is computed in.
+        queued: whether to read a value is to wait for a device.
     """
     held, room = weight.shape[1 if into_first else 2], Room(weight, work)
     factors, balance = _factors(out, weight, before, density, into_first)
-    scales, extra = balance.scales(_spread(weight, spread, work)), out[0].shape[1] - held
+    scales, extra = balance.scales(_spread(weight, spread, work, queued)), out[0].shape[1] - held
     columns = max(math.prod(factor.out.shape[2:]) for factor in factors)
     few = columns * extra * len(weight) <= in_a_range(weight.device)
     noise = noise_of(keys, extra // 2, extra % 2, columns if few else 0, room)
