@@ -27,7 +27,7 @@ torch.manual_seed(0)
 parent = nn.Sequential(
     nn.Conv2d(3, 8, 5, padding=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(216, 4)
 ).eval()
-plan = fm.Plan([fm.Widen("0", 12), fm.Deepen("3", activation="relu"), fm.GrowKernel("3", 5)])
+plan = fm.Plan([fm.Widen("0", 12), fm.GrowKernel("0", 7), fm.Deepen("3", activation="relu")])
 grown = fm.morph(parent, plan, example_inputs=torch.randn(2, 3, 8, 8), optimizer=torch.optim.AdamW(parent.parameters()))
 assert grown.certificate, grown.certificate
 
