@@ -128,7 +128,12 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
             for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
                     grown.put(name, fillings.pop(name))
+    began = perf_counter()
+    if grown is not None:
+        grown.flush()
+    share = 1e3 * (perf_counter() - began) / len(steps)
     for step in steps:
+        step.milliseconds += share
         step.after = transaction.kernel_shapes(step.layer)
     if whole is not None and grown is not None:
         grown.finish()
