@@ -64,8 +64,10 @@ class Structure:
             raise ForwardError("", cause) from error
         skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        taped = bool(growth.way)
-        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole, taped=taped)
+        beside = {(axis.name, axis.dim): layout.copy > 0 for axis, layout in growth.beside.items()}
+        record = skeleton.trace(
+            self.inputs, runs=self.record.runs, whole=self.record.whole, taped=bool(growth.way), untaped=beside
+        )
         return Structure(skeleton, record, self.inputs, known)
 
     @cached_property
@@ -97,7 +99,8 @@ class Structure:
     def untouched(self, growth: Growth) -> str | None:
         """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
         sizes = {axis.size for axis in growth.layouts}
-        near = tuple(f"{module}." for module in growth.repeats) or ("",)  # heads are of no meaning outside of attention
+        heads = () if growth.way else growth.repeats  # which are of no meaning outside of attention
+        near = tuple(f"{module}." for module in heads) or ("",)
         return next((axis.name for axis in self._untouched if axis.size in sizes and axis.name.startswith(near)), None)
 
     @cached_property

@@ -11,6 +11,7 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.propose import Found, Proposals, Refusal, tried
 from fastmorph.graph.record import Axis
 from fastmorph.graph.structure import Structure
+from fastmorph.graph.wide_heads import with_heads
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Width:
         layer: its name.
         channels: how many.
         way: how it grows where norms read its channels, see `Growth.way`.
+        heads: whether heads of attention that reads them grow in proportion.
         accept: called with the growth that was found; raises MorphError where the caller cannot use it.
     """
 
@@ -28,6 +30,7 @@ class Width:
     channels: int
     accept: Callable[[Growth], None]
     way: str = ""
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Stage:
     Attributes:
         growths: of each width in turn; None for one that its layer has already. No two grow the same axis.
         growth: all of them; None if nothing grows.
+        heads: what grows beside a stream.
     """
 
     growths: tuple[Growth | None, ...]
     growth: Growth | None
+    heads: tuple[Growth, ...] = ()
 
 
 def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Stage], Structure | None]:
@@ -60,6 +65,7 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
         growths = _together(structure, widths[done : done + most])
         parts = [growth for growth in growths if growth is not None]
         found: Found | None = None
+        heads: tuple[Growth, ...] = ()
         if len(parts) > 1 or (parts and structure.is_sure(parts[0])):
             attempt = tried(structure, Growth.of_parts(parts) if len(parts) > 1 else parts[0])
             if isinstance(attempt, Refusal):
@@ -69,12 +75,17 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
         elif parts or not growths:
             growths = growths[: growths.index(parts[0])] if parts else []
             width = widths[done + len(growths)]
-            found = _proposals(structure, width).found(width.channels)
+            proposals = _proposals(structure, width)
+            if width.heads:
+                both = with_heads(structure, width.layer, width.channels, width.way)
+                found, heads = both.found, both.heads
+            else:
+                found = proposals.found(width.channels)
             growths.append(found.growth)
         for width, growth in zip(widths[done:], growths, strict=False):
             if growth is not None:
                 width.accept(growth)
-        stages.append(Stage(tuple(growths), None if found is None else found.growth))
+        stages.append(Stage(tuple(growths), None if found is None else found.growth, heads))
         last = found or last
         done, most = done + len(growths), 2 * len(growths)
     return stages, structure if last is None else last.followed
@@ -112,7 +123,7 @@ def _together(structure: Structure, widths: Sequence[Width]) -> list[Growth | No
             break
         growth = None
         if width.channels > len(proposals.atoms):
-            growth = None if width.way == "turned" else proposals.first(width.channels)
+            growth = None if width.way == "turned" or width.heads else proposals.first(width.channels)
             if growth is None or not grown.isdisjoint(growth.layouts) or not ways <= {growth.coupling}:
                 break
             grown.update(growth.layouts)
