@@ -110,10 +110,11 @@ class Structure:
 
     def is_sure(self, growth: Growth) -> bool:
         """Whether the resized model is known to do what this one does, without a run; see `fastmorph.graph.links`."""
-        return is_of_links(growth, self._links)
+        return is_of_links(growth, self.links)
 
     @cached_property
-    def _links(self) -> list[Link]:
+    def links(self) -> list[Link]:
+        """What is known to grow without a run."""
         return links_of(self.skeleton, self.record)
 
     @cached_property

@@ -58,7 +58,9 @@ def test_what_is_known_without_a_run_is_what_a_run_finds(kind, part):
 
 
 def test_no_run_is_made(monkeypatch):
-    model, inputs = stack(nn.Conv2d, nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 7, 1), nn.Tanh(), nn.Sequential(nn.MaxPool2d(2)))
+    model, inputs = stack(
+        nn.Conv2d, nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 7, 1), nn.Tanh(), nn.Sequential(nn.MaxPool2d(2))
+    )
     structure = fm.follow(model, inputs)
     traced = Skeleton.trace
     monkeypatch.setattr(Skeleton, "trace", lambda *_, **__: pytest.fail("the model was run"))
@@ -122,16 +124,16 @@ def test_what_is_not_plain_is_run(change):
     model, inputs = stack(nn.Linear, nn.ReLU())
     model[0], inputs = nn.Linear(7, 7).double(), torch.randn(6, 7, dtype=torch.float64)
     model[2] = nn.Linear(7, 7).double()
-    assert fm.follow(model, inputs)._links
+    assert fm.follow(model, inputs).links
     change(model)
-    assert not fm.follow(model, inputs)._links
+    assert not fm.follow(model, inputs).links
 
 
 def test_a_hook_on_every_module_is_run():
     model, inputs = stack(nn.Linear, nn.ReLU())
     hook = globally.register_module_forward_hook(lambda module, given, out: None)
     try:
-        assert not fm.follow(model, inputs)._links
+        assert not fm.follow(model, inputs).links
     finally:
         hook.remove()
 
