@@ -78,7 +78,7 @@ def put(out: Tensor, values: Tensor, scale: float) -> None:
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     factor = SCALE * scale if dtype == torch.float64 else float(np.float32(SCALE * scale))
     into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    torch.add(_half(factor, dtype), into.copy_(values), alpha=factor, out=into)
+    torch.add(_half(factor, dtype), values.to(dtype), alpha=factor, out=into)
     if into is not out:
         out.copy_(into)
 
