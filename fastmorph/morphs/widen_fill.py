@@ -273,7 +273,8 @@ def root_mean_square(tensor: Tensor) -> float:
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
     """Of a sample of the entries of each; for a tensor of zeros, of the noise that keeps the size of activations.
 
-    Taken on the CPU, in one order, so that it is the same for a tensor on every device; one copy takes all of a device and dtype there.
+    Taken on the CPU, in one order, so that it is the same for a tensor on every device; all of one dtype and device
+    are copied at once.
     """
     sizes: dict[int, float] = {}
     for kind in {(tensor.device, tensor.dtype) for tensor in tensors}:
