@@ -19,7 +19,7 @@ from bench.networks.models import Network, stack
 from bench.race import Contender
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.widths import Stage, Width, find_stages
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, filled
 
 SIZES = {"stack": (1024, 6), "wide": (2048, 2)}
 
@@ -32,7 +32,7 @@ def stage(name: str) -> Stage:
     return found
 
 
-def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
+def written(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     """The grown tensors, by name."""
     whole = stage(name).growth
     marks = Marks(whole.coupling.record)
@@ -40,17 +40,17 @@ def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     grown = {}
     for key in whole.names:
         parts = [filling for filling in fillings if key in filling.growth.names]
-        grown[key], _, _ = fill_tensor(parts, key, chosen.model.get_parameter(key).detach())
+        grown[key] = filled(parts, key)(chosen.model.get_parameter(key).detach())
     return grown
 
 
 def contender(name: str, way: str) -> Contender:
     chosen = stack(*SIZES[name], 3)
     if way == "clone":
-        child = filled(chosen, name, "zero")
+        child = written(chosen, name, "zero")
         run = lambda: {key: value.clone() for key, value in child.items()}  # noqa: E731
     else:
-        run = lambda: filled(chosen, name, way)  # noqa: E731
+        run = lambda: written(chosen, name, way)  # noqa: E731
 
     def residual(grown: dict[str, Tensor]) -> float:
         child = fm.restructure(chosen.model, chosen.plan, example_inputs=chosen.inputs)

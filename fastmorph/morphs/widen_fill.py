@@ -160,21 +160,20 @@ class Filling:
         return Side(**given, source=source[given["fresh"]], divisor=None if reads else shares**power)
 
 
-def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
-    """A parameter or buffer that grows by all of these, each along other dimensions, written once.
-
-    Returns:
-        The new tensor, and the maps that take its first and its squared moments to the new shape.
-    """
-    old = values_of(old)
+def filled(fillings: Sequence[Filling], name: str) -> Map:
+    """What makes the new one of a parameter or buffer that grows by all of these, each along other dimensions, in one pass."""
     sides = _ordered(side for filling in fillings for side in filling.sides(name))
     drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+    return lambda old: write(values_of(old), sides, root_mean_square(values_of(old)) if drawn else 0.0)
+
+
+def filled_moments(fillings: Sequence[Filling], name: str) -> tuple[Map, Map]:
+    """What takes its first and its squared moments to the new shape."""
 
     def moment(given: Tensor, power: int) -> Tensor:
         return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
 
-    new = write(old, sides, root_mean_square(old) if drawn else 0.0)
-    return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
+    return lambda given: moment(given, 1), lambda given: moment(given, 2)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:

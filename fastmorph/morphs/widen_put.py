@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmorph.elsewhere import values_of
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.morphs.widen_fill import Filling, fill_tensor
+from fastmorph.morphs.widen_fill import Filling, filled, filled_moments
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.transaction import Transaction
 
@@ -48,15 +48,16 @@ class Grown:
     def put(self, name: str, fillings: Sequence[Filling]) -> None:
         """Put a tensor that grows by all these fillings."""
         old = tensor_of(self._transaction.model, name)
+        shape = self._growth.shape(name, old.shape)
         if not self._transaction.with_weights:
-            shape = self._growth.shape(name, old.shape)
             self._transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
             return
-        new, linear, square = fill_tensor(fillings, name, old)
+        fill = filled(fillings, name)
+        new = self._transaction.compute(old, shape, lambda: fill(old))
         for key, norms in self._norms.items():
             if name == key[1]:
-                self._norms[key], _, _ = fill_tensor(fillings, name, norms)
-        self._replace(name, old, new, linear, square)
+                self._norms[key] = fill(norms)
+        self._replace(name, old, new, *filled_moments(fillings, name))
 
     @torch.no_grad()
     def finish(self) -> None:

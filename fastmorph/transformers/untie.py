@@ -35,8 +35,9 @@ class Untie:
             raise MorphError(f"layer {self.layer!r} shares its weight with no other, so there is nothing to untie.")
         transaction.settle(layer)
         with torch.no_grad():
-            value = values_of(old).clone() if transaction.with_weights else torch.empty_like(old)
-        layer._parameters["weight"] = new = nn.Parameter(value, old.requires_grad)
+            copied = transaction.with_weights
+            value = transaction.compute(old, old.shape, lambda: values_of(old).clone()) if copied else torch.empty_like(old)
+        layer._parameters["weight"] = new = transaction.keep(nn.Parameter(value, old.requires_grad))
         transaction.lineage.joined(new, old)
         for config in configs(transaction.model):
             if vars(config).get("tie_word_embeddings"):
