@@ -77,9 +77,9 @@ class Widen:
                 raise MorphError(
                     f"layer {operator.layer!r}: heads=True takes fill='zero' or 'rotate'; whole multiples need none."
                 )
-        structure = transaction.followed(taped=any(operator.fill in _WAYS for operator in operators))
         widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
-        stages, structure = find_stages(structure, widths)
+        taped = any(operator.fill in _WAYS for operator in operators)
+        stages, structure = find_stages(transaction.followed(taped=taped), widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:
@@ -138,7 +138,12 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
             for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
                     grown.put(name, fillings.pop(name))
+    began = perf_counter()
+    if grown is not None:
+        grown.flush()
+    share = 1e3 * (perf_counter() - began) / len(steps)
     for step in steps:
+        step.milliseconds += share
         step.after = transaction.kernel_shapes(step.layer)
     if whole is not None and grown is not None:
         grown.finish()

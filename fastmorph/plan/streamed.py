@@ -48,9 +48,14 @@ class Streamed(Transaction):
         kept = self.shelf.keep(value.detach())
         return nn.Parameter(kept, value.requires_grad) if isinstance(kept, Elsewhere) else value
 
+    @property
+    def late(self) -> bool:
+        """Whether the shelf says so."""
+        return self.shelf.late
+
     def compute(self, like: Tensor, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, when it is read, where the shelf says so."""
-        if not self.shelf.late or not isinstance(like, nn.Parameter):
+        if not self.late or not isinstance(like, nn.Parameter):
             return super().compute(like, shape, make)
         meta = torch.empty(tuple(shape), dtype=like.dtype, device="meta")
         return self.shelf.of(meta, like.device, make)

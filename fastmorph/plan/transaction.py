@@ -362,6 +362,11 @@ class Transaction:
         """What is to stand in the model for a new parameter: itself, unless its values are to be elsewhere."""
         return value
 
+    @property
+    def late(self) -> bool:
+        """Whether `compute` computes when the values are read."""
+        return False
+
     def compute(self, like: Tensor, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, of this shape and of the dtype and device of `like`; where values are elsewhere, maybe later."""
         return make()

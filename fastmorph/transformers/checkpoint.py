@@ -96,7 +96,9 @@ def grow_checkpoint(
     history = plan.recorded(transaction.resolved(), seed, as_call(call, model))
     told = json.dumps([history.to_toml(), sorted(map(str, shelf.names.items())), _stamp(source)])
     persistent = set(child.state_dict())
-    tensors = dict([*child.named_parameters(), *((name, t) for name, t in child.named_buffers() if name in persistent)])
+    tensors: dict[str, Tensor] = dict(
+        [*child.named_parameters(), *((name, t) for name, t in child.named_buffers() if name in persistent)]
+    )
     files: dict[str, str] = _file_names(child, tensors) if renamed else {}
     named = [(files.get(name, name), tensor) for name, tensor in tensors.items()]
     write_files(named, target, shelf, shard_size, hashlib.sha256(told.encode()).hexdigest())
