@@ -31,6 +31,11 @@ class Layout:
     copy: Ints
     key: Ints
 
+    def same(self, other: Layout) -> bool:
+        """Whether it is the other's, index by index."""
+        pairs = ((self.origin, other.origin), (self.copy, other.copy), (self.key, other.key))
+        return self is other or all(np.array_equal(one, two) for one, two in pairs)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -130,14 +135,21 @@ class Growth:
         if self.given is not None:
             return self.given
         axes = self.coupling.record.axes
-        grown = np.unique(self.coupling.axes[self.atoms])
-        return {axes[number]: self._layout(axes[number]) for number in grown.tolist()}
+        found: dict[Axis, Layout] = {}
+        known: dict[bytes, Layout] = {}  # of axes with copies of the same classes, as all are that share their channels
+        for axis in (axes[number] for number in np.unique(self.coupling.axes[self.atoms]).tolist()):
+            span = slice(axis.start, axis.start + axis.size)
+            copies, classes = self.copies[span].astype(np.int64), self.coupling.classes[span]
+            key = copies.tobytes() + classes.tobytes()
+            if key not in known:
+                known[key] = self._layout(copies, classes)
+            found[axis] = known[key]
+        return found
 
-    def _layout(self, axis: Axis) -> Layout:
-        span = slice(axis.start, axis.start + axis.size)
-        copies, classes = self.copies[span].astype(np.int64), self.coupling.classes[span]
-        begins = np.flatnonzero(np.append(True, np.diff(classes) != 0)) if self.by_run else np.arange(axis.size)
-        lengths = np.diff(np.append(begins, axis.size))  # of runs of one class
+    def _layout(self, copies: Ints, classes: Ints) -> Layout:
+        size = len(classes)
+        begins = np.flatnonzero(np.append(True, np.diff(classes) != 0)) if self.by_run else np.arange(size)
+        lengths = np.diff(np.append(begins, size))  # of runs of one class
         sizes = lengths * (1 + copies[begins])
         within, long = positions(sizes), np.repeat(lengths, sizes)
         origin = np.repeat(begins, sizes) + within % long

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -49,10 +50,22 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Found:
-    """A growth that the model can follow, and the structure that it then has."""
+    """A growth that the model can follow.
+
+    Attributes:
+        growth: what grows.
+        before: the model's structure.
+        followed: the grown model's, where a run was needed to see that it can follow.
+    """
 
     growth: Growth
-    child: Structure
+    before: Structure
+    followed: Structure | None = None
+
+    @cached_property
+    def child(self) -> Structure:
+        """The structure that the grown model has."""
+        return self.followed or self.before.grown(self.growth)
 
 
 class Proposals:
@@ -261,6 +274,8 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             remedy="pass example_inputs= under which the model uses it, or take it out of the model",
             unused=True,
         )
+    if structure.is_sure(growth):
+        return Found(growth, structure)
     try:
         child = structure.grown(growth)
     except MorphError as error:
@@ -275,9 +290,9 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
     found = growth.difference(child.record, child.coupling(growth.coupling.wider))
     if found is None and growth.way:
         stream = read_stream(growth.streamed, structure.tapes, child.record)
-        return Refusal(stream) if isinstance(stream, str) else Found(replace(growth, stream=stream), child)
+        return Refusal(stream) if isinstance(stream, str) else Found(replace(growth, stream=stream), structure, child)
     if found is None:
-        return Found(growth, child)
+        return Found(growth, structure, child)
     if growth.numbers and found.module is not None and found.module not in growth.plain:
         return tried(structure, replace(growth, plain=growth.plain | _like(structure, found.module)))
     return Refusal(found.cause)

@@ -16,6 +16,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import backbone_hint, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
+from fastmorph.graph.links import Link, is_of_links, links_of
 from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 from fastmorph.graph.tape import Tape
@@ -106,6 +107,15 @@ class Structure:
     def _untouched(self) -> list[Axis]:
         unused = {name for name, _ in self.skeleton.model.named_parameters()} - self.record.used
         return [axis for name in sorted(unused) for axis in self.record.parameter(name) if axis.size > 1]
+
+    def is_sure(self, growth: Growth) -> bool:
+        """Whether the resized model is known to do what this one does, without a run; see `fastmorph.graph.links`."""
+        return is_of_links(growth, self.links)
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """What is known to grow without a run."""
+        return links_of(self.skeleton, self.record)
 
     @cached_property
     def _weights(self) -> dict[int, str]:

@@ -56,7 +56,7 @@ def with_heads(structure: Structure, layer: str, channels: int, way: str) -> Wit
     for attempt in (growth, replace(growth, cautious=frozenset(growth.repeats)), replace(growth, numbers=False)):
         found = tried(structure, attempt)
         if isinstance(found, Found):
-            return WithHeads(replace(found, child=found.child.followed_by({})), heads)
+            return WithHeads(replace(found, followed=found.child.followed_by({})), heads)
         refusals.append(found)
     raise MorphError(
         f"layer {layer!r} cannot get more channels with heads in proportion: {refusals[0].cause}; {refusals[0].remedy}."

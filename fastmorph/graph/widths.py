@@ -48,8 +48,8 @@ class Stage:
     heads: tuple[Growth, ...] = ()
 
 
-def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Stage], Structure]:
-    """How the layers grow, one behind the other, and the structure that the model then has.
+def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Stage], Structure | None]:
+    """How the layers grow, one behind the other, and the structure that the model then has, where it has been followed.
 
     Widths that do not meet (that grow no axis in common) are found on one structure, and one run of the model that is grown by
     all of them is checked. A width that meets an earlier one is found on the structure that this run left. Where a check fails,
@@ -59,13 +59,15 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
     """
     stages: list[Stage] = []
     done, most = 0, len(widths)
+    last: Found | None = None
     while done < len(widths):
+        structure = structure if last is None else last.child
         growths = _together(structure, widths[done : done + most])
         parts = [growth for growth in growths if growth is not None]
         found: Found | None = None
         heads: tuple[Growth, ...] = ()
-        if len(parts) > 1:
-            attempt = tried(structure, Growth.of_parts(parts))
+        if len(parts) > 1 or (parts and structure.is_sure(parts[0])):
+            attempt = tried(structure, Growth.of_parts(parts) if len(parts) > 1 else parts[0])
             if isinstance(attempt, Refusal):
                 most = len(growths) // 2
                 continue
@@ -84,9 +86,9 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
             if growth is not None:
                 width.accept(growth)
         stages.append(Stage(tuple(growths), None if found is None else found.growth, heads))
-        structure = structure if found is None else found.child
+        last = found or last
         done, most = done + len(growths), 2 * len(growths)
-    return stages, structure
+    return stages, structure if last is None else last.followed
 
 
 def reach(structure: Structure, width: Width) -> frozenset[str]:

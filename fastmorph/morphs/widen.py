@@ -78,9 +78,8 @@ class Widen:
                 raise MorphError(
                     f"layer {operator.layer!r}: heads=True takes fill='zero' or 'rotate'; whole multiples need none."
                 )
-        structure = transaction.followed()
         widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
-        stages, structure = find_stages(structure, widths)
+        stages, structure = find_stages(transaction.followed(), widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:
