@@ -34,7 +34,7 @@ def stage(name: str) -> Stage:
     return found
 
 
-def written(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
+def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     """The grown tensors, by name."""
     whole = stage(name).growth
     marks = Marks(whole.coupling.record)
@@ -49,10 +49,10 @@ def written(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
 def contender(name: str, way: str) -> Contender:
     chosen = stack(*SIZES[name], 3)
     if way == "clone":
-        child = written(chosen, name, "zero")
+        child = filled(chosen, name, "zero")
         run = lambda: {key: value.clone() for key, value in child.items()}  # noqa: E731
     else:
-        run = lambda: written(chosen, name, way)  # noqa: E731
+        run = lambda: filled(chosen, name, way)  # noqa: E731
 
     def residual(grown: dict[str, Tensor]) -> float:
         child = fm.restructure(chosen.model, chosen.plan, example_inputs=chosen.inputs)
