@@ -23,7 +23,7 @@ def cases(target: str) -> Iterator[Case]:
                 dtype=str(entry.dtype).removeprefix("torch."),
                 variant=entry.variant,
                 constants={"DIMS": 3, "GROWN": 2, "SHARED": shared, "WIDE": wide, "BLOCK": entry.config["block"]},
-                options={"num_warps": entry.config["num_warps"], "num_stages": entry.config["num_stages"]},
+                options={name: entry.config[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": False},
                 layout="one tensor" if alone else "any",
                 unit=("rows", "steps") if alone else (),
                 types={"table_ptr": "*i64"},
