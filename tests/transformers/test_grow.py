@@ -109,7 +109,7 @@ def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
         ),
         ("qwen3", {"intermediate_size": 19, "num_attention_heads": 6, "num_hidden_layers": 5}),
         ("gpt2", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 70, "num_hidden_layers": 3}),
-        ("t5", {"num_hidden_layers": 3}),
+        ("t5", {"num_hidden_layers": 3, "num_attention_heads": 5}),
         ("bert", {"intermediate_size": 21}),
         ("mixtral", {"intermediate_size": 20, "num_experts": 8, "hidden_size": 24}),
         ("vit", {"intermediate_size": 21, "num_hidden_layers": 4}),
