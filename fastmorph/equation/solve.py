@@ -30,6 +30,7 @@ from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.errors import MorphError
 
 _SUMS = 8  # random sums of channels that estimate a residual
+_LITTLE = 2**13  # numbers in a run of channels beside which a launch costs more than a copy
 _MEASURED = 4 * _SUMS  # channels up to which a closed form's residual is measured
 
 
@@ -243,11 +244,12 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K)."""
     channels, behind = kernel.shape[dim], kernel.ndim - 1 - dim
-    if host_waits(kernel.device):  # few launches; a product with a sign is exact in any dtype
+    # Few launches; a product with a sign is exact in any dtype.
+    if host_waits(kernel.device) or kernel.numel() * _SUMS <= _LITTLE * channels:
         signed = kernel * _signs(channels, kernel.dtype, kernel.device).view(-1, *(1,) * behind)
         missing = -channels % _SUMS
         signed = torch.nn.functional.pad(signed, [0, 0] * behind + [0, missing]) if missing else signed
-        return signed.unflatten(dim, (-1, _SUMS)).sum(dim, dtype=dtype)
+        return signed.view(*signed.shape[:dim], -1, _SUMS, *signed.shape[dim + 1 :]).sum(dim, dtype=dtype)
     # No copy. Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
     taps = tuple(kernel.shape[3:])
     signs = _repeated_signs(channels, dim, taps, dtype, kernel.device)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmorph.certify.readings import InsertedLayer, read
+from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.graph.clone import clone
 from fastmorph.graph.dataflow import Dataflow, record, story
@@ -281,15 +282,19 @@ class _Depths:
 
     @torch.no_grad()
     def _tensor(self, tensor: Tensor, edits: Sequence[_Edit | _Level]) -> Tensor:
-        value = tensor.detach().clone() if self._transaction.with_weights else torch.empty_like(tensor)
-        if self._transaction.with_weights:
+        def edited() -> Tensor:
+            value = values_of(tensor).clone()
             for edit in edits:
                 edit(value)
+            return value
+
+        made = self._transaction.with_weights
+        value = self._transaction.compute(tensor, tensor.shape, edited) if made else torch.empty_like(tensor)
         if not isinstance(tensor, nn.Parameter):
             return value
         parameter = nn.Parameter(value, requires_grad=tensor.requires_grad)
         vars(parameter).update(vars(tensor))
-        return self._transaction.keep(parameter) if self._transaction.with_weights else parameter
+        return self._transaction.keep(parameter) if made else parameter
 
     # --- what the model then does ---------------------------------------------------------------------------------------------
 
