@@ -10,12 +10,13 @@ import pytest
 import torch
 from fastmorph_kernels import support
 from fastmorph_kernels.fill import CONSTANT, DRAWN, MIRRORED, OLD, Dimension, fill
-from fastmorph_kernels.fill import kernel
 from fastmorph_kernels.fill import op as fill_op
 from fastmorph_kernels.noise import SCALE, words_on_host
 from fastmorph_kernels.register import OPERATORS
 
 pytest.importorskip("triton")
+
+from fastmorph_kernels.fill import kernel
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from attention import grouped
-from fastmorph_kernels.fill import kernel
 from torch import nn
 from widening import FILLS, Net, randn, trained
 
@@ -16,6 +15,8 @@ import fastmorph as fm
 from fastmorph.morphs import widen_put
 
 pytest.importorskip("triton")
+
+from fastmorph_kernels.fill import kernel
 
 
 @pytest.fixture
