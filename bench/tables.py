@@ -44,7 +44,7 @@ def _cells(line: dict[str, Any]) -> tuple[str, ...]:
     target = (line["target"] or "").replace(">=", "at least").replace("<=", "at most")
     verdict = "" if line["met"] is None else ", met" if line["met"] else ", **missed**"
     each = line.get("residuals") or {"": line["residual"]}
-    told = len(set(each.values())) > 1 and line["suite"] in ("wider", "deeper", "joint")
+    told = len(set(each.values())) > 1 and line["suite"] in ("wider", "deeper", "joint", "steps")
     error = ", ".join(f"{name} {value:.0e}" for name, value in each.items()) if told else f"{line['residual']:.0e}"
     return (
         line["case"],

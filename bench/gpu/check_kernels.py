@@ -5,10 +5,13 @@ from __future__ import annotations
 import fastmorph_kernels as kernels
 import torch
 from fastmorph_kernels.direct import direct
+from fastmorph_kernels.fill.table import flat
+from fastmorph_kernels.register import OPERATORS
 from torch import Tensor
 
 import fastmorph as fm
 from bench.gpu import oracle
+from bench.gpu.grown import doubled
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 
@@ -67,6 +70,18 @@ def anderson(setup: Setup, report: Report) -> None:
         out = kernels.anderson_update(image, images, share)
         exact = image.double() - (images.double().mT @ share.double()[:, :, None])[:, :, 0]
         report.check(f"anderson_update, {_name(dtype)}", oracle.relative(out, exact), oracle.rounding(memory + 1, dtype))
+
+
+def fills(setup: Setup, report: Report) -> None:
+    """Wider layers of three dtypes in one call, to the bit."""
+    channels = setup.size(512, 6)
+    sources = [setup.random(channels, channels, 9, dtype=dtype) for dtype in (F32, BF16, F64)]
+    grown = [doubled(channels, seed) for seed in range(3)]
+    words, numbers, factors = flat((0, dimensions) for dimensions in grown)
+    wanted = [source.new_empty(2 * channels, 2 * channels, 9, device="cpu") for source in sources]
+    OPERATORS["fill"].plain(wanted, [source.cpu() for source in sources], words, numbers, factors)
+    for found, exact in zip(kernels.fill(sources, grown, [0] * 3), wanted, strict=True):
+        report.hold(f"fill, {_name(exact.dtype)}", _differing(found.cpu(), exact))
 
 
 def closed_form(setup: Setup, report: Report) -> None:

@@ -19,7 +19,7 @@ from bench.networks.models import Network, stack
 from bench.race import Contender
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.widths import Stage, Width, find_stages
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensors
 
 SIZES = {"stack": (1024, 6), "wide": (2048, 2)}
 
@@ -40,7 +40,7 @@ def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     grown = {}
     for key in whole.names:
         parts = [filling for filling in fillings if key in filling.growth.names]
-        grown[key], _, _ = fill_tensor(parts, key, chosen.model.get_parameter(key).detach())
+        ((grown[key], _, _),) = fill_tensors([(parts, key, chosen.model.get_parameter(key).detach())])
     return grown
 
 

@@ -13,4 +13,8 @@ MEASUREMENTS = (
     Measurement(
         "joint", "General, 5x5 -> (3, 3), 4 channels through 7: scipy's least_squares / fastmorph", "scipy", "fastmorph"
     ),
+    Measurement(
+        "steps", "growth steps of 64 layers of 16 units: GroMo's loop / at once", "GroMo, 16", "at once, 16", at_least=5
+    ),
+    Measurement("steps", "growth steps of 64 layers of 64 units: GroMo's loop / at once", "GroMo, 64", "at once, 64"),
 )

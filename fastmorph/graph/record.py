@@ -145,10 +145,15 @@ class Record:
     Args:
         whole: of dimensions of parameters, given as (name, dim), how many neighbours are followed as one channel, called by
             the first of them: the rows of a head of attention.
+        untaped: of dimensions of parameters, which indices tapes leave out, (size,): new heads beside a stream.
     """
 
-    def __init__(self, whole: Mapping[tuple[str, int], int] = MappingProxyType({})) -> None:
-        self.whole = whole
+    def __init__(
+        self,
+        whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
+        untaped: Mapping[tuple[str, int], Bools] = MappingProxyType({}),
+    ) -> None:
+        self.whole, self.untaped = whole, untaped
         self.axes: list[Axis] = []
         self.count = 0
         self.groupings: list[Grouping] = []
@@ -226,6 +231,25 @@ class Record:
         """Atoms for channels of an output that no row of a weight stands for alone."""
         start = self.add_axis(module, 1, count, parameter=False).start
         return torch.arange(start, start + count)
+
+    def taped(self, shape: tuple[int, ...], labels: Iterable[Tensor]) -> tuple[int, ...]:
+        """The shape that a tape has: without what it leaves out (`untaped`)."""
+        sizes = list(shape)
+        for label in labels if self.untaped else ():
+            for dim, size in enumerate(label.shape):
+                if size > 1:
+                    atoms = line(label, dim).numpy()
+                    of_parameters = atoms[(atoms >= 0) & (atoms < len(self._is_untaped))]
+                    sizes[dim] = shape[dim] - int(self._is_untaped[of_parameters].sum())
+        return tuple(sizes)
+
+    @cached_property
+    def _is_untaped(self) -> Bools:
+        found = np.zeros(self.count, np.bool_)
+        for (name, dim), fresh in self.untaped.items():
+            axis = self._parameters[name][dim]
+            found[axis.start : axis.start + axis.size] = fresh
+        return found
 
     def add_output(self, atoms: Tensor, weight: str) -> None:
         """The channels that a weight produces, in order."""

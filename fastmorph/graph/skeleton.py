@@ -23,7 +23,7 @@ from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
 from fastmorph.graph.options import masks, with_options, without_options
-from fastmorph.graph.record import Record, Run
+from fastmorph.graph.record import Bools, Record, Run
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tape import Tape
 from fastmorph.graph.tracer import Tracer, Watcher
@@ -128,17 +128,18 @@ class Skeleton:
         runs: Sequence[Run] = (),
         whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
         taped: bool = False,
+        untaped: Mapping[tuple[str, int], Bools] = MappingProxyType({}),
     ) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
         runs on them; with more and with fewer optional arguments; with comparisons of sizes the other way (see
         `fastmorph.graph.branches`); and in train mode, where eval mode does not use all parameters (auxiliary heads). With
-        `runs`, exactly these are made instead, and `taped` if the record is to have what they did.
+        `runs`, exactly these are made instead, and `taped` if the record is to have what they did, but for what is `untaped`.
 
         Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
-        record = Record(whole)
+        record = Record(whole, untaped)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             record.add_parameter(name, tuple(tensors[name].shape))

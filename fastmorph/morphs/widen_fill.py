@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +29,7 @@ from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
+from fastmorph.morphs.widen_launch import Writing, write_all
 from fastmorph.morphs.widen_write import Side, write
 from fastmorph.plan.lineage import Map
 
@@ -48,6 +50,14 @@ class Marks:
         """Whether some of an axis is marked so."""
         counts = self._counts[kind]
         return bool(counts[axis.start + axis.size] > counts[axis.start])
+
+
+class Filled(NamedTuple):
+    """A tensor that has grown, and the maps that take its first and its squared moments to the new shape."""
+
+    new: Tensor
+    linear: Map
+    square: Map
 
 
 class Filling:
@@ -160,21 +170,31 @@ class Filling:
         return Side(**given, source=source[given["fresh"]], divisor=None if reads else shares**power)
 
 
-def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
-    """A parameter or buffer that grows by all of these, each along other dimensions, written once.
+Growing = tuple[Sequence[Filling], str, Tensor]
+"""All fillings of a parameter or buffer, which are along other dimensions, its name, and its old values."""
 
-    Returns:
-        The new tensor, and the maps that take its first and its squared moments to the new shape.
+
+def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list[Filled]:
+    """Parameters and buffers as they have grown, each written once.
+
+    Args:
+        tensors: those that grow.
+        backend: see `decompose`; on a GPU, and by "triton", all of one dtype are written by one launch.
     """
-    old = values_of(old)
-    sides = _ordered(side for filling in fillings for side in filling.sides(name))
-    drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+    grown = [(fillings, name, values_of(old)) for fillings, name, old in tensors]
+    writings = []
+    for fillings, name, old in grown:
+        sides = _ordered(side for filling in fillings for side in filling.sides(name))
+        drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+        writings.append(Writing(old, sides, root_mean_square(old) if drawn else 0.0))
 
-    def moment(given: Tensor, power: int) -> Tensor:
+    def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
         return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
 
-    new = write(old, sides, root_mean_square(old) if drawn else 0.0)
-    return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
+    return [
+        Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))
+        for new, (fillings, name, _) in zip(write_all(writings, backend), grown, strict=True)
+    ]
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastmorph.elsewhere import values_of
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.morphs.widen_fill import Filling, fill_tensor
+from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors
+from fastmorph.morphs.widen_launch import is_launched
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.transaction import Transaction
 
@@ -25,7 +26,7 @@ def _same(moment: Tensor) -> Tensor:
 
 
 class Grown:
-    """The tensors of a growth, put one by one.
+    """The tensors of a growth, put one by one; those that a kernel writes wait for each other, so that one launch takes all.
 
     Args:
         transaction: on the model that grows.
@@ -37,6 +38,7 @@ class Grown:
         # By direction, magnitude and dimension: norms as they were, then filled as the magnitude is.
         self._norms: dict[tuple[str, str, int], Tensor] = {}
         self._stretched: set[str] = set()  # directions and magnitudes of norms that change
+        self._waiting: list[Growing] = []
         for key in record.normed if transaction.with_weights and growth.stream is None else ():
             grown = [axis.dim for axis in record.parameter(key[0]) if axis in growth.layouts]
             if grown:
@@ -52,15 +54,30 @@ class Grown:
             shape = self._growth.shape(name, old.shape)
             self._transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
             return
-        new, linear, square = fill_tensor(fillings, name, old)
-        for key, norms in self._norms.items():
-            if name == key[1]:
-                self._norms[key], _, _ = fill_tensor(fillings, name, norms)
-        self._replace(name, old, new, linear, square)
+        # Where the parent is consumed, each old tensor is gone before the next new one comes.
+        if self._transaction.consume or not is_launched(old, self._transaction.solving.get("backend")):
+            self._put([(fillings, name, old)])
+        else:
+            self._waiting.append((fillings, name, old))
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Put those that wait."""
+        waiting, self._waiting = self._waiting, []
+        self._put(waiting)
+
+    def _put(self, tensors: list[Growing]) -> None:
+        norms = [(fillings, key) for fillings, name, _ in tensors for key in self._norms if name == key[1]]
+        those = [(fillings, key[1], self._norms[key]) for fillings, key in norms]
+        filled = fill_tensors([*tensors, *those], self._transaction.solving.get("backend"))
+        for (_, name, old), (new, linear, square) in zip(tensors, filled, strict=False):
+            self._replace(name, old, new, linear, square)
+        self._norms.update((key, new) for (_, key), (new, _, _) in zip(norms, filled[len(tensors) :], strict=True))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """When all of them are there, set magnitudes, and directions where there are none."""
+        """When all of them have been put, set magnitudes, and directions where there are none."""
+        self.flush()
         for (direction, magnitude, dim), norms in self._norms.items():
             found = self._norms_of(direction, dim)
             if (found == 0).any():

@@ -32,7 +32,7 @@ from fastmorph.plan.streamed import Streamed
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.grow import check_stock, say_sizes
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import NAMES, size_of
+from fastmorph.transformers.sizes import implied, shapes_of, size_of
 
 _INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
 _SMALL = 2**16  # bytes up to which a tensor that is made stays in memory
@@ -125,8 +125,8 @@ def grow_checkpoint(
     check_parent(model)
     plan = recipe(model, sizes, fill, untie=untie)
     seed = draw_seed(seed)
-    sizes = {name: sizes.get(name) for name in NAMES} | dict(sizes)
-    olds = {name: size_of(model, name) for name in sizes}
+    sizes = implied(model, sizes)
+    olds, shapes = {name: size_of(model, name) for name in sizes}, shapes_of(model)
     heads = any(sizes.get(name) is not None for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     call = example_call(model, cached=not heads)
     lineage = Lineage((parameter, parameter) for parameter in model.parameters())
@@ -135,7 +135,7 @@ def grow_checkpoint(
     transaction.settle()
     shelf.let_go()
     child: Any = transaction.model
-    say_sizes(child, sizes, olds)
+    say_sizes(child, sizes, olds, shapes)
     check_stock(child, None, {(olds[name], new) for name, new in sizes.items()})
     history = plan.recorded(transaction.resolved(), seed, as_call(call, model))
     told = json.dumps([history.to_toml(), sorted(map(str, shelf.names.items())), _stamp(source)])

@@ -16,7 +16,7 @@ from fastmorph.morphs.insert_block import InsertBlock
 from fastmorph.morphs.widen import Widen
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.transaction import Operator
-from fastmorph.transformers.sizes import NAMES, size_of
+from fastmorph.transformers.sizes import NAMES, heads_divide_width, implied, size_of, width_config
 from fastmorph.transformers.untie import Untie
 
 # The layers of MLPs that make their inner channels: one of each set that a product joins.
@@ -54,7 +54,7 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
 
     Raises MorphError for a size that the config does not have, or a smaller one.
     """
-    wanted = {name: size for name, size in sizes.items() if size is not None}
+    wanted = {name: size for name, size in implied(model, sizes).items() if size is not None}
     olds = {name: _checked(model, name, size) for name, size in wanted.items()}
     wanted = {name: size for name, size in wanted.items() if size != olds[name]}
     if not wanted and not untie:
@@ -67,7 +67,10 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
     if "vocab_size" in wanted:
         operators.append(GrowVocabulary(_embedding(model), wanted["vocab_size"]))
     if "hidden_size" in wanted:
-        operators.append(Widen(_stream(model), wanted["hidden_size"], fill or "zero"))
+        along = fill in (None, "zero", "rotate") and _divides(model, olds, wanted)
+        operators.append(Widen(_stream(model), wanted["hidden_size"], fill or "zero", heads=along))
+        for name in ("num_attention_heads", "num_key_value_heads") if along else ():
+            wanted.pop(name, None)
     if "num_attention_heads" in wanted or "num_key_value_heads" in wanted:
         heads, groups = _heads(model, wanted)
         for name, layers in lists.items():
@@ -79,6 +82,20 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
     if "num_hidden_layers" in wanted:
         operators += _deeper(lists, olds["num_hidden_layers"], wanted["num_hidden_layers"], inner)
     return Plan(operators)
+
+
+def _divides(model: nn.Module, olds: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
+    """Whether code divides the width by the number of heads, which grow with it. Raises MorphError for other heads."""
+    if not heads_divide_width(width_config(model)):
+        return False
+    old, new = olds["hidden_size"], wanted["hidden_size"]
+    for name in wanted.keys() & {"num_attention_heads", "num_key_value_heads"}:
+        if wanted[name] != -(-olds[name] * new // old):
+            raise MorphError(
+                f"{name}={wanted[name]}: the code of a {type(model).__name__} divides the width by the number of heads: "
+                f"{olds[name]} of them at {old} channels are {olds[name] * new / old:g} at hidden_size={new}; leave {name} out."
+            )
+    return True
 
 
 def _checked(model: nn.Module, name: str, size: Any) -> int:

@@ -6,6 +6,7 @@ the validated function in front of it, `configs.json` its tile sizes. Beside the
     register.py   makes a PyTorch operator of three functions: allocate, launch, plain
     support.py    dtypes, and where kernels run         checks.py   refusals
     configs.py    tables of tile sizes                  tiling.py   tiles of a product, on the host     tile.py   on the device
+    noise.py      noise from a counter                  words.py    the same on the device
 
 To add an operator touches four places: its folder, its line here, its tests in `tests/kernels/` (their table of arguments for
 all operators, `kernel_arguments.py`, included), and its cases for the compiler in `bench/cases/`.
@@ -17,6 +18,7 @@ from .column_gram import column_gram
 from .compose import compose
 from .correlate import correlate
 from .direct import direct
+from .fill import fill
 from .residual import residual
 from .row_gram import row_gram
 
@@ -28,6 +30,7 @@ __all__ = [
     "compose",
     "correlate",
     "direct",
+    "fill",
     "residual",
     "row_gram",
 ]

@@ -11,7 +11,7 @@ high and low half of mix(key + (i >> 32) * G), word i is
 
 and a half h, as a signed number, is the value (h + 1/2) * 12^(1/2) / 2^16. G is 0x9E3779B97F4A7C15, and mix is the finaliser of
 SplitMix64 (Steele, Lea and Flood 2014); the constants of a word are those of Wellons's "lowbias32" (2018). The stream that
-belongs to a number under a key has the key mix(key + number * G). Kernels make the same words: `direct/tile.py`.
+belongs to a number under a key has the key mix(key + number * G). Kernels make the same words: `words.py`.
 
 Measured a value, on one core of a CPU with AVX-512, in blocks that stay in cache: this in numpy 0.42 ns, SplitMix64 in numpy
 0.56, numpy's Philox 0.9 to 1.2, PyTorch's Mersenne Twister 0.8, SplitMix64 in PyTorch 1.2, this in PyTorch 1.4. A word of 32

@@ -19,6 +19,7 @@ declare_torchvision_operators()
 
 IDS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIEW = {key: size for key, size in SIZES.items() if key[0] != "i"} | {"image_size": 8, "patch_size": 4}
 LLAMA = SIZES | IDS | {"num_key_value_heads": 2, "max_position_embeddings": 64}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
@@ -31,6 +32,22 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "bert": ("BertConfig", "BertForMaskedLM", SIZES | IDS),
     "vit": ("ViTConfig", "ViTForImageClassification", SIZES | {"image_size": 8, "patch_size": 4, "num_labels": 3}),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 64}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        SIZES | IDS | {"ffn_dim": 12, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    ),
+    "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", VIEW | {"mlp_ratio": 2}),
+    "clip": (
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "text_config": SIZES | IDS | {"projection_dim": 8},
+            "vision_config": SIZES | {"image_size": 8, "patch_size": 4, "projection_dim": 8},
+            "projection_dim": 8,
+        },
+    ),
 }
 
 
@@ -48,22 +65,28 @@ def made(name: str) -> Any:
 
 def call_of(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    if name in ("vit", "dinov2"):
+        return pixels
     ids = torch.randint(3, 40, (2, 6), generator=generator)
-    return {"input_ids": ids, **({"decoder_input_ids": ids[:, :4]} if name == "t5" else {})}
+    more = {"t5": {"decoder_input_ids": ids[:, :4]}, "clip": pixels}
+    return {"input_ids": ids, **more.get(name, {})}
 
 
 def error(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).abs().max() / one.abs().max())
 
 
+def logits(outputs: Any) -> torch.Tensor:
+    return outputs["logits" if "logits" in outputs else "logits_per_image"]
+
+
 def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
     """The parent's own: its logits against those of a float64 copy."""
     exact = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
     with torch.no_grad():
-        own = model(**call).logits
-        wide = model.double()(**exact).logits
+        own = logits(model(**call))
+        wide = logits(model.double()(**exact))
     model.float()
     return error(wide, own.double())
 
@@ -108,6 +131,28 @@ def test_a_checkpoint_of_the_stock_class(name, sizes, tmp_path):
         assert fm.transformers.recipe(loaded, {size: number + 24}, "pair").operators  # the config says the new sizes
         with pytest.raises(fm.MorphError, match="nothing is to grow"):
             fm.transformers.grow(loaded, **{size: number})
+
+
+@pytest.mark.parametrize(
+    ("name", "fill"),
+    [("gpt2", "rotate"), ("neox", None), ("opt", None), ("vit", "rotate"), ("dinov2", None), ("clip", "rotate")],
+)
+def test_heads_come_along_where_code_divides_the_width_by_their_number(name, fill, tmp_path):
+    parent, call = made(name), call_of(name)
+    untie = fill == "rotate" and name in ("gpt2", "opt")
+    done = fm.transformers.grow(parent, hidden_size=28 if name != "gpt2" else 24, fill=fill, untie=untie, generator=0)
+    assert len(done.history.operators) == 1 + untie + (name == "dinov2") * 2  # whose MLP is said by the width
+    done.model.save_pretrained(tmp_path)
+    loaded = type(parent).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted, found = (logits(model(**call)) for model in (parent, loaded))
+    assert error(wanted, found) <= max(2e-6, 4 * rounding(parent, call))
+    if parent.can_generate():
+        how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(parent.generate(call["input_ids"], **how), loaded.generate(call["input_ids"], **how))
+    if name == "clip":  # two towers
+        assert loaded.config.text_config.num_attention_heads == 7
+        assert loaded.config.vision_config.hidden_size == 16
 
 
 def test_a_new_vocabulary_keeps_the_old_logits(tmp_path):
@@ -173,6 +218,8 @@ def test_plans_are_printable_and_the_optimizer_comes_along():
         ("llama", {"num_hidden_layers": 2.5}, "must be an int"),
         ("llama", {}, "nothing is to grow"),
         ("gpt2", {"num_attention_heads": 3}, "cannot (load the child|be made)"),
+        ("gpt2", {"num_attention_heads": 4, "hidden_size": 24}, "2 of them at 16 channels are 3 at hidden_size=24"),
+        ("gpt2", {"hidden_size": 26}, "the nearest number that works is 24"),
         ("gpt2", {"num_key_value_heads": 4}, "says no num_key_value_heads"),
         ("bert", {"num_hidden_layers": 3}, r"LN\(LN\(x\)\) is not LN\(x\)"),
         ("vit", {"vocab_size": 100}, "says no vocab_size"),

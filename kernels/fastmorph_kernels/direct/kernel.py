@@ -27,8 +27,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..words import NOISE_SCALE, mix_key
 from .mixing import SIDE, MixingBlock
-from .tile import NOISE_SCALE, directions_of, load_tile, locate, mix_key, noise_row, noise_rows, run_of, store_run, store_tile
+from .tile import directions_of, load_tile, locate, noise_row, noise_rows, run_of, store_run, store_tile
 
 _SIDE = tl.constexpr(SIDE)
 _FIELDS = tl.constexpr(len(MixingBlock._fields))
