@@ -18,6 +18,7 @@ from .column_gram import column_gram
 from .compose import compose
 from .correlate import correlate
 from .direct import direct
+from .direct_many import direct_many
 from .fill import fill
 from .residual import residual
 from .row_gram import row_gram
@@ -30,6 +31,7 @@ __all__ = [
     "compose",
     "correlate",
     "direct",
+    "direct_many",
     "fill",
     "residual",
     "row_gram",

@@ -101,7 +101,7 @@ def launch_direct(
         scales: (B, 2), root mean square of the noise, and what the factor is multiplied by; contiguous, of the mixing's dtype.
         config: other than the table's.
     """
-    batch, hidden, _, *size = out.shape
+    hidden = out.shape[1]
     settings = settings_of(weight, out, held, config)
     mixing, dealing = tables
     given = out if weight is None else weight  # of a unit matrix no memory is read
@@ -193,7 +193,7 @@ def launch_sums(
 ) -> None:
     """Fill `sums` (B, groups, 2, columns) with U^T G, zero where a tap of `size` holds none of the weight's."""
     groups, _, columns = sums.shape[1:]
-    source, constants, programs, config = sums_settings_of(weight, sums, size, config)
+    source, constants, programs, config = sums_settings_of(weight, len(sums), groups, columns, size, config)
     sums_kernel[(programs,)](
         weight,
         dealing,
@@ -210,10 +210,9 @@ def launch_sums(
 
 
 def sums_settings_of(
-    weight: Tensor, sums: Tensor, size: Sequence[int], config: DirectConfig | None = None
+    weight: Tensor, batch: int, groups: int, columns: int, size: Sequence[int], config: DirectConfig | None = None
 ) -> tuple[ColumnLayout, dict[str, Any], int, DirectConfig]:
     """For `launch_sums`: how the weight lies, what is constant, how many programs there are, and the configuration."""
-    batch, groups, _, columns = sums.shape
     source = layout_of(weight, size)
     config = config or config_for("sums", weight)
     block_m = _tile(columns, config)

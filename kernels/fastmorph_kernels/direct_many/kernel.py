@@ -37,7 +37,8 @@ def scales_many_kernel(
     table_ptr += begin
     row_ptr = table_ptr + row_of(table_ptr, pid, rows, steps, _SCALE_FIELDS) * _SCALE_FIELDS
     pid_b = pid - tl.load(row_ptr)
-    sizes = (tl.load(row_ptr + 2).to(tl.int32), tl.load(row_ptr + 3).to(tl.int32)) + load_sizes(row_ptr + 4)
+    height, width, k_x = load_sizes(row_ptr + 2)
+    sizes = (height, width, k_x, tl.load(row_ptr + 5).to(tl.int32), tl.load(row_ptr + 6).to(tl.int32))
     strides = (
         tl.load(row_ptr + 8),
         tl.load(row_ptr + 9),
@@ -85,27 +86,27 @@ def direct_many_kernel(
     pid = tl.program_id(0)
     row_ptr = table_ptr + begin
     row_ptr += row_of(row_ptr, pid, rows, steps, _FACTOR_FIELDS) * _FACTOR_FIELDS
-    columns = tl.load(row_ptr + 8).to(tl.int32)
+    columns = tl.load(row_ptr + 7).to(tl.int32)
     if EVEN:
         columns = tl.multiple_of(columns, 16)
     fill_span(
         pid - tl.load(row_ptr).to(tl.int32),
-        _address(row_ptr + 1, like_ptr.dtype),
+        _address(row_ptr + 1, like_ptr.dtype, EVEN),
         mixing_ptr,
-        _address(row_ptr + 2, tl.pointer_type(tl.int32)),
-        _address(row_ptr + 3, mixing_ptr.dtype),
+        _address(row_ptr + 2, tl.pointer_type(tl.int32), EVEN),
+        _address(row_ptr + 3, mixing_ptr.dtype, EVEN),
         table_ptr + tl.load(row_ptr + 5),
         scales_ptr + tl.load(row_ptr + 6),
-        _address(row_ptr + 4, like_ptr.dtype),
+        _address(row_ptr + 4, like_ptr.dtype, EVEN),
         columns,
+        tl.load(row_ptr + 8).to(tl.int32),
         tl.load(row_ptr + 9).to(tl.int32),
         tl.load(row_ptr + 10).to(tl.int32),
         tl.load(row_ptr + 11).to(tl.int32),
-        tl.load(row_ptr + 12).to(tl.int32),
-        load_sizes(row_ptr + 13),
-        load_sizes(row_ptr + 16),
-        _strides(row_ptr + 19, ONE_W, EVEN, False, WIDE),
-        _strides(row_ptr + 25, ONE_O, EVEN, RUN_O, WIDE),
+        load_sizes(row_ptr + 12),
+        load_sizes(row_ptr + 15),
+        _strides(row_ptr + 18, ONE_W, EVEN, False, WIDE),
+        _strides(row_ptr + 24, ONE_O, EVEN, RUN_O, WIDE),
         (SIZE_X, SIZE_Y, SIZE_Z),
         DELTA,
         SHARED,
@@ -147,19 +148,19 @@ def sums_many_kernel(
     pid = tl.program_id(0)
     row_ptr = table_ptr + begin
     row_ptr += row_of(row_ptr, pid, rows, steps, _FACTOR_FIELDS) * _FACTOR_FIELDS
-    columns = tl.load(row_ptr + 8).to(tl.int32)
+    columns = tl.load(row_ptr + 7).to(tl.int32)
     if EVEN:
         columns = tl.multiple_of(columns, 16)
     add_rows(
         pid - tl.load(row_ptr).to(tl.int32),
-        _address(row_ptr + 1, like_ptr.dtype),
-        _address(row_ptr + 2, tl.pointer_type(tl.int32)),
-        _address(row_ptr + 3, sums_ptr.dtype),
+        _address(row_ptr + 1, like_ptr.dtype, EVEN),
+        _address(row_ptr + 2, tl.pointer_type(tl.int32), EVEN),
+        _address(row_ptr + 3, sums_ptr.dtype, EVEN),
         columns,
-        tl.load(row_ptr + 10).to(tl.int32),
-        load_sizes(row_ptr + 13),
-        load_sizes(row_ptr + 16),
-        _strides(row_ptr + 19, ONE_W, EVEN, False, WIDE),
+        tl.load(row_ptr + 9).to(tl.int32),
+        load_sizes(row_ptr + 12),
+        load_sizes(row_ptr + 15),
+        _strides(row_ptr + 18, ONE_W, EVEN, False, WIDE),
         (SIZE_X, SIZE_Y, SIZE_Z),
         UNIFORM_W,
         ROWS_CLOSER_W,
@@ -170,9 +171,12 @@ def sums_many_kernel(
 
 
 @triton.jit
-def _address(ptr, TYPE: tl.constexpr):
-    """A pointer that the table holds, to memory that PyTorch aligns."""
-    return tl.multiple_of(tl.load(ptr).to(TYPE), 16)
+def _address(ptr, TYPE: tl.constexpr, EVEN: tl.constexpr):
+    """A pointer that the table holds; EVEN: to 16 bytes."""
+    address = tl.load(ptr)
+    if EVEN:
+        address = tl.multiple_of(address, 16)
+    return address.to(TYPE)
 
 
 @triton.jit

@@ -18,15 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import noise
-from ..direct.tile import mix_key
 from ..groups import load_sizes, row_of
 from ..tile import product_tile, program_tile, tile_columns
+from ..words import mix_key, word_at
 from .table import EndRow, ProductRow, SketchRow
 
 _SKETCH_FIELDS, _PRODUCT_FIELDS = tl.constexpr(SketchRow.FIELDS), tl.constexpr(ProductRow.FIELDS)
 _END_FIELDS = tl.constexpr(EndRow.FIELDS)
-_STEP, _FIRST, _SECOND = tl.constexpr(noise.STEP), tl.constexpr(noise.FIRST), tl.constexpr(noise.SECOND)
 
 
 @triton.jit
@@ -93,10 +91,7 @@ def sketch_kernel(
 def _signs(term, sums, channels):
     """Words whose bit c % 8 says whether channel c is subtracted; zeros where channels stay as they are."""
     stream = mix_key(channels.to(tl.uint64), tl.full((), 0, tl.uint64))
-    x = term.to(tl.uint32) * tl.full((), _STEP, tl.uint32) + stream.to(tl.uint32)
-    x = ((x ^ (x >> 16)) * tl.full((), _FIRST, tl.uint32)) ^ (stream >> 32).to(tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), _SECOND, tl.uint32)
-    return tl.where(sums < channels, x ^ (x >> 16), tl.full((), 0, tl.uint32))
+    return tl.where(sums < channels, word_at(stream, term.to(tl.uint32)), tl.full((), 0, tl.uint32))
 
 
 @triton.jit
@@ -185,10 +180,14 @@ def end_kernel(table_ptr, scratch_ptr, told_ptr, exact_ptr, begin, rows, steps, 
         inside = (entry < entries) & (x >= 0) & (x < k_x) & (y >= 0) & (y < k_y) & (z >= 0) & (z < k_z)
         place = entry // offsets * taps + (x * k_y + y) * k_z + z
         error = tl.zeros((BLOCK,), dtype=tl.float64)
-        for part in range(0, weight_parts):
-            error += tl.load(weight_ptr + part.to(tl.int64) * weight_entries + place, mask=inside, other=0.0)
-        for part in range(0, parts):
-            error -= tl.load(composed_ptr + part.to(tl.int64) * entries + entry, mask=entry < entries, other=0.0)
+        part_ptr = weight_ptr
+        for _ in range(0, weight_parts):
+            error += tl.load(part_ptr + place, mask=inside, other=0.0)
+            part_ptr += weight_entries
+        part_ptr = composed_ptr
+        for _ in range(0, parts):
+            error -= tl.load(part_ptr + entry, mask=entry < entries, other=0.0)
+            part_ptr += entries
         total += error * error
     for at in range(0, programs, BLOCK):
         mask = at + offs < programs
