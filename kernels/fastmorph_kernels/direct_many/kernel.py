@@ -15,9 +15,9 @@ import triton.language as tl
 
 from ..direct.kernel import add_rows, fill_span, store_scales, sum_of_squares
 from ..groups import load_sizes, row_of
-from .table import FactorRow, ScaleRow
+from .table import FACTOR_FIELDS, SCALE_FIELDS
 
-_SCALE_FIELDS, _FACTOR_FIELDS = tl.constexpr(ScaleRow.FIELDS), tl.constexpr(FactorRow.FIELDS)
+_SCALE_FIELDS, _FACTOR_FIELDS = tl.constexpr(SCALE_FIELDS), tl.constexpr(FACTOR_FIELDS)
 
 
 @triton.jit

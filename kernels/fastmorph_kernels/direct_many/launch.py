@@ -21,7 +21,7 @@ from .table import AnyRow, EndRow, FactorRow, Part, ProductRow, ScaleRow, Sketch
 
 # A program adds up so many terms of a weight's sketch, and composes so many hidden channels, or a few more.
 TERMS, HIDDEN = 1024, 256
-SKETCH = {"BLOCK_N": 8, "BLOCK_E": 256}
+SKETCH = {"BLOCK_N": 4, "BLOCK_E": 256}
 PRODUCT = {"BLOCK_M": 16, "BLOCK_I": 8, "BLOCK_U": 4, "BLOCK_K": 16}
 END_BLOCK = 1024
 _EVEN = 16

@@ -33,7 +33,11 @@ class Equation(NamedTuple):
 
 
 def direct_many(
-    equations: Sequence[Equation], *, density: float = 1.0, precision: Precision = "tf32x3", limit: float = 0.0
+    equations: Sequence[Equation | tuple[Any, ...]],
+    *,
+    density: float = 1.0,
+    precision: Precision = "tf32x3",
+    limit: float = 0.0,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """Split weights of unlike sizes as `direct` does, and estimate what is left of each, in about as many launches as for one.
 
@@ -51,8 +55,9 @@ def direct_many(
         limit: a residual that counts as exact.
 
     Returns:
-        Both kernels of each equation, as `direct` returns them; of all items in order (3, items) float64: residual, largest
-        magnitude in the weight (NaN where it has one), and zero; and (items,) bool, whether the residual is within `limit`.
+        Both kernels of each equation, as `direct` returns them; of all items in order (3, items) float64: the residual, zero
+        (the steps of a closed form), and the largest magnitude in the weight, NaN where it has one; and (items,) bool, whether
+        the residual is within `limit`.
 
     Raises:
         TypeError, ValueError: as `direct` does; dtypes or devices differ; a weight has no channels; seeds are not as many as
@@ -60,8 +65,9 @@ def direct_many(
     """
     if not equations:
         raise ValueError("direct_many needs one equation or more.")
-    like = equations[0].weight
-    for number, one in enumerate(equations):
+    given = [Equation(*one) for one in equations]
+    like = given[0].weight
+    for number, one in enumerate(given):
         weight, hidden, k1, k2, before, seeds, into_first = one
         check_equation(weight, hidden, k1, k2, before, density, precision, into_first)
         if weight.dtype != like.dtype or weight.device != like.device:
@@ -75,13 +81,13 @@ def direct_many(
                 "a seed for each item."
             )
     out = _direct_many_op(
-        [one.weight for one in equations],
-        [one.hidden_channels for one in equations],
-        [n for one in equations for n in three(one.k1, 1)],
-        [n for one in equations for n in three(one.k2, 1)],
-        [n for one in equations for n in three(one.before)],
-        [seed for one in equations for seed in one.seeds],
-        [one.into_first for one in equations],
+        [one.weight for one in given],
+        [one.hidden_channels for one in given],
+        [n for one in given for n in three(one.k1, 1)],
+        [n for one in given for n in three(one.k2, 1)],
+        [n for one in given for n in three(one.before)],
+        [seed for one in given for seed in one.seeds],
+        [one.into_first for one in given],
         density,
         precision,
         limit,
@@ -158,9 +164,9 @@ def _plain(
         keys = np.array(seeds[items], np.int64).view(np.uint64)
         fill_plainly((first, second), weight, zeros[6 - weight.ndim :], keys, density=density, into_first=into_first[n])
         told[0, items] = _residual(six_dimensional(weight), six_dimensional(first), six_dimensional(second), zeros)
-        told[1, items] = weight.double().flatten(1).abs().amax(1) if len(weight) else 0.0
+        told[2, items] = weight.double().flatten(1).abs().amax(1) if len(weight) else 0.0
         item = items.stop
-    told[2] = 0.0
+    told[1] = 0.0
     exact.copy_(told[0] <= limit)
 
 
@@ -169,9 +175,10 @@ def _residual(weight: Tensor, first: Tensor, second: Tensor, before: Sequence[in
     norm = weight.double().flatten(1).norm(dim=1)
     target = _added_up(_added_up(weight.double(), 2), 1)
     left = compose_torch(_added_up(first.double(), 2), _added_up(second.double(), 1)).neg_()
-    box = tuple(slice(start, start + size) for start, size in zip(before, weight.shape[3:], strict=True))
+    box: tuple[Any, ...] = tuple(slice(start, start + size) for start, size in zip(before, weight.shape[3:], strict=True))
     left[(..., *box)] += target
-    return left.flatten(1).norm(dim=1) / norm.masked_fill(norm == 0, 1.0)
+    residual: Tensor = left.flatten(1).norm(dim=1) / norm.masked_fill(norm == 0, 1.0)
+    return residual
 
 
 def _added_up(kernel: Tensor, dim: int) -> Tensor:
@@ -181,7 +188,7 @@ def _added_up(kernel: Tensor, dim: int) -> Tensor:
         return kernel
     signed = kernel * signs(channels).to(kernel.device).view(-1, *(1,) * (kernel.ndim - 1 - dim))
     signed = torch.nn.functional.pad(signed, [0, 0] * (kernel.ndim - 1 - dim) + [0, -channels % SUMS])
-    return signed.unflatten(dim, (-1, SUMS)).sum(dim)
+    return signed.view(*kernel.shape[:dim], -1, SUMS, *kernel.shape[dim + 1 :]).sum(dim)
 
 
 _direct_many_op: Any = register("direct_many", allocate=_allocate, launch=_launch, plain=_plain)

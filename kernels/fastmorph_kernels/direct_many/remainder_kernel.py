@@ -21,10 +21,10 @@ import triton.language as tl
 from ..groups import load_sizes, row_of
 from ..tile import product_tile, program_tile, tile_columns
 from ..words import mix_key, word_at
-from .table import EndRow, ProductRow, SketchRow
+from .table import END_FIELDS, PRODUCT_FIELDS, SKETCH_FIELDS
 
-_SKETCH_FIELDS, _PRODUCT_FIELDS = tl.constexpr(SketchRow.FIELDS), tl.constexpr(ProductRow.FIELDS)
-_END_FIELDS = tl.constexpr(EndRow.FIELDS)
+_SKETCH_FIELDS, _PRODUCT_FIELDS = tl.constexpr(SKETCH_FIELDS), tl.constexpr(PRODUCT_FIELDS)
+_END_FIELDS = tl.constexpr(END_FIELDS)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def product_kernel(
 
 @triton.jit
 def end_kernel(table_ptr, scratch_ptr, told_ptr, exact_ptr, begin, rows, steps, items, BLOCK: tl.constexpr):
-    """Of an item what is left, relative to the weight; its weight's largest magnitude; zero; and whether it is exact."""
+    """Of an item what is left, relative to the weight; zero; its weight's largest magnitude; and whether it is exact."""
     pid = tl.program_id(0)
     row_ptr = table_ptr + begin
     row_ptr += row_of(row_ptr, pid, rows, steps, _END_FIELDS) * _END_FIELDS
@@ -197,6 +197,6 @@ def end_kernel(table_ptr, scratch_ptr, told_ptr, exact_ptr, begin, rows, steps, 
     residual = tl.sqrt(tl.sum(total, 0)) / tl.where(square == 0.0, 1.0, tl.sqrt(square))
     told_ptr += pid
     tl.store(told_ptr, residual)
-    tl.store(told_ptr + items, tl.where(square == square, most, square))  # a largest magnitude overlooks what is no number
-    tl.store(told_ptr + 2 * items, tl.full((), 0.0, tl.float64))
+    tl.store(told_ptr + items, tl.full((), 0.0, tl.float64))
+    tl.store(told_ptr + 2 * items, tl.where(square == square, most, square))  # a maximum overlooks what is no number
     tl.store(exact_ptr + pid, residual <= tl.load(row_ptr + 18).to(tl.float64, bitcast=True))

@@ -25,8 +25,6 @@ class ScaleRow(NamedTuple):
     strides: Row  # b, rows, columns, x, y, z
     balance: Row  # 1 / entries of the sample, and a `Balance`
 
-    FIELDS = 1 + 1 + 5 + 6 + 4
-
 
 class FactorRow(NamedTuple):
     """A factor of the closed form, or the sums over rows of a weight that its blocks share."""
@@ -39,8 +37,6 @@ class FactorRow(NamedTuple):
     extent: Row
     strides_w: Row  # b, o, i, x, y, z
     strides_o: Row  # b, h, i, x, y, z
-
-    FIELDS = 1 + 4 + 2 + 5 + 3 + 3 + 6 + 6
 
 
 class SketchRow(NamedTuple):
@@ -56,8 +52,6 @@ class SketchRow(NamedTuple):
     taps: Row
     strides: Row  # b, rows, columns, x, y, z
 
-    FIELDS = 1 + 1 + 2 + 6 + 3 + 6
-
 
 class ProductRow(NamedTuple):
     """The composition of two sketches, in parts by hidden channels."""
@@ -68,8 +62,6 @@ class ProductRow(NamedTuple):
     k1: Row
     k2: Row
     parts: Row  # how many, and hidden channels of one
-
-    FIELDS = 1 + 3 + 3 + 3 + 3 + 2
 
 
 class EndRow(NamedTuple):
@@ -84,9 +76,9 @@ class EndRow(NamedTuple):
     before: Row
     limit: int  # residual that counts as exact
 
-    FIELDS = 1 + 3 + 3 + 2 + 3 + 3 + 3 + 1
 
-
+SCALE_FIELDS, FACTOR_FIELDS, SKETCH_FIELDS = 1 + 1 + 5 + 6 + 4, 1 + 4 + 2 + 5 + 3 + 3 + 6 + 6, 1 + 1 + 2 + 6 + 3 + 6
+PRODUCT_FIELDS, END_FIELDS = 1 + 3 + 3 + 3 + 3 + 2, 1 + 3 + 3 + 2 + 3 + 3 + 3 + 1
 AnyRow = ScaleRow | FactorRow | SketchRow | ProductRow | EndRow
 
 
