@@ -89,11 +89,6 @@ class Part(NamedTuple):
     rows: int
     programs: int
 
-    @property
-    def steps(self) -> int:
-        """Of the bisection."""
-        return self.rows.bit_length()
-
 
 class Table:
     """Numbers for the device, which `upload` brings there by one copy."""
