@@ -112,8 +112,8 @@ def closed_form(setup: Setup, report: Report) -> None:
     pairs, told, _ = direct_many([(w, hidden, k, k, before, [7], True) for w, hidden in zip(weights, through, strict=True)])
     for weight, hidden, both in zip(weights, through, pairs, strict=True):
         alone = direct(weight, hidden, k, k, before, torch.tensor([7], device=weight.device))
-        unlike = sum(int((a != b).sum()) for a, b in zip(both, alone, strict=True))
-        report.check(f"direct_many, {tuple(weight.shape)} -> {hidden}: entries that differ from direct's", unlike, 0)
+        differing = sum(int((a != b).sum()) for a, b in zip(both, alone, strict=True))
+        report.hold(f"direct_many has the bits of direct, {tuple(weight.shape)} -> {hidden}", differing)
     report.check("direct_many, residuals", float(told[0].max()), fm.tolerance(F32))
 
 
