@@ -26,12 +26,13 @@ from fastmorph.equation.frame import Size
 from fastmorph.equation.gauge import balance, equalise
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.problem import Checked, are_in_range
-from fastmorph.equation.randomness import Noise
+from fastmorph.equation.randomness import Noise, signs
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
 from fastmorph.equation.unlike import SolvedUnlike, shares_launches, solve_unlike
 from fastmorph.errors import MorphError
 
 _SUMS = 8  # random sums of channels that estimate a residual
+_LITTLE = 2**13  # numbers in a run of channels beside which a launch costs more than a copy
 _MEASURED = 4 * _SUMS  # channels up to which a closed form's residual is measured
 
 
@@ -283,17 +284,18 @@ def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bo
 def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K)."""
     channels, behind = kernel.shape[dim], kernel.ndim - 1 - dim
-    if host_waits(kernel.device):  # few launches; a product with a sign is exact in any dtype
+    # Few launches; a product with a sign is exact in any dtype.
+    if host_waits(kernel.device) or kernel.numel() * _SUMS <= _LITTLE * channels:
         signed = kernel * _signs(channels, kernel.dtype, kernel.device).view(-1, *(1,) * behind)
         missing = -channels % _SUMS
         signed = torch.nn.functional.pad(signed, [0, 0] * behind + [0, missing]) if missing else signed
-        return signed.unflatten(dim, (-1, _SUMS)).sum(dim, dtype=dtype)
+        return signed.view(*signed.shape[:dim], -1, _SUMS, *signed.shape[dim + 1 :]).sum(dim, dtype=dtype)
     # No copy. Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
     taps = tuple(kernel.shape[3:])
-    signs = _repeated_signs(channels, dim, taps, dtype, kernel.device)
+    repeated = _repeated_signs(channels, dim, taps, dtype, kernel.device)
     runs = kernel.split(_SUMS, dim)
-    out = runs[0] * signs[0]
-    for run, sign in zip(runs[1:], signs[1:], strict=True):
+    out = runs[0] * repeated[0]
+    for run, sign in zip(runs[1:], repeated[1:], strict=True):
         (out if len(sign) == _SUMS else out.narrow(dim, 0, len(sign))).addcmul_(run, sign)
     return out
 
@@ -301,15 +303,14 @@ def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=64)
 def _repeated_signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`_signs` for each tap, in runs of 8 channels."""
-    signs = _signs(channels, dtype, device).repeat_interleave(math.prod(taps))
-    return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
+    repeated = _signs(channels, dtype, device).repeat_interleave(math.prod(taps))
+    return repeated.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
 
 
 @lru_cache(maxsize=256)
 def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random sign for each channel, (C,), the same at every call."""
-    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels), device="cpu") - 1
-    return signs.to(dtype).to(device, non_blocking=True)
+    """A random sign for each channel, (C,), the same at every call and in kernels."""
+    return signs(channels).to(dtype).to(device, non_blocking=True)
 
 
 def _decomposition(

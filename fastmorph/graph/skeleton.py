@@ -42,6 +42,16 @@ class ForwardError(Exception):
         self.module = module
 
 
+def check_keras(what: str, module: nn.Module) -> None:
+    """Raise MorphError, with what to do instead, for a layer or model of Keras."""
+    if any(kind.__module__.partition(".")[0] == "keras" for kind in type(module).__mro__):
+        raise MorphError(
+            f"{what} is a {type(module).__name__} of Keras, which holds its weights in variables of its own, the output's "
+            "channels last: let fm.decompose solve for the weights of new layers, given kernel.transpose(3, 2, 0, 1), or the "
+            "kernel.T of a Dense, and build these in Keras."
+        )
+
+
 class Skeleton:
     """The structure of a model, that can be resized and traced at no cost; the model is not touched.
 
@@ -55,6 +65,7 @@ class Skeleton:
         if type(model).__name__ == "OptimizedModule":
             raise MorphError("the model is compiled by torch.compile: morph the original model, then compile the child.")
         for name, module in model.named_modules():
+            check_keras(f"module {name!r}" if name else "the model", module)
             if isinstance(module, torch.jit.ScriptModule):
                 raise MorphError(
                     f"the model cannot be traced: {f'module {name!r}' if name else 'it'} is TorchScript, whose operators "

@@ -143,9 +143,10 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         tensors = [*module._parameters.items(), *module._buffers.items()]
-        shapes = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None)
-        plain = tuple((key, value) for key, value in vars(module).items() if _is_plain(key, value))
-        found[name] = (type(module), shapes, plain)
+        # One tuple: what is kept for long is what a garbage collection looks through.
+        shapes = (part for key, tensor in tensors if tensor is not None for part in (key, tensor.shape, tensor.dtype))
+        plain = (part for key, value in vars(module).items() if _is_plain(key, value) for part in (key, value))
+        found[name] = (type(module), *shapes, None, *plain)
     return found
 
 

@@ -23,7 +23,7 @@ from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.clone import clone
 from fastmorph.graph.structure import Structure
-from fastmorph.graph.trail import guess_call
+from fastmorph.graph.trail import walk_guessing
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
@@ -161,7 +161,10 @@ def morph(
         raise MorphError(f'verify takes True, False or "outputs", not {verify!r}.')
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
     known = plan.example_inputs(model) if given is None else given
-    guessed = None if known is not None else guess_call(model) if structure is None else structure.inputs
+    walked = walk_guessing(model) if known is None and structure is None else None
+    guessed = None if walked is None else walked.call
+    if known is None and structure is not None:
+        guessed = structure.inputs
     # Local operators answer for their layers by themselves, for less than a run of the whole model costs.
     local = all(getattr(type(operator), "local", False) for operator in plan)
     call, compared = known or guessed, given if verify else None
@@ -173,6 +176,7 @@ def morph(
         seed=seed,
         example_inputs=known,
         guessed=guessed,
+        walked=walked,
         consume=consume,
         structure=structure,
         watches=None if not verify else "all" if compared is None else "untouched",

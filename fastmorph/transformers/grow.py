@@ -18,7 +18,7 @@ from fastmorph.plan.morph import Morphed, morph
 from fastmorph.plan.parents import CannotSave
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import implied, rewrite, say_chosen, say_heads, say_inner, shapes_of, size_of
+from fastmorph.transformers.sizes import implied, rewrite, say_heads, say_inner, shapes_of, size_of
 
 M = TypeVar("M", bound=nn.Module)
 _IGNORED = frozenset({"training", "dropout", "is_hf_initialized"})
@@ -112,8 +112,6 @@ def say_sizes(
         old = olds.get(name)
         if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
             rewrite(child, name, old, new, before)
-            if name == "num_experts":
-                say_chosen(child, new // old)
     inner = olds.get("intermediate_size")
     if inner is not None:
         say_inner(child, sizes.get("intermediate_size") or inner)

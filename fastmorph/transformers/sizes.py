@@ -151,10 +151,3 @@ def say_inner(model: nn.Module, inner: int) -> None:
                 ) from error
         elif "n_inner" in held and held["n_inner"] is None and 4 * width != inner:
             config.n_inner = inner
-
-
-def say_chosen(model: nn.Module, times: int) -> None:
-    """Let configs say that so many times as many experts are chosen for a position."""
-    for config in configs(model):
-        if type(vars(config).get("num_experts_per_tok")) is int:
-            config.num_experts_per_tok *= times

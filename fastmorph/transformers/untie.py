@@ -17,7 +17,7 @@ from fastmorph.transformers.sizes import configs
 
 @dataclass(frozen=True)
 class Untie:
-    """Give a layer a copy of the weight that it shares; configs then say that nothing is tied."""
+    """Give a layer copies of the weight, and of other parameters, that it shares; configs then say that nothing is tied."""
 
     layer: str
 
@@ -27,17 +27,19 @@ class Untie:
         return self.layer
 
     def apply(self, transaction: Transaction) -> None:
-        """Put the copy in the layer of `transaction.model`. In an optimizer its moments start afresh."""
+        """Put the copies in the layer of `transaction.model`. In an optimizer their moments start afresh."""
         layer = submodule_of(transaction.model, self.layer)
-        old = layer._parameters.get("weight")
-        held = [module for module in transaction.model.modules() if any(p is old for p in module._parameters.values())]
-        if old is None or len(held) < 2:
+        others = [module for module in transaction.model.modules() if module is not layer]
+        held = {id(parameter) for module in others for parameter in module._parameters.values()}
+        shared = {key: old for key, old in layer._parameters.items() if old is not None and id(old) in held}
+        if "weight" not in shared:
             raise MorphError(f"layer {self.layer!r} shares its weight with no other, so there is nothing to untie.")
         transaction.settle(layer)
-        with torch.no_grad():
-            value = values_of(old).clone() if transaction.with_weights else torch.empty_like(old)
-        layer._parameters["weight"] = new = nn.Parameter(value, old.requires_grad)
-        transaction.lineage.joined(new, old)
+        for key, old in shared.items():
+            with torch.no_grad():
+                value = values_of(old).clone() if transaction.with_weights else torch.empty_like(old)
+            layer._parameters[key] = new = nn.Parameter(value, old.requires_grad)
+            transaction.lineage.joined(new, old)
         for config in configs(transaction.model):
             if vars(config).get("tie_word_embeddings"):
                 config.tie_word_embeddings = False

@@ -20,6 +20,7 @@ bits is also the cheapest on processors that have no product of 64 bits: older C
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,14 @@ def put(out: Tensor, values: Tensor, scale: float) -> None:
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     factor = SCALE * scale if dtype == torch.float64 else float(np.float32(SCALE * scale))
     into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    half = torch.tensor(0.5 * factor, dtype=dtype, device="cpu")  # whatever the default device is
-    torch.add(half, values.to(dtype), alpha=factor, out=into)
+    torch.add(_half(factor, dtype), values.to(dtype), alpha=factor, out=into)
     if into is not out:
         out.copy_(into)
+
+
+@functools.lru_cache(maxsize=64)
+def _half(factor: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(0.5 * factor, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:

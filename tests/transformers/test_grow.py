@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"d_model": 16, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 4, **IDS},
     ),
     "bert": ("BertConfig", "BertForMaskedLM", SIZES | IDS),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", SIZES | IDS),
     "vit": ("ViTConfig", "ViTForImageClassification", SIZES | {"image_size": 8, "patch_size": 4, "num_labels": 3}),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 64}),
     "opt": (
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         SIZES | IDS | {"ffn_dim": 12, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
     ),
     "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", VIEW | {"mlp_ratio": 2}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", LLAMA | {"num_local_experts": 4}),
     "clip": (
         "CLIPConfig",
         "CLIPModel",
@@ -83,6 +85,7 @@ def logits(outputs: Any) -> torch.Tensor:
 
 def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
     """The parent's own: its logits against those of a float64 copy."""
+    model.config._experts_implementation = "eager"  # in float64, too
     exact = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
     with torch.no_grad():
         own = logits(model(**call))
@@ -108,6 +111,7 @@ def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
         ("gpt2", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 70, "num_hidden_layers": 3}),
         ("t5", {"num_hidden_layers": 3}),
         ("bert", {"intermediate_size": 21}),
+        ("mixtral", {"intermediate_size": 20, "num_experts": 8, "hidden_size": 24}),
         ("vit", {"intermediate_size": 21, "num_hidden_layers": 4}),
     ],
 )
@@ -241,6 +245,18 @@ def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
         assert error(parent(**call).logits, loaded(**call).logits[..., :40]) <= 2e-6
     with pytest.raises(fm.MorphError, match="nothing to untie"):
         fm.transformers.grow(made("llama"), vocab_size=44, untie=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_post_norm_network_at_twice_its_width(name, tmp_path):
+    parent, call = made(name), call_of(name)
+    done = fm.transformers.grow(parent, hidden_size=32, vocab_size=44, fill="pair", untie=True, generator=0)
+    done.model.save_pretrained(tmp_path)
+    loaded = type(parent).from_pretrained(tmp_path).eval()
+    assert (loaded.config.hidden_size, loaded.config.num_attention_heads) == (32, 8)
+    with torch.no_grad():
+        wanted, found = parent(**call).logits, loaded(**call).logits[..., :40]
+    assert error(wanted, found) <= max(2e-6, 4 * rounding(parent, call))
 
 
 def test_what_is_no_model_of_transformers_is_refused():

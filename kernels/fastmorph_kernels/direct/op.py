@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..checks import Precision, check_precision, check_tensors
-from ..noise import Keys, mix_keys
+from ..noise import Keys
 from ..register import register
 from ..support import accumulator, six_dimensional, three
-from .balance import Balance, balance_of
+from .balance import Balance, Scale, balance_of
 from .mixing import dealing_table, groups_of, mixing_table
-from .plain import fill_factor
+from .plain import Room, fill_factor, in_a_range, noise_of
 
 _SAMPLE = 32  # channels on each side, twice as many at most, from which the spread of a weight is taken
 
@@ -181,13 +181,13 @@ def sample_of(weight: Tensor) -> Tensor:
     return weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
 
 
-def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The root mean square of each item's noise in the factor of the weight, (B,) of `dtype`."""
-    if spread is not None:
-        return spread.to(dtype)
-    sample = sample_of(weight)
-    norms: Tensor = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
-    return norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
+def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype, queued: bool) -> Scale:
+    """The root mean square of each item's noise in the factor of the weight, (B, 1, 1) of `dtype`; that of one is read."""
+    if spread is None:
+        sample = sample_of(weight)
+        norms = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
+        spread = norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
+    return float(spread) if len(spread) == 1 and not queued else spread.to(dtype).view(-1, 1, 1)
 
 
 def _plain(
@@ -218,6 +218,7 @@ def fill_plainly(
     spread: Tensor | None = None,
     left: Tensor | None = None,
     work: torch.dtype = torch.float64,
+    queued: bool = False,
 ) -> None:
     """Fill both factors as `direct` does, in plain PyTorch on any device; nothing is checked.
 
@@ -228,15 +229,17 @@ def fill_plainly(
         left: U, (B, Co, r), where `weight` is V, (B, r, Ci, *K), of a weight U V; (B, Ci, r) and (B, Co, r, *K) of its
             transpose where not `into_first`.
         work: what is computed in.
+        queued: whether to read a value is to wait for a device.
     """
-    held = weight.shape[1 if into_first else 2]
+    held, room = weight.shape[1 if into_first else 2], Room(weight, work)
     factors, balance = factors_of(out, weight, before, density, into_first)
-    for draw, ((given, factor, start), scales) in enumerate(
-        zip(factors, balance.scales(_spread(weight, spread, work)), strict=True)
-    ):
+    scales, extra = balance.scales(_spread(weight, spread, work, queued)), out[0].shape[1] - held
+    columns = max(math.prod(factor.out.shape[2:]) for factor in factors)
+    few = columns * extra * len(weight) <= in_a_range(weight.device)
+    noise = noise_of(keys, extra // 2, extra % 2, columns if few else 0, room)
+    for (given, factor, start), own, rows in zip(factors, scales, noise, strict=True):
         source = left.mT[..., None, None, None] if given is None and left is not None else given
-        own, delta = mix_keys(keys, np.uint64(draw)), given is None
-        fill_factor(source, factor, held, start, own, (scales[:, 0], scales[:, 1]), delta=delta, work=work)
+        fill_factor(source, factor, held, start, rows, own, room, delta=given is None, work=work)
 
 
 def _launch(
