@@ -171,8 +171,9 @@ def morph(
     if verify and given is None and call is not None and not local:
         compared = random_values(call, model)
     before = record(model, compared) if consume and compared is not None else None
+    replaces = all(vars(type(operator)).get("replaces", False) for operator in plan)
     transaction = Transaction(
-        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
+        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model, shared=replaces)),
         seed=seed,
         example_inputs=known,
         guessed=guessed,
@@ -193,6 +194,8 @@ def morph(
         transaction.run(plan, bar.update)
     transaction.settle()
     child = transaction.model
+    if replaces and not consume:
+        _unshare(child, model)
     if calibrate is not None:
         there = set(child.modules())
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
@@ -277,11 +280,15 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     return cast(M, transaction.model)
 
 
-def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, Lineage]:
+def _copied(model: nn.Module, *, with_weights: bool = True, shared: bool = False) -> tuple[nn.Module, Lineage]:
+    """A copy and its lineage; `shared`: its parameters have the parent's memory, until `_unshare`."""
     memo = computed_copies(model)
+    plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
     if not with_weights:
-        plain = (parameter for parameter in model.parameters() if type(parameter) is nn.Parameter)
         memo |= {id(old): nn.Parameter(torch.empty_like(old), old.requires_grad) for old in plain}
+    elif shared:
+        plain = [old for old in plain if id(old) not in memo and not old.is_inference()]
+        memo |= {id(old): nn.Parameter(old.detach(), old.requires_grad) for old in plain}
     computed = [
         (name, key)
         for name, module in model.named_modules()
@@ -297,3 +304,11 @@ def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, 
         memo.setdefault(id(tensor), deepcopy(tensor, memo))
     child = clone(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))
+
+
+def _unshare(child: nn.Module, model: nn.Module) -> None:
+    """Give parameters of a child memory of their own where they still have its parent's."""
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) is nn.Parameter}
+    for parameter in child.parameters():
+        if type(parameter) is nn.Parameter and parameter.untyped_storage().data_ptr() in held:
+            parameter.data = parameter.data.clone()

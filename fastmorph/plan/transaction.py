@@ -44,8 +44,10 @@ class Operator(Protocol):
     A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
     together, and it notes what each of them did (`Transaction.step`). A class attribute local = True says that an operator
     changes what stands under its target's name alone, found by `find_layer`, and keeps what that computes: then the code around
-    the layer is watched, see `fastmorph.plan.watch`. A method reach(structure) tells the modules whose tensors it changes, so
-    that it may have its turn before local ones, see `fastmorph.plan.order`.
+    the layer is watched, see `fastmorph.plan.watch`. An attribute replaces = True of its own class says that an operator writes
+    into no tensor that the model has, and puts new ones in their places, so that none need be copied before. A method
+    reach(structure) tells the modules whose tensors it changes, so that it may have its turn before local ones, see
+    `fastmorph.plan.order`.
     """
 
     @property
@@ -164,12 +166,14 @@ class Transaction:
                     self.structure = None
                 advance(1)
 
-    def followed(self) -> Structure:
+    def followed(self, *, taped: bool = False) -> Structure:
         """The structure of `model` as it stands, followed where it has not been; parameters without use are noted.
+
+        `taped` says that a stream is to grow, see `follow`.
 
         Raises MorphError where it cannot be followed.
         """
-        self.structure = self.structure or follow(self.model, self.example_inputs)
+        self.structure = self.structure or follow(self.model, self.example_inputs, taped=taped)
         used = self.structure.record.used
         self.untouched = self.untouched or tuple(name for name, _ in self.model.named_parameters() if name not in used)
         return self.structure
@@ -380,6 +384,15 @@ class Transaction:
     def keep(self, value: nn.Parameter) -> nn.Parameter:
         """What is to stand in the model for a new parameter: itself, unless its values are to be elsewhere."""
         return value
+
+    @property
+    def late(self) -> bool:
+        """Whether `compute` computes when the values are read."""
+        return False
+
+    def compute(self, like: Tensor, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, of this shape and of the dtype and device of `like`; where values are elsewhere, maybe later."""
+        return make()
 
     def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
         """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.
