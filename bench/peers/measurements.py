@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from bench.measurements import Measurement
 
+WIDTHS = (256, 1024)
+_INSTALL = "which is not installed: pip install --no-deps -r bench/peers/requirements.txt"
+LEFT_OUT = {
+    peer: _INSTALL for peer, package in {"GroMo": "gromo", "nni": "nni"}.items() if not importlib.util.find_spec(package)
+}
+
+
+def _wider(units: int) -> list[Measurement]:
+    ours = f"fastmorph, {units}"
+    return [
+        Measurement("wider", f"{units} hidden units and half as many more: {peer} / fastmorph", f"{peer}, {units}", ours)
+        for peer in ("GroMo", "nni", "Net2Wider", "fastmorph, following")
+    ]
+
+
 MEASUREMENTS = (
-    Measurement("wider", "256 hidden units to 384: GroMo / fastmorph on a kept structure", "GroMo", "fastmorph"),
-    Measurement("wider", "the same: Net2Wider by hand / fastmorph on a kept structure", "Net2Wider", "fastmorph"),
-    Measurement("wider", "the same: fastmorph, following first / on a kept structure", "fastmorph, following", "fastmorph"),
+    *(row for units in WIDTHS for row in _wider(units)),
     Measurement("deeper", "64 channels, 3x3: an identity layer by hand / fastmorph", "identity layer", "fastmorph"),
     Measurement("deeper", "the same: numpy's dense lstsq (float64, 16 channels) / fastmorph, per weight", "numpy", "fastmorph"),
-    Measurement(
-        "joint", "General, 5x5 -> (3, 3), 4 channels through 7: scipy's least_squares / fastmorph", "scipy", "fastmorph"
+    *(
+        Measurement(
+            *("joint", f"General, 5x5 -> (3, 3), {c} channels through {h}: scipy's least_squares / fastmorph"),
+            *(f"scipy, {c}", f"fastmorph, {c}"),
+        )
+        for c, h in ((4, 7), (8, 14))
     ),
     Measurement(
         "steps", "growth steps of 64 layers of 16 units: GroMo's loop / at once", "GroMo, 16", "at once, 16", at_least=5

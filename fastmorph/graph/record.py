@@ -178,7 +178,8 @@ class Record:
         self._edges: list[Edges] = []
         self._ties: list[tuple[Tensor, Tensor]] = []
         self._marks: dict[str, list[Tensor]] = {}
-        self._operands: list[tuple[int, Sequence[Tensor]]] = []
+        self._operands: list[Tensor] = []  # labels, and of each the operand that it was found in
+        self._places: list[int] = []
         self._roles: list[Role] = []
         self._sizes: dict[str, dict[tuple[Any, ...], Tensor]] = {}
         self._masks: dict[str, Bools] = {}
@@ -289,8 +290,8 @@ class Record:
 
     def note_operand(self, place: int, labels: Sequence[Tensor]) -> None:
         """The channels in one operand, or in one result, of the operator that the journal names last."""
-        if labels:
-            self._operands.append((len(self.journal) * _PLACES + place, labels))
+        self._operands += labels
+        self._places += [len(self.journal) * _PLACES + place] * len(labels)
 
     def roles_of(self, place: int, lines: Tensor) -> Role:
         """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
@@ -331,11 +332,13 @@ class Record:
     def signatures(self) -> Ints:
         """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
         found = np.zeros(self.count, np.int64)
-        numbers = scrambled(np.array([code for code, _ in self._operands], np.int64))
-        for number, (_, labels) in zip(numbers, self._operands, strict=True):
-            for label in labels:
-                atoms = label.reshape(-1).numpy()
-                found[atoms[atoms >= 0]] += number  # once, however often it is there
+        labels = {id(label): label for label in self._operands}  # most stand in several operands
+        order = {key: place for place, key in enumerate(labels)}
+        numbers = np.zeros(len(labels), np.int64)
+        np.add.at(numbers, [order[id(label)] for label in self._operands], scrambled(np.array(self._places, np.int64)))
+        for number, label in zip(numbers, labels.values(), strict=True):
+            atoms = label.reshape(-1).numpy()
+            found[atoms[atoms >= 0]] += number  # once, however often it is there
         for role in self._roles:
             role.add_to(found)
         return found

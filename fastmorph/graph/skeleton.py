@@ -159,17 +159,17 @@ class Skeleton:
                 self._run(run, record, tape=Tape() if taped and not run.train else None)
             return record
         first, shapes = Run(self.inputs(inputs)), dict[tuple[int, ...], None]()
-        places = self._run(first, record, shapes)
+        places = self._run(first, record, shapes, Tape() if taped else None)
         fewer = without_options(self.model, first.inputs)
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
         for name, calls in with_options(self.model, first.inputs, shapes, self._asked_for(first.inputs)):
             for call in calls:
-                more, _ = self._tried(Run(self.inputs(call), option=name), record)
+                more, _ = self._tried(Run(self.inputs(call), option=name), record, taped)
                 if more is not record:  # it runs on that shape
                     record = more
                     break
         for run in further:  # it grows: there may be more comparisons in another branch
-            record, found = self._tried(run, record)
+            record, found = self._tried(run, record, taped)
             further += [run.turn(place) for place in found if place not in places][: max(0, _BRANCHES - len(further))]
             places |= found
         if any(name not in record.used for name, _ in self.model.named_parameters()):
@@ -182,7 +182,8 @@ class Skeleton:
         self._run(record.runs[0], record.copy(), shapes)
         for tries in masks(self.model, sorted({name for name, _ in self.model.named_parameters()} - record.used), shapes):
             for owner, option, shape in tries:
-                more, _ = self._tried(replace(record.runs[0], option=option, mask=(owner, shape)), record)
+                run = replace(record.runs[0], option=option, mask=(owner, shape))
+                more, _ = self._tried(run, record, bool(record.tapes))
                 if more.used > record.used:
                     record = more
                     break
@@ -196,14 +197,14 @@ class Skeleton:
                 self.run(noted, Watcher(), train=False)
         return found
 
-    def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
+    def _tried(self, run: Run, record: Record, taped: bool = False) -> tuple[Record, dict[Place, None]]:
         """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
 
         So it is e.g. where a comparison turned is an assertion, or where a batch norm refuses a single value in train mode.
         """
         both = record.copy()
         try:
-            return both, self._run(run, both)
+            return both, self._run(run, both, tape=Tape() if taped and not run.train else None)
         except ForwardError:
             return record, {}
         except MorphError:

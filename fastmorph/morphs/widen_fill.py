@@ -17,7 +17,7 @@ that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,11 +182,7 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
         backend: see `decompose`; on a GPU, and by "triton", all of one dtype are written by one launch.
     """
     grown = [(fillings, name, values_of(old)) for fillings, name, old in tensors]
-    writings = []
-    for fillings, name, old in grown:
-        sides = _ordered(side for filling in fillings for side in filling.sides(name))
-        drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
-        writings.append(Writing(old, sides, root_mean_square(old) if drawn else 0.0))
+    writings = [writing_of(fillings, name)(old) for fillings, name, old in grown]
 
     def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
         return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
@@ -195,6 +191,13 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
         Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))
         for new, (fillings, name, _) in zip(write_all(writings, backend), grown, strict=True)
     ]
+
+
+def writing_of(fillings: Sequence[Filling], name: str) -> Callable[[Tensor], Writing]:
+    """How the old values of a parameter or buffer become the new ones."""
+    sides = _ordered(side for filling in fillings for side in filling.sides(name))
+    drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+    return lambda old: Writing(old, sides, root_mean_square(old) if drawn else 0.0)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:

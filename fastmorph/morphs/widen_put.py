@@ -15,10 +15,12 @@ from torch import Tensor
 from fastmorph.elsewhere import values_of
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors
-from fastmorph.morphs.widen_launch import is_launched
+from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors, writing_of
+from fastmorph.morphs.widen_launch import is_launched, write_all
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.transaction import Transaction
+
+_TOGETHER = 2**30  # bytes of old tensors that wait at most, which is what launches cost in memory
 
 
 def _same(moment: Tensor) -> Tensor:
@@ -50,15 +52,23 @@ class Grown:
     def put(self, name: str, fillings: Sequence[Filling]) -> None:
         """Put a tensor that grows by all these fillings."""
         old = tensor_of(self._transaction.model, name)
+        shape = self._growth.shape(name, old.shape)
         if not self._transaction.with_weights:
-            shape = self._growth.shape(name, old.shape)
             self._transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
             return
+        backend = self._transaction.solving.get("backend")
+        if self._transaction.late and not self._norms:
+            writing = writing_of(fillings, name)
+            new = self._transaction.compute(old, shape, lambda: write_all([writing(values_of(old))], backend)[0])
+            self._transaction.replace(old, new, linear=None, square=None)
+            return
         # Where the parent is consumed, each old tensor is gone before the next new one comes.
-        if self._transaction.consume or not is_launched(old, self._transaction.solving.get("backend")):
+        if self._transaction.consume or not is_launched(old, backend):
             self._put([(fillings, name, old)])
-        else:
-            self._waiting.append((fillings, name, old))
+            return
+        self._waiting.append((fillings, name, old))
+        if sum(tensor.nbytes for _, _, tensor in self._waiting) >= _TOGETHER:
+            self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:
