@@ -12,6 +12,7 @@ from torch import nn
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.floors import Job
 from bench.networks.exact import TOLERANCE
 from bench.race import Contender
 from bench.zoo.models import declare_torchvision_operators
@@ -46,10 +47,13 @@ def difference(child: nn.Module) -> float:
 
 
 def contender(way: str) -> Contender:
-    if way == "clone":
-        child = grown(FILLS[0])
-        return Contender(lambda: copy.deepcopy(child), difference, TOLERANCE, rounds=1, once=True)
-    return Contender(lambda: grown(way), difference, TOLERANCE, rounds=1, once=True)
+    model, call = parent()
+    shapes = fm.restructure(model, fm.Widen("model.embed_tokens", WIDTH, FILLS[0]), example_inputs=call)
+    read, written = (sum(tensor.nbytes for tensor in each.parameters()) for each in (model, shapes))
+    child = grown(FILLS[0]) if way == "clone" else None
+    job = Job(f"303 to {written // 4e6:.0f} million weights", moved=written + (written if way == "clone" else read))
+    run = (lambda: copy.deepcopy(child)) if way == "clone" else (lambda: grown(way))
+    return Contender(run, difference, TOLERANCE, rounds=1, job=job, once=True)
 
 
 @pytest.mark.contenders(*(f"Llama {way}" for way in ("clone", *FILLS)))
