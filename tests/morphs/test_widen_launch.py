@@ -116,3 +116,18 @@ def test_tensors_wait_for_each_other_up_to_a_bound(launched, monkeypatch):
     layers = [part for _ in range(4) for part in (nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))]
     fm.widen(trained(nn.Sequential(*layers)), {"0": 6, "3": 6, "6": 6}, backend="triton", verify=False)
     assert launched == [2, 2, 2]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_moments_have_the_same_bits_too(fill, launched):
+    parent, x = trained(convolutions(), torch.float32), torch.randn(2, 3, 6, 6)
+    optimizer = torch.optim.Adam(parent.parameters())
+    parent(x).square().sum().backward()
+    optimizer.step()
+    plan = NETWORKS["convolutions"][1](fill)
+    options = {"example_inputs": x, "generator": 3, "verify": False, "optimizer": optimizer}
+    plain, found = (fm.morph(parent, plan, **options, backend=backend).optimizer for backend in (None, "triton"))
+    for one, other in zip(plain.state.values(), found.state.values(), strict=True):
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+    assert len(launched) > 1
