@@ -30,7 +30,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_launch import Writing, write_all
-from fastmorph.morphs.widen_write import Side, write
+from fastmorph.morphs.widen_write import Side
 from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
@@ -185,7 +185,8 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
     writings = [writing_of(fillings, name)(old) for fillings, name, old in grown]
 
     def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
-        return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
+        sides = _ordered(side for filling in fillings for side in filling.moment_sides(name, given, power))
+        return write_all([Writing(given, sides, 0.0)], backend)[0]
 
     return [
         Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))

@@ -215,5 +215,5 @@ def launch_fill(like: torch.Tensor, table: Table, config: FillConfig) -> None:
         SHARED=table.shared,
         WIDE=table.wide,
         BLOCK=config.block,
-        **launch_options(config),
+        **launch_options(config, fused=False),  # noise is rounded before it is added up, as everywhere else
     )
