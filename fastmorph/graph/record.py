@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
 NO_EDGES: Edges = np.zeros((0, 2), np.int64)
 _PLACES = 64  # operands and results of one operator
+_PAIRS = 2**19  # ties that are made unique together
 
 Kind = Literal["reads", "writes", "makes_of_zero", "shifts", "standardised", "bent"]
 """What an operator does with channels, beside tying them (see `Record.mark`):
@@ -323,10 +325,18 @@ class Record:
 
     @cached_property
     def edges(self) -> Edges:
-        """All ties but those of groupings, as they were found."""
-        sides = [tie if tie[0].shape == tie[1].shape else torch.broadcast_tensors(*tie) for tie in self._ties]
-        one, two = (_joined(side[place] for side in sides) for place in (0, 1))
-        return np.concatenate([_pairs(one, two), *self._edges])
+        """All ties but those of groupings, each once; the labels that they were found by are let go."""
+        ties = self._ties  # before the others, and replaced after them, as threads may share a record
+        found, waiting, count = NO_EDGES, list[Edges](), 0
+        for pairs in itertools.chain(self._edges, (edges(*tie) for tie in ties)):  # several runs find the same ones
+            waiting.append(pairs)
+            count += len(pairs)
+            if count > _PAIRS:
+                found, waiting, count = unique(np.concatenate([found, *waiting])), [], 0
+        found = unique(np.concatenate([found, *waiting]))
+        self._edges = [found]
+        self._ties = []
+        return found
 
     @property
     def signatures(self) -> Ints:

@@ -30,7 +30,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_launch import Writing, write_all
-from fastmorph.morphs.widen_write import Side, write
+from fastmorph.morphs.widen_write import Side
 from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
@@ -108,7 +108,7 @@ class Filling:
         if zero:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             if self._share and len(alone):
                 places = np.empty(len(given["to"]), np.int64)
                 places[given["of"]] = given["to"]
@@ -132,7 +132,7 @@ class Filling:
 
     def _given(self, axis: Axis, reads: bool) -> dict[str, Any]:
         layout = self.growth.layouts[axis]
-        to, fresh = np.flatnonzero(layout.copy == 0), np.flatnonzero(layout.copy)
+        to, fresh = layout.kept, layout.fresh
         noise = self._noise.of(axis.name, axis.dim)
         return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": fresh, "noise": noise}
 
@@ -140,7 +140,7 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             source[second] = source[first]
             if self._share:
                 source[alone] = layout.origin[alone]
@@ -185,7 +185,8 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
     writings = [writing_of(fillings, name)(old) for fillings, name, old in grown]
 
     def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
-        return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
+        sides = _ordered(side for filling in fillings for side in filling.moment_sides(name, given, power))
+        return write_all([Writing(given, sides, 0.0)], backend)[0]
 
     return [
         Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))
@@ -226,7 +227,7 @@ class _Donors:
         rank = np.empty_like(order)
         rank[order] = np.arange(axis.size)
         rank -= of_class
-        source, fresh = layout.origin.copy(), np.flatnonzero(layout.copy)
+        source, fresh = layout.origin.copy(), layout.fresh
         origin = layout.origin[fresh]
         donors = self._drawn[self._starts[classes[origin]] + layout.copy[fresh] - 1]
         source[fresh] = order[np.searchsorted(classes[order], donors) + rank[origin]]
@@ -245,17 +246,6 @@ def _kin(coupling: Coupling, classes: Ints) -> tuple[Ints, Ints, Ints]:
         begin += len(kin)
         open_ones &= ~same
     return np.concatenate(found), first, size
-
-
-def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
-    """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
-    fresh = np.flatnonzero(layout.copy)
-    order = fresh[np.lexsort((layout.copy[fresh], layout.key[fresh]))]
-    _, starts, counts = np.unique(layout.key[order], return_index=True, return_counts=True)
-    rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
-    first = np.flatnonzero(rank < half)
-    first = first[np.argsort(order[first])]
-    return order[first], order[first + half[first]], order[rank >= 2 * half]
 
 
 def _places_of_copies(layout: Layout) -> Ints:

@@ -20,6 +20,8 @@ from fastmorph.morphs.widen_launch import is_launched, write_all
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.transaction import Transaction
 
+_TOGETHER = 2**30  # bytes of old tensors that wait at most, which is what launches cost in memory
+
 
 def _same(moment: Tensor) -> Tensor:
     return moment
@@ -63,8 +65,10 @@ class Grown:
         # Where the parent is consumed, each old tensor is gone before the next new one comes.
         if self._transaction.consume or not is_launched(old, backend):
             self._put([(fillings, name, old)])
-        else:
-            self._waiting.append((fillings, name, old))
+            return
+        self._waiting.append((fillings, name, old))
+        if sum(tensor.nbytes for _, _, tensor in self._waiting) >= _TOGETHER:
+            self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:

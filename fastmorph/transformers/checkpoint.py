@@ -7,6 +7,7 @@ and each tensor comes, grows and goes there once. The bits are those that `fastm
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -88,7 +89,8 @@ def grow_checkpoint(
     transaction = Streamed(model, lineage, shelf=shelf, seed=seed, example_inputs=as_call(call, model), solving=dict(_SOLVING))
     transaction.run(plan)
     transaction.settle()
-    transaction.structure = None  # which is as large as a tensor
+    transaction.structure = None  # it is as large as a tensor, and in circles
+    gc.collect()
     shelf.let_go()
     child: Any = transaction.model
     say_sizes(child, sizes, olds, shapes)
