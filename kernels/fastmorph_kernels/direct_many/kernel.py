@@ -173,10 +173,10 @@ def sums_many_kernel(
 @triton.jit
 def _address(ptr, TYPE: tl.constexpr, EVEN: tl.constexpr):
     """A pointer that the table holds; EVEN: to 16 bytes."""
-    address = tl.load(ptr)
-    if EVEN:
-        address = tl.multiple_of(address, 16)
-    return address.to(TYPE)
+    pointer = tl.load(ptr).to(TYPE)
+    if EVEN:  # to be said of the pointer: what is known of the number is lost
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
