@@ -23,8 +23,8 @@ HEADLINES = (
     "half-step, float64: numpy / torch",
     "C = 96: numpy's half-step / Auto",
     "General, 5x5 -> (3, 3), 4 channels through 7: scipy's least_squares / fastmorph",
-    "256 hidden units and half as many more: GroMo / fastmorph",
-    "1024 hidden units and half as many more: GroMo / fastmorph",
+    "256 units and half as many more: GroMo / fastmorph",
+    "1024 units and half as many more: GroMo / fastmorph",
     "resnet152: 50 Widen / one Widen",
     "57 to 83 million weights: filling, pair / cloning",
     "resnet50: every layer's coupling / Torch-Pruning's groups",
@@ -73,7 +73,7 @@ def by_contender(lines: Iterable[dict[str, Any]]) -> str:
             spread = f"{_seconds(line['p20_s'][name])}, {_seconds(line['p80_s'][name])}"
             peak = line["peak_mb"].get(name)
             cells = (
-                *(line["shape"][name], re.sub(r", \d+$", "", name), _seconds(median), spread),
+                *(line["shape"][name], re.sub(r", \d+[a-z ]*$", "", name), _seconds(median), spread),
                 *(_seconds(line["floor_s"][name]), "" if peak is None else f"{peak:.0f}", f"{line['residuals'][name]:.0e}"),
                 line["asks"].get(name, ""),
             )

@@ -108,7 +108,7 @@ class Filling:
         if zero:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             if self._share and len(alone):
                 places = np.empty(len(given["to"]), np.int64)
                 places[given["of"]] = given["to"]
@@ -132,7 +132,7 @@ class Filling:
 
     def _given(self, axis: Axis, reads: bool) -> dict[str, Any]:
         layout = self.growth.layouts[axis]
-        to, fresh = np.flatnonzero(layout.copy == 0), np.flatnonzero(layout.copy)
+        to, fresh = layout.kept, layout.fresh
         noise = self._noise.of(axis.name, axis.dim)
         return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": fresh, "noise": noise}
 
@@ -140,7 +140,7 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             source[second] = source[first]
             if self._share:
                 source[alone] = layout.origin[alone]
@@ -227,7 +227,7 @@ class _Donors:
         rank = np.empty_like(order)
         rank[order] = np.arange(axis.size)
         rank -= of_class
-        source, fresh = layout.origin.copy(), np.flatnonzero(layout.copy)
+        source, fresh = layout.origin.copy(), layout.fresh
         origin = layout.origin[fresh]
         donors = self._drawn[self._starts[classes[origin]] + layout.copy[fresh] - 1]
         source[fresh] = order[np.searchsorted(classes[order], donors) + rank[origin]]
@@ -246,17 +246,6 @@ def _kin(coupling: Coupling, classes: Ints) -> tuple[Ints, Ints, Ints]:
         begin += len(kin)
         open_ones &= ~same
     return np.concatenate(found), first, size
-
-
-def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
-    """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
-    fresh = np.flatnonzero(layout.copy)
-    order = fresh[np.lexsort((layout.copy[fresh], layout.key[fresh]))]
-    _, starts, counts = np.unique(layout.key[order], return_index=True, return_counts=True)
-    rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
-    first = np.flatnonzero(rank < half)
-    first = first[np.argsort(order[first])]
-    return order[first], order[first + half[first]], order[rank >= 2 * half]
 
 
 def _places_of_copies(layout: Layout) -> Ints:

@@ -1,7 +1,8 @@
 """On the device: which of the problems of a grouped launch a program works on, from a table on the device.
 
 A network has hundreds of tensors of unlike sizes, most of them small: a launch for each would cost more than its work. So one
-launch takes a table of int64, a row for each problem: its first program, addresses, sizes and strides.
+launch takes a table of int64, a row for each problem: its first program, addresses, sizes and strides. How many rows there
+are differs from call to call, and must not be specialised: each variant would be compiled.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

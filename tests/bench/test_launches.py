@@ -28,7 +28,7 @@ CEILINGS = {
     "100 alike layers": (Count(8, 1), Count(77, 1)),
     "100 unlike layers": (Count(10, 1), None),  # PyTorch alone, a batch for each, would take long
     "deepen all of VGG-16": (Count(42, 1), Count(600, 1)),
-    "widen all of VGG-16": (Count(49, 16), Count(197, 16)),
+    "widen all of VGG-16": (Count(18, 16), Count(166, 16)),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmorph as fm
-from fastmorph.equation import unlike
+from fastmorph.equation import estimate, unlike
 from fastmorph.equation.backends import TritonBackend
 
 pytestmark = pytest.mark.skipif(
@@ -69,6 +69,12 @@ def test_answers_are_those_of_pytorch_and_of_single_calls(groups):
 
 def _seed(number: int) -> int:
     return fm.equation.randomness.draw_seeds(5, 4)[number]
+
+
+def test_kernels_estimate_by_as_many_sums_from_as_many_channels_on():
+    from fastmorph_kernels.direct_many.op import FEW, SUMS
+
+    assert (estimate._SUMS, estimate.MEASURED) == (SUMS, FEW)
 
 
 def test_the_budget_divides_them(groups):

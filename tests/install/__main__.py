@@ -15,6 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOR_TESTS = ("pytest", "hypothesis", "safetensors")
+# Tests use the checkout's bench/; what is installed comes before it on the path.
+BEHIND = """
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text(sys.argv[1])
+"""
 
 
 def main() -> None:
@@ -39,6 +44,7 @@ def main() -> None:
             run("-I", "-W", "error", str(ROOT / "tests" / "install" / "smoke.py"), cwd=Path(folder))
         if options.tests:
             run.pip(*FOR_TESTS, *options.also)
+            run("-c", BEHIND, str(ROOT))
             run("-P", "-m", "pytest", *options.tests, cwd=ROOT)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +160,16 @@ def test_rows_have_as_many_numbers_as_the_kernels_count():
         part = written.add([row, row], [3, 4])
         assert len(written.numbers) == 2 * fields
         assert (part.programs, written.numbers[fields]) == (7, 3)
+
+
+@pytest.mark.parametrize("name", ["kernel", "remainder_kernel"])
+def test_no_kernel_is_compiled_anew_for_another_number_of_equations(name):
+    """In a file of kernels, whatever is no pointer and not known when compiling is named as not to be specialised."""
+    tree = ast.parse((Path(table.__file__).parent / f"{name}.py").read_text())
+    kernels = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.endswith("_kernel")]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        (decorator,) = kernel.decorator_list
+        assert isinstance(decorator, ast.Call)
+        numbers = [arg.arg for arg in kernel.args.args if arg.annotation is None and not arg.arg.endswith("_ptr")]
+        assert ast.literal_eval(decorator.keywords[0].value) == numbers

@@ -13,6 +13,7 @@ from widening import FILLS, Net, randn, trained
 
 import fastmorph as fm
 from fastmorph.morphs import widen_put
+from fastmorph.morphs.widen_launch import is_launched
 
 pytest.importorskip("triton")
 
@@ -131,3 +132,15 @@ def test_moments_have_the_same_bits_too(fill, launched):
         for key, value in one.items():
             assert torch.equal(value, other[key]), key
     assert len(launched) > 1
+
+
+class Wrapped(torch.Tensor):
+    """One of those tensors whose memory may be anywhere."""
+
+
+def test_a_kernel_takes_plain_floats_where_it_is_wanted():
+    plain = torch.ones(2)
+    assert is_launched(plain, "triton")
+    assert is_launched(nn.Parameter(plain), "triton")
+    assert not any(is_launched(plain, backend) for backend in (None, "torch", "numpy"))
+    assert not any(is_launched(other, "triton") for other in (plain.as_subclass(Wrapped), plain.long()))

@@ -159,6 +159,18 @@ def test_heads_come_along_where_code_divides_the_width_by_their_number(name, fil
         assert loaded.config.vision_config.hidden_size == 16
 
 
+@pytest.mark.parametrize(("name", "fill"), [("gpt2", "rotate"), ("gpt2", None), ("vit", "rotate"), ("opt", None)])
+def test_in_float64_nothing_but_its_rounding_is_left(name, fill):
+    parent, call = made(name).double(), call_of(name)
+    call = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
+    untie = fill == "rotate" and name == "gpt2"
+    child = fm.transformers.grow(
+        parent, hidden_size=24, num_hidden_layers=3, intermediate_size=70, fill=fill, untie=untie, generator=0, verify=False
+    ).model
+    with torch.no_grad():
+        assert error(parent(**call).logits, child(**call).logits) <= 1e-12
+
+
 def test_a_new_vocabulary_keeps_the_old_logits(tmp_path):
     for name in ("llama", "qwen3", "gpt2", "bert"):
         parent, call = made(name), call_of(name)

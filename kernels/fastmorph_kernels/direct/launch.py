@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..configs import launch_options, lookup
@@ -163,7 +162,7 @@ def settings_of(weight: Tensor | None, out: Tensor, held: int, config: DirectCon
     block_m = _tile(columns, config)
     taps = columns // channels
     run = into.run and taps <= block_m
-    tiles_m = triton.cdiv(columns, block_m // taps * taps if run else block_m)
+    tiles_m = blocks_of(columns, block_m // taps * taps if run else block_m)
     tiles = max(1, min(config.span, batch * blocks * tiles_m // _PROGRAMS))
     constants = {
         **_sizes(size),
@@ -178,7 +177,7 @@ def settings_of(weight: Tensor | None, out: Tensor, held: int, config: DirectCon
         "BLOCK_M": block_m,
         **sides,
     }
-    programs = batch * blocks * triton.cdiv(tiles_m, tiles)
+    programs = batch * blocks * blocks_of(tiles_m, tiles)
     return Settings(columns, blocks, tiles, programs, tuple(extent), source, into, constants, config)
 
 
@@ -224,7 +223,7 @@ def sums_settings_of(
         "BLOCK_M": block_m,
         "BLOCK_R": config.span,
     }
-    return source, constants, batch * groups * triton.cdiv(columns, block_m), config
+    return source, constants, batch * groups * blocks_of(columns, block_m), config
 
 
 def launch_scales(sample: Tensor, spread: Tensor | None, balance: Balance, scales: Tensor) -> None:
@@ -260,7 +259,7 @@ def _sides(hidden: int, held: int) -> dict[str, int]:
     """Sides of tiles that hold the largest block."""
 
     def side(sizes: Iterable[int]) -> int:
-        return max(16, int(triton.next_power_of_2(max(sizes))))  # 16: the least that a matrix instruction takes
+        return max(16, 1 << (max(sizes) - 1).bit_length())  # 16: the least that a matrix instruction takes
 
     blocks, shared = deal(hidden, held), shares_pairs(hidden, held)
     return {
@@ -281,5 +280,10 @@ def _sizes(size: Sequence[int]) -> dict[str, int]:
     return dict(zip(("SIZE_X", "SIZE_Y", "SIZE_Z"), size, strict=True))
 
 
+def blocks_of(size: int, block: int) -> int:
+    """How many blocks cover a size; Triton's own function costs microseconds on the host."""
+    return -(-size // block)
+
+
 def _tile(columns: int, config: DirectConfig) -> int:
-    return min(config.block_m, max(64, int(triton.next_power_of_2(columns))))
+    return min(config.block_m, max(64, 1 << (columns - 1).bit_length()))

@@ -20,7 +20,7 @@ from .table import FACTOR_FIELDS, SCALE_FIELDS
 _SCALE_FIELDS, _FACTOR_FIELDS = tl.constexpr(SCALE_FIELDS), tl.constexpr(FACTOR_FIELDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps", "items"])
 def scales_many_kernel(
     like_ptr,  # says of which dtype the addresses are
     table_ptr,
@@ -53,7 +53,7 @@ def scales_many_kernel(
     store_scales(scales_ptr + 2 * pid, 2 * items, tl.sqrt(total * share), least, ratio, noise)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps"])
 def direct_many_kernel(
     like_ptr,
     mixing_ptr,
@@ -125,7 +125,7 @@ def direct_many_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps"])
 def sums_many_kernel(
     like_ptr,
     sums_ptr,  # says of which dtype the sums are
@@ -173,10 +173,10 @@ def sums_many_kernel(
 @triton.jit
 def _address(ptr, TYPE: tl.constexpr, EVEN: tl.constexpr):
     """A pointer that the table holds; EVEN: to 16 bytes."""
-    address = tl.load(ptr)
-    if EVEN:
-        address = tl.multiple_of(address, 16)
-    return address.to(TYPE)
+    pointer = tl.load(ptr).to(TYPE)
+    if EVEN:  # to be said of the pointer: what is known of the number is lost
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit

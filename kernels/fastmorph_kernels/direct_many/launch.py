@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..configs import launch_options
-from ..direct.launch import SCALES_BLOCK, aligned, settings_of, sums_settings_of
+from ..direct.launch import SCALES_BLOCK, aligned, blocks_of, settings_of, sums_settings_of
 from ..direct.mixing import dealing_table, groups_of, mixing_table
 from ..direct.op import Factor, factors_of, sample_of
 from ..support import accumulator, six_dimensional, three
@@ -217,10 +216,10 @@ def _add_remainder(one: One, estimate: Estimate, room: _Room, sketches: _Class, 
 
     def sketch(kernel: Tensor, rows: int, columns: int, *, measured: bool) -> tuple[int, int, int, int]:
         """Place and parts of the sketch of a kernel; place and number of an item's sums of squares."""
-        terms = triton.cdiv(kernel.shape[1], rows)
-        part_terms = max(1, TERMS // triton.cdiv(kernel.shape[2], columns))
-        parts, entries = triton.cdiv(terms, part_terms), rows * columns * math.prod(kernel.shape[3:])
-        programs = parts * triton.cdiv(entries, SKETCH["BLOCK_E"])
+        terms = blocks_of(kernel.shape[1], rows)
+        part_terms = max(1, TERMS // blocks_of(kernel.shape[2], columns))
+        parts, entries = blocks_of(terms, part_terms), rows * columns * math.prod(kernel.shape[3:])
+        programs = parts * blocks_of(entries, SKETCH["BLOCK_E"])
         place, stats = room.take(batch * parts * entries), room.take(2 * batch * programs) if measured else -1
         sizes = (kernel.shape[1], rows, kernel.shape[2], columns, parts, part_terms)
         row = SketchRow(0, kernel.data_ptr(), (place, stats), sizes, tuple(kernel.shape[3:]), kernel.stride())
@@ -231,12 +230,12 @@ def _add_remainder(one: One, estimate: Estimate, room: _Room, sketches: _Class, 
     first_place, second_place = (sketch(x, hidden, n, measured=False)[0] for x, n in ((first, into), (second, out)))
     k1, k2 = tuple(first.shape[3:]), tuple(second.shape[3:])
     frame = tuple(a + b - 1 for a, b in zip(k1, k2, strict=True))
-    parts, offsets = triton.cdiv(hidden, HIDDEN), math.prod(frame)
+    parts, offsets = blocks_of(hidden, HIDDEN), math.prod(frame)
     place = room.take(batch * parts * out * into * offsets)
-    tiles = triton.cdiv(out, PRODUCT["BLOCK_M"]) * triton.cdiv(into, PRODUCT["BLOCK_I"])
+    tiles = blocks_of(out, PRODUCT["BLOCK_M"]) * blocks_of(into, PRODUCT["BLOCK_I"])
     products.add(
         ProductRow(0, (first_place, second_place, place), (out, hidden, into), k1, k2, (parts, HIDDEN)),
-        batch * parts * tiles * triton.cdiv(offsets, PRODUCT["BLOCK_U"]),
+        batch * parts * tiles * blocks_of(offsets, PRODUCT["BLOCK_U"]),
     )
     ends.add(
         EndRow(

@@ -27,7 +27,7 @@ _SKETCH_FIELDS, _PRODUCT_FIELDS = tl.constexpr(SKETCH_FIELDS), tl.constexpr(PROD
 _END_FIELDS = tl.constexpr(END_FIELDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps"])
 def sketch_kernel(
     like_ptr,  # says of which dtype the addresses are
     table_ptr,
@@ -94,7 +94,7 @@ def _signs(term, sums, channels):
     return tl.where(sums < channels, word_at(stream, term.to(tl.uint32)), tl.full((), 0, tl.uint32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps"])
 def product_kernel(
     table_ptr,
     scratch_ptr,
@@ -152,7 +152,7 @@ def product_kernel(
     tl.store(out_ptr + (offs_m * channels_i * offsets)[:, None] + columns[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "rows", "steps", "items"])
 def end_kernel(table_ptr, scratch_ptr, told_ptr, exact_ptr, begin, rows, steps, items, BLOCK: tl.constexpr):
     """Of an item what is left, relative to the weight; zero; its weight's largest magnitude; and whether it is exact."""
     pid = tl.program_id(0)

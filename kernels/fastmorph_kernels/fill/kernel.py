@@ -94,7 +94,7 @@ def _number(bits_ptr, TYPE: tl.constexpr):
     return tl.load(bits_ptr).to(tl.float64, bitcast=True).to(TYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _fill_kernel(
     like_ptr,  # says of which dtype the addresses are
     table_ptr,
