@@ -68,6 +68,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if func.namespace == "aten" and func._can_decompose():  # inside an operator of ours: `to`, say, which may copy or not
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if func.namespace == "fastmorph_kernels":
             self._launch(name, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fastmorph_kernels as kernels
 import torch
 from fastmorph_kernels.direct import direct
+from fastmorph_kernels.direct_many import direct_many
 from fastmorph_kernels.fill.table import flat
 from fastmorph_kernels.register import OPERATORS
 from torch import Tensor
@@ -106,6 +107,14 @@ def closed_form(setup: Setup, report: Report) -> None:
     weight = setup.random(2, *setup.size((1024, 1024), (5, 4)))
     first, second = direct(weight, 2 * weight.shape[1], (), (), (), 7)
     report.check("direct, linear, float32", oracle.residual(weight, (), first, second), fm.tolerance(F32))
+    weights = [setup.random(1, co, ci, *k) for co, ci, hidden in shapes if hidden >= co]
+    through = [hidden for co, _, hidden in shapes if hidden >= co]
+    pairs, told, _ = direct_many([(w, hidden, k, k, before, [7], True) for w, hidden in zip(weights, through, strict=True)])
+    for weight, hidden, both in zip(weights, through, pairs, strict=True):
+        alone = direct(weight, hidden, k, k, before, torch.tensor([7], device=weight.device))
+        differing = sum(int((a != b).sum()) for a, b in zip(both, alone, strict=True))
+        report.hold(f"direct_many has the bits of direct, {tuple(weight.shape)} -> {hidden}", differing)
+    report.check("direct_many, residuals", float(told[0].max()), fm.tolerance(F32))
 
 
 def precisions(setup: Setup, report: Report) -> None:

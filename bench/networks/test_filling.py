@@ -7,6 +7,7 @@ of 2048 channels, 75 million weights, with 2560 between them.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.floors import Job
 from bench.networks.exact import TOLERANCE, difference
 from bench.networks.models import Network, stack
 from bench.race import Contender
@@ -57,7 +59,11 @@ def contender(name: str, way: str) -> Contender:
         child.load_state_dict({**chosen.model.state_dict(), **grown})
         return difference(chosen, child)
 
-    return Contender(run, residual, TOLERANCE, rounds=1, once=True)
+    whole = stage(name).growth
+    old = {key: chosen.model.get_parameter(key) for key in whole.names}
+    read, written = sum(value.nbytes for value in old.values()), sum(4 * prod(whole.shape(key, old[key].shape)) for key in old)
+    job = Job(chosen.shape, moved=written + (written if way == "clone" else read))
+    return Contender(run, residual, TOLERANCE, rounds=1, job=job, once=True)
 
 
 @pytest.mark.contenders(*([f"{name} {way}" for way in ("clone", *FILLS)] for name in SIZES))

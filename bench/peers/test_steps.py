@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.conftest import Race
+from bench.floors import Job
 from bench.race import Contender
 from bench.zoo.models import declare_torchvision_operators
 from fastmorph.integrations.gromo import optimal_deltas, optimal_neurons
@@ -67,4 +68,6 @@ def test_steps(race: Race, name: str) -> None:
     way, units = name.split(", ")
     run = by_gromo if way == "GroMo" else at_once
     # float32 statistics and answers: their rounding times the condition of S, about 10
-    race("steps", Contender(lambda: run(int(units)), lambda answer: error(answer, int(units)), 1e-5, rounds=10))
+    count = sum(part.nbytes for parts in statistics(int(units)) for part in parts)
+    job = Job(f"{LAYERS} layers of {units} units, {NEURONS} neurons", moved=count)  # both statistics are read
+    race("steps", Contender(lambda: run(int(units)), lambda answer: error(answer, int(units)), 1e-5, rounds=10, job=job))

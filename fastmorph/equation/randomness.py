@@ -144,6 +144,12 @@ class Noise:
         return keys
 
 
+def signs(channels: int) -> Tensor:
+    """1 or -1 for each channel, (C,) float64 on the CPU, by their number."""
+    drawn: Tensor = _counter().signs(channels)
+    return drawn
+
+
 @cache
 def _counter() -> Any:
     """`fastmorph_kernels.noise`, at first use: the kernels' package is no part of `import fastmorph`."""

@@ -25,7 +25,7 @@ _REFRESHED = (
 # they are; of how many query heads share keys and values, which is the size of nothing.
 _NO_HEADS = re.compile(
     r"window|layer|position|max|len|bucket|distance|chunk|stride|patch|rotary|idx|index|block|scal|pad|seq"
-    r"|(?<!all_)head_(dim|size)|dim_head"
+    r"|(?<!all_)head_(dim|size)|dim_head|value_proj_dim|(^|_)d_(k|v|kv)$"
 )
 _WIDTH = re.compile(r"model|embed|hidden|width")
 _REPEATS = re.compile(r"rep|(value|kv)_groups")

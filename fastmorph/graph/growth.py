@@ -31,6 +31,26 @@ class Layout:
     copy: Ints
     key: Ints
 
+    @cached_property
+    def kept(self) -> Ints:
+        """Where old indices stand."""
+        return np.flatnonzero(self.copy == 0)
+
+    @cached_property
+    def fresh(self) -> Ints:
+        """Where new indices stand."""
+        return np.flatnonzero(self.copy)
+
+    @cached_property
+    def twins(self) -> tuple[Ints, Ints, Ints]:
+        """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
+        order = self.fresh[np.lexsort((self.copy[self.fresh], self.key[self.fresh]))]
+        _, starts, counts = np.unique(self.key[order], return_index=True, return_counts=True)
+        rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
+        first = np.flatnonzero(rank < half)
+        first = first[np.argsort(order[first])]
+        return order[first], order[first + half[first]], order[rank >= 2 * half]
+
     def same(self, other: Layout) -> bool:
         """Whether it is the other's, index by index."""
         pairs = ((self.origin, other.origin), (self.copy, other.copy), (self.key, other.key))

@@ -143,9 +143,10 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         tensors = [*module._parameters.items(), *module._buffers.items()]
-        shapes = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None)
-        plain = tuple((key, value) for key, value in vars(module).items() if _is_plain(key, value))
-        found[name] = (type(module), shapes, plain)
+        # One tuple: what is kept for long is what a garbage collection looks through.
+        shapes = (part for key, tensor in tensors if tensor is not None for part in (key, tensor.shape, tensor.dtype))
+        plain = (part for key, value in vars(module).items() if _is_plain(key, value) for part in (key, value))
+        found[name] = (type(module), *shapes, None, *plain)
     return found
 
 
@@ -156,20 +157,21 @@ def _is_plain(key: str, value: Any) -> bool:
 
 
 @plain_context()
-def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
+def follow(model: nn.Module, example_inputs: Any = None, *, taped: bool = False) -> Structure:
     """Follow a model's channels once, to hand what was found to many calls (`structure=` of `coupled`, `widen`, `morph`).
 
     Args:
         model: the model; it is not touched, and may be changed or let go afterwards.
         example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer. They are not kept:
             only their shapes and dtypes matter.
+        taped: whether to note what the model does, operator by operator, for growth of a stream, which else follows it again.
 
     Raises:
         MorphError: the model does not run on them, or its forward cannot be followed.
     """
     try:
         skeleton, known = Skeleton(model), fingerprint(model)
-        inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
+        inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model), taped=taped)
     except MorphError as error:
         if not (hint := backbone_hint(model)):
             raise

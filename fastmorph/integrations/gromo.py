@@ -95,12 +95,14 @@ def optimal_neurons(
         left, values, right = _svd(n.double() if root is None else root.half(n.double()), precise=n.dtype == torch.float64)
         kept = (values >= values[:, :1].clamp(max=statistical_threshold)).sum(-1)
         counts = (kept if maximum_added_neurons is None else kept.clamp(max=maximum_added_neurons)).tolist()
-        left, values, right = left[..., : max(counts)], values[:, : max(counts)], right[..., : max(counts)]
+        most = max(counts)
+        left, values, right = left[..., :most], values[:, :most], right[..., :most]
         left = left if root is None else root.back(left)
         scale = torch.ones_like(values) if ignore_singular_values else values.sqrt()
         incoming, outgoing = (scale[:, None] * left).mT.to(n.dtype), (scale[:, None] * right).to(n.dtype)
         values = values.to(n.dtype)
-        return [Neurons(incoming[i, :k], outgoing[i, :, :k], values[i, :k]) for i, k in enumerate(counts)]
+        parts = zip(incoming.unbind(), outgoing.unbind(), values.unbind(), counts, strict=True)
+        return [Neurons(a, b, c) if k == most else Neurons(a[:k], b[:, :k], c[:k]) for a, b, c, k in parts]
 
     return _in_buckets(solve, covariances, moments)
 
@@ -182,7 +184,7 @@ def _in_buckets(
     buckets: dict[Any, list[int]] = {}
     for place, moment in enumerate(moments):
         covariance = None if covariances is None else covariances[place]
-        if covariance is not None and covariance.shape != (len(moment), len(moment)):
+        if covariance is not None and covariance.shape != (moment.shape[0],) * 2:
             raise MorphError(
                 f"layer {place}: S is {tuple(covariance.shape)}, which does not fit the {tuple(moment.shape)} of M or N."
             )
@@ -192,12 +194,12 @@ def _in_buckets(
     for places in buckets.values():
         m = torch.stack([moments[place].detach() for place in places])
         s = None if covariances is None else torch.stack([covariances[place].detach() for place in places])
-        finite = m.isfinite().all(-1).all(-1) & (True if s is None else s.isfinite().all(-1).all(-1))
-        if not finite.all():
-            place = places[int((~finite).nonzero()[0])]
-            raise MorphError(
-                f"layer {place}: its statistics are not finite; look for the overflow in its activations or gradients."
-            )
+        if not (m.sum() + (0 if s is None else s.sum())).isfinite():  # one of them, or their sum alone
+            for place in places:
+                if not all(part[place].isfinite().all() for part in (moments, covariances) if part is not None):
+                    raise MorphError(
+                        f"layer {place}: its statistics are not finite; look for the overflow in its activations or gradients."
+                    )
         answers.update(zip(places, solve(s, m), strict=True))
     return [answers[place] for place in range(len(moments))]
 

@@ -96,10 +96,13 @@ class StreamFilling:
 
     def __init__(self, layer: str, growth: Growth, noise: Noise, vectors: Mapping[str, Tensor]) -> None:
         assert growth.stream is not None
-        self._layer, self._growth, self._stream, self._noise = layer, growth, growth.stream, noise
+        # What tensors are filled by, without the run that it was found in.
+        self._layer, self._layouts, self._stream, self._noise = layer, growth.layouts, growth.stream, noise
+        record = growth.coupling.record
+        self._grown = {name: [axis for axis in record.parameter(name) if axis in growth.layouts] for name in growth.names}
         self._vectors = {name: values_of(vector) + self._stream.changes[name].offset for name, vector in vectors.items()}
         self._sizes = min((axis.size, len(layout.origin)) for axis, layout in growth.layouts.items())
-        self._reads = growth.coupling.record.mask("reads")
+        self._reads = record.mask("reads")
         centred = self._stream.centred
         self._turn = Turn(self._sizes, noise.of("turn"), centred=centred) if self._stream.kind == "turned" else None
         self._constants: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
@@ -142,17 +145,20 @@ class StreamFilling:
         """How outputs as wide as the stream are read."""
         return OldChannels(self._stream.outputs, self._sizes, self._turn, self._vectors, self._constants)
 
-    def tensor(self, name: str, old: Tensor) -> tuple[Tensor, Map | None, Map | None]:
-        """The new values of a parameter or buffer, and the maps that take its first and squared moments to the new shape."""
-        old = values_of(old)
+    def tensor(self, name: str, old: Tensor) -> Tensor:
+        """The new values of a parameter or buffer."""
+        return self._widened(name, values_of(old)) if self._turn is None else self._turned(name, values_of(old))
+
+    def moments(self, name: str) -> tuple[Map | None, Map | None]:
+        """The maps that take its first and squared moments to the new shape; None: they start afresh."""
         if self._turn is None:
-            return self._widened(name, old), lambda m: self._moment(name, m, 1), lambda m: self._moment(name, m, 2)
+            return lambda moment: self._moment(name, moment, 1), lambda moment: self._moment(name, moment, 2)
         if not self._can_follow(name):
-            return self._turned(name, old), None, None
-        return self._turned(name, old), lambda m: self._turned_moment(name, m), lambda m: self._turned_square(name, m)
+            return None, None
+        return lambda moment: self._turned_moment(name, moment), lambda moment: self._turned_square(name, moment)
 
     def _axes(self, name: str) -> list[Axis]:
-        return [axis for axis in self._growth.coupling.record.parameter(name) if axis in self._growth.layouts]
+        return self._grown[name]
 
     def _is_read(self, axis: Axis) -> bool:
         """Whether new entries along an axis are free columns: what writes the stream as well (a tie) decides for both."""
@@ -194,7 +200,7 @@ class StreamFilling:
     def _sides(self, name: str, *, drawn: bool, value: float = 0.0) -> list[Side]:
         sides = []
         for axis in self._axes(name):
-            layout, reads = self._growth.layouts[axis], self._is_read(axis)
+            layout, reads = self._layouts[axis], self._is_read(axis)
             to, fresh = (layout.copy == 0).nonzero()[0], layout.copy.nonzero()[0]
             noise, is_noisy = self._noise.of(name, axis.dim), drawn and reads
             chosen = {"drawn": fresh} if is_noisy else {"rest": fresh, "value": value}
@@ -211,7 +217,8 @@ class StreamFilling:
     def _turned(self, name: str, old: Tensor) -> Tensor:
         change = self._stream.changes[name]
         if change.gain:
-            return old.new_full(self._growth.shape(name, old.shape), 1 - change.offset)
+            sizes = {axis.dim: len(self._layouts[axis].origin) for axis in self._axes(name)}
+            return old.new_full([sizes.get(dim, size) for dim, size in enumerate(old.shape)], 1 - change.offset)
         new = self._spread(name, old, root_mean_square(old))
         return new.mul_(change.factor) if change.factor != 1 else new
 

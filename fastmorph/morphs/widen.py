@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Unpack, cast
+from typing import ClassVar, Unpack, cast
 
 import torch
-from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
@@ -26,7 +25,6 @@ from fastmorph.morphs.add_heads import OldHeads
 from fastmorph.morphs.stream_fill import StreamFilling
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
 from fastmorph.morphs.widen_put import Grown, put_grown
-from fastmorph.plan.lineage import Map
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.order import EVERYTHING
@@ -52,6 +50,7 @@ class Widen:
     channels: int | str
     fill: str = "pair"
     heads: bool = False
+    replaces: ClassVar[bool] = True
 
     @property
     def target(self) -> str:
@@ -79,7 +78,8 @@ class Widen:
                     f"layer {operator.layer!r}: heads=True takes fill='zero' or 'rotate'; whole multiples need none."
                 )
         widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
-        stages, structure = find_stages(transaction.followed(), widths)
+        taped = any(operator.fill in _WAYS for operator in operators)
+        stages, structure = find_stages(transaction.followed(taped=taped), widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:
@@ -169,11 +169,12 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
     filling = StreamFilling(operator.layer, growth, transaction.noise("widen", operator.layer), gains)
     for name in growth.names:
         old = tensor_of(model, name)
-        new: Tensor = old.detach().new_empty(growth.shape(name, old.shape))
-        linear: Map | None = None
-        square: Map | None = None
-        if transaction.with_weights:
-            new, linear, square = filling.tensor(name, old)
+        shape = growth.shape(name, old.shape)
+        if not transaction.with_weights:
+            transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
+            continue
+        new = transaction.compute(old, shape, partial(filling.tensor, name, old))
+        linear, square = filling.moments(name)
         transaction.replace(old, new, linear=linear, square=square)
     if growth.stream.outputs:
         transaction.readings.append(filling.reading())

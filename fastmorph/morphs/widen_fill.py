@@ -17,7 +17,7 @@ that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
 from fastmorph.morphs.widen_launch import Writing, write_all
-from fastmorph.morphs.widen_write import Side, write
+from fastmorph.morphs.widen_write import Side
 from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
@@ -109,7 +109,7 @@ class Filling:
         if zero:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             if self._share and len(alone):
                 places = np.empty(len(given["to"]), np.int64)
                 places[given["of"]] = given["to"]
@@ -133,7 +133,7 @@ class Filling:
 
     def _given(self, axis: Axis, reads: bool) -> dict[str, Any]:
         layout = self.growth.layouts[axis]
-        to, fresh = np.flatnonzero(layout.copy == 0), np.flatnonzero(layout.copy)
+        to, fresh = layout.kept, layout.fresh
         noise = self._noise.of(axis.name, axis.dim)
         return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": fresh, "noise": noise}
 
@@ -141,7 +141,7 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             source[second] = source[first]
             if self._share:
                 source[alone] = layout.origin[alone]
@@ -183,21 +183,32 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
         backend: see `decompose`; on a GPU, and by "triton", all of one dtype are written by one launch.
     """
     grown = [(fillings, name, values_of(old)) for fillings, name, old in tensors]
-    sides = [_ordered(side for filling in fillings for side in filling.sides(name)) for fillings, name, _ in grown]
-    drawn = [any(len(side.drawn) or side.balanced is not None for side in those) for those in sides]
-    scales = iter(root_mean_squares([old for (_, _, old), noisy in zip(grown, drawn, strict=True) if noisy]))
+    sides = [_sides_of(fillings, name) for fillings, name, _ in grown]
+    scales = iter(root_mean_squares([old for (_, _, old), (_, drawn) in zip(grown, sides, strict=True) if drawn]))
     writings = [
-        Writing(old, those, next(scales) if noisy else 0.0)
-        for (_, _, old), those, noisy in zip(grown, sides, drawn, strict=True)
+        Writing(old, those, next(scales) if drawn else 0.0) for (_, _, old), (those, drawn) in zip(grown, sides, strict=True)
     ]
 
     def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
-        return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
+        sides = _ordered(side for filling in fillings for side in filling.moment_sides(name, given, power))
+        return write_all([Writing(given, sides, 0.0)], backend)[0]
 
     return [
         Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))
         for new, (fillings, name, _) in zip(write_all(writings, backend), grown, strict=True)
     ]
+
+
+def writing_of(fillings: Sequence[Filling], name: str) -> Callable[[Tensor], Writing]:
+    """How the old values of a parameter or buffer become the new ones."""
+    sides, drawn = _sides_of(fillings, name)
+    return lambda old: Writing(old, sides, root_mean_square(old) if drawn else 0.0)
+
+
+def _sides_of(fillings: Sequence[Filling], name: str) -> tuple[list[Side], bool]:
+    """How its dimensions are filled, and whether any by noise."""
+    sides = _ordered(side for filling in fillings for side in filling.sides(name))
+    return sides, any(len(side.drawn) or side.balanced is not None for side in sides)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:
@@ -226,7 +237,7 @@ class _Donors:
         rank = np.empty_like(order)
         rank[order] = np.arange(axis.size)
         rank -= of_class
-        source, fresh = layout.origin.copy(), np.flatnonzero(layout.copy)
+        source, fresh = layout.origin.copy(), layout.fresh
         origin = layout.origin[fresh]
         donors = self._drawn[self._starts[classes[origin]] + layout.copy[fresh] - 1]
         source[fresh] = order[np.searchsorted(classes[order], donors) + rank[origin]]
@@ -245,17 +256,6 @@ def _kin(coupling: Coupling, classes: Ints) -> tuple[Ints, Ints, Ints]:
         begin += len(kin)
         open_ones &= ~same
     return np.concatenate(found), first, size
-
-
-def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
-    """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
-    fresh = np.flatnonzero(layout.copy)
-    order = fresh[np.lexsort((layout.copy[fresh], layout.key[fresh]))]
-    _, starts, counts = np.unique(layout.key[order], return_index=True, return_counts=True)
-    rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
-    first = np.flatnonzero(rank < half)
-    first = first[np.argsort(order[first])]
-    return order[first], order[first + half[first]], order[rank >= 2 * half]
 
 
 def _places_of_copies(layout: Layout) -> Ints:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmorph.elsewhere import Elsewhere
 from fastmorph.equation.backends import why_unavailable
 from fastmorph.morphs.widen_write import Side, leading, write
 
@@ -28,7 +27,8 @@ class Writing(NamedTuple):
 def is_launched(old: Tensor, backend: str | None) -> bool:
     """Whether a kernel writes what grows out of a tensor: for `backend` "triton", and for None on a GPU, where it can run."""
     chosen = backend == "triton" or (backend is None and old.device.type == "cuda")
-    return chosen and not isinstance(old, Elsewhere) and why_unavailable(old) is None
+    plain = type(old) in (Tensor, nn.Parameter)  # others have their memory elsewhere, or none
+    return chosen and plain and why_unavailable(old) is None
 
 
 def write_all(writings: Sequence[Writing], backend: str | None) -> list[Tensor]:

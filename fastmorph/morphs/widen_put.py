@@ -16,10 +16,12 @@ from fastmorph.elsewhere import Elsewhere, values_of
 from fastmorph.equation.arrays import host_waits
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
-from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors
-from fastmorph.morphs.widen_launch import is_launched
+from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors, writing_of
+from fastmorph.morphs.widen_launch import is_launched, write_all
 from fastmorph.plan.lineage import Map
 from fastmorph.plan.transaction import Transaction
+
+_TOGETHER = 2**30  # bytes of old tensors that wait at most, which is what launches cost in memory
 
 
 def _same(moment: Tensor) -> Tensor:
@@ -53,17 +55,25 @@ class Grown:
     def put(self, name: str, fillings: Sequence[Filling]) -> None:
         """Put a tensor that grows by all these fillings."""
         old = tensor_of(self._transaction.model, name)
+        shape = self._growth.shape(name, old.shape)
         if not self._transaction.with_weights:
-            shape = self._growth.shape(name, old.shape)
             self._transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
             return
+        backend = self._transaction.solving.get("backend")
+        if self._transaction.late and not self._norms:
+            writing = writing_of(fillings, name)
+            new = self._transaction.compute(old, shape, lambda: write_all([writing(values_of(old))], backend)[0])
+            self._transaction.replace(old, new, linear=None, square=None)
+            return
         # Where the parent is consumed, each old tensor is gone before the next new one comes.
-        launched = is_launched(old, self._transaction.solving.get("backend"))
+        launched = is_launched(old, backend)
         queued = launched or (host_waits(old.device) and not isinstance(old, Elsewhere))
-        if queued and not self._transaction.consume:
-            self._waiting.append((fillings, name, old))
-        else:
+        if self._transaction.consume or not queued:
             self._put([(fillings, name, old)])
+            return
+        self._waiting.append((fillings, name, old))
+        if sum(tensor.nbytes for _, _, tensor in self._waiting) >= _TOGETHER:
+            self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:

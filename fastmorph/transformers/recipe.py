@@ -23,8 +23,8 @@ from fastmorph.transformers.untie import Untie
 _UP = re.compile(
     r"(^|\.)(up_proj|gate_up_proj|c_fc|dense_h_to_4h|fc1|wi|wi_0|lin1|weights_in|linear1|intermediate\.dense|ff\.net\.0\.proj)$"
 )
-# Layers that make as many channels as the stream has, beside it: heads of masked language models, what Whisper's encoder reads.
-_BESIDE = re.compile(r"(^|\.)(predictions\.transform\.dense|lm_head\.dense|vocab_transform|encoder\.conv[12])$")
+# Layers that make as many channels as the stream has, beside it, in heads of masked language models.
+_BESIDE = re.compile(r"(^|\.)(predictions\.transform\.dense|lm_head\.dense|vocab_transform)$")
 _QUERIES = ("q_proj", "query", "c_attn", "query_key_value", "qkv", "q", "q_lin", "Wqkv", "qkv_proj")
 
 

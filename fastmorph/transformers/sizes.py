@@ -98,19 +98,20 @@ def heads_divide_width(config: Any) -> bool:
 def rewrite(model: nn.Module, size: str, old: int, new: int, before: Mapping[str, tuple[int, ...]]) -> None:
     """Write a grown size wherever configs and modules keep the old one under its name.
 
-    Of a model of several towers, each with a config: in those of which some parameter grew, by the shapes `before`.
+    Of a model of several towers, each with a config: in those around some parameter that grew, by the shapes `before`.
     """
     held = [config for config in configs(model) if old in _held(config, size)]
-    owners, grown = {"": held[0] if len(held) == 1 else None}, {id(config) for config in held if len(held) == 1}
+    whole = {id(config) for config in held if len(held) == 1}
+    around, grown = {"": whole}, set(whole)
     for path, module in model.named_modules():
-        mine = [config for config in configs_of(module) if any(config is other for other in held)]
-        owners[path] = mine[0] if mine else owners[path.rpartition(".")[0]]
+        mine = {id(config) for config in configs_of(module) if any(config is other for other in held)}
+        around[path] = around[path.rpartition(".")[0]] | mine
         for key, tensor in module._parameters.items():
             shape = before.get(f"{path}.{key}".removeprefix("."), ()) if tensor is not None else ()
             after = tensor.shape if tensor is not None else ()
             if any(one != two and one * new == two * old for one, two in zip(shape, after, strict=False)):
-                grown.add(id(owners[path]))
-    modules = [module for path, module in model.named_modules() if id(owners[path]) in grown]
+                grown |= around[path]
+    modules = [module for path, module in model.named_modules() if around[path] & grown]
     for holder in (*(config for config in held if id(config) in grown), *modules):
         for name in NAMES[size]:
             if type(vars(holder).get(name)) is int and vars(holder)[name] == old:

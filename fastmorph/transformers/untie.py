@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
@@ -37,12 +38,17 @@ class Untie:
         transaction.settle(layer)
         for key, old in shared.items():
             with torch.no_grad():
-                value = values_of(old).clone() if transaction.with_weights else torch.empty_like(old)
-            layer._parameters[key] = new = nn.Parameter(value, old.requires_grad)
+                copied = transaction.with_weights
+                value = transaction.compute(old, old.shape, partial(_clone, old)) if copied else torch.empty_like(old)
+            layer._parameters[key] = new = transaction.keep(nn.Parameter(value, old.requires_grad))
             transaction.lineage.joined(new, old)
         for config in configs(transaction.model):
             if vars(config).get("tie_word_embeddings"):
                 config.tie_word_embeddings = False
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return values_of(tensor).clone()
 
 
 register_operator(Untie, name="untie")

@@ -104,6 +104,13 @@ def levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Ten
     return halves[..., start - 2 * first : stop - 2 * first]
 
 
+def signs(channels: int) -> Tensor:
+    """1 or -1 for each channel, float64 on the CPU: bit c % 8 of word c // 8 of the stream of their number says -1 for c."""
+    words = words_on_host(channels, 0, -(-channels // 8))
+    bits = (words[:, None] >> np.arange(8, dtype=np.uint32)) & 1
+    return torch.from_numpy(1.0 - 2.0 * bits.reshape(-1)[:channels])
+
+
 def words_on_host(keys: int | Keys, start: int, stop: int) -> Words:
     """The words [start, stop), all of one `i >> 32`, of streams, (*S, stop - start)."""
     added, k1 = _halves(keys, start)

@@ -24,15 +24,21 @@ def mix_key(key, number):
 
 
 @triton.jit
+def word_at(mixed, word):
+    """Words of streams, uint32, from what `noise_at` takes."""
+    x = word * tl.full((), _STEP, tl.uint32) + mixed.to(tl.uint32)
+    x = ((x ^ (x >> 16)) * tl.full((), _FIRST, tl.uint32)) ^ (mixed >> 32).to(tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), _SECOND, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
 def noise_at(mixed, word, odd):
     """Values of streams, float32, yet to be multiplied by their scale.
 
     mixed: a stream's key, mixed with the high half of its words' numbers, uint64; word: the low half, uint32; odd: whether the
     value is the word's high half. They broadcast.
     """
-    x = word * tl.full((), _STEP, tl.uint32) + mixed.to(tl.uint32)
-    x = ((x ^ (x >> 16)) * tl.full((), _FIRST, tl.uint32)) ^ (mixed >> 32).to(tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), _SECOND, tl.uint32)
-    x = x ^ (x >> 16)
+    x = word_at(mixed, word)
     half = tl.where(odd, x >> 16, x & 0xFFFF)
     return half.to(tl.uint16).to(tl.int16, bitcast=True).to(tl.float32) + 0.5

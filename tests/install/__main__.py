@@ -1,6 +1,6 @@
 """Build the wheel and the source distribution, install each in an empty environment, and see that it works there.
 
-    python -m tests.install --torch 2.11.* --python python3.13 --tests tests/plan tests/checkpoint
+    python -m tests.install --torch 2.11.* --also numpy==2.0.* --python python3.11 --tests tests/plan tests/checkpoint
 
 It needs a Python with pip, and nothing else; the environment is made in a temporary folder, and goes with it.
 """
@@ -15,6 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOR_TESTS = ("pytest", "hypothesis", "safetensors")
+# Tests use the checkout's bench/; what is installed comes before it on the path.
+BEHIND = """
+import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text(sys.argv[1])
+"""
 
 
 def main() -> None:
@@ -23,13 +28,14 @@ def main() -> None:
         "--python", default=sys.executable, help="the interpreter to make the environment with (default: this one)"
     )
     parser.add_argument("--torch", default="", help="its version, as pip takes it behind == (default: the newest)")
+    parser.add_argument("--also", nargs="*", default=[], help="requirements to install besides, such as numpy==2.0.*")
     parser.add_argument(
         "--tests", nargs="*", default=[], help="tests to run on the installed wheel, besides the few steps of all"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Environment(Path(folder) / "env", options.python)
-        run.pip(f"torch=={options.torch}" if options.torch else "torch", "hatchling")
+        run.pip(f"torch=={options.torch}" if options.torch else "torch", "hatchling", *options.also)
         run("-m", "hatchling", "build", "-d", folder, cwd=ROOT)
         (source,), (wheel,) = Path(folder).glob("*.tar.gz"), Path(folder).glob("*.whl")
         for distribution in (source, wheel):  # the wheel last: it is what the tests run on
@@ -37,7 +43,8 @@ def main() -> None:
             run.pip(str(distribution))  # its dependencies
             run("-I", "-W", "error", str(ROOT / "tests" / "install" / "smoke.py"), cwd=Path(folder))
         if options.tests:
-            run.pip(*FOR_TESTS)
+            run.pip(*FOR_TESTS, *options.also)
+            run("-c", BEHIND, str(ROOT))
             run("-P", "-m", "pytest", *options.tests, cwd=ROOT)
 
 

@@ -19,6 +19,12 @@ def _direct(batch: int, held: int, hidden: int, *, into_first: bool = True, meas
     return weight, hidden, [3], [2], [1], torch.arange(batch), spread, 1.0, "ieee", into_first
 
 
+def _direct_many() -> Arguments:
+    weights = [random(2, 5, 3, 2), random(2, 2, 33, 2)]  # pairs to spare, and shared ones into the second kernel
+    sizes = [1, 1, 3, 1, 1, 2], [1, 1, 2, 1, 1, 3], [0, 0, 1, 0, 0, 1]
+    return weights, [12, 34], *sizes, [1, 2, 3, 4], [True, False], 1.0, "ieee", 0.0
+
+
 def _fill() -> Arguments:
     kind, place = np.array([OLD, DRAWN, MIRRORED, OLD, CONSTANT, OLD]), np.array([0, 0, 0, 1, 0, 2])
     rows = Dimension(0, kind, place, np.where(kind == MIRRORED, 1, place), 1, 7, 0.5, leads=True)
@@ -39,6 +45,7 @@ ARGUMENTS: dict[str, Callable[[], Arguments]] = {
     "direct": lambda: _direct(1, 5, 12),
     "direct, shared pairs": lambda: _direct(1, 66, 69),
     "direct, spread of the weight": lambda: _direct(2, 5, 12, measured=True),
+    "direct_many": _direct_many,
     "direct, into second": lambda: _direct(2, 2, 9, into_first=False),
 }
 

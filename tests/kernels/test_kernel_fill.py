@@ -12,8 +12,11 @@ from fastmorph_kernels import support
 from fastmorph_kernels.fill import CONSTANT, DRAWN, MIRRORED, OLD, Dimension, fill
 from fastmorph_kernels.fill import op as fill_op
 from fastmorph_kernels.noise import SCALE, words_on_host
+from fastmorph_kernels.register import OPERATORS
 
 pytest.importorskip("triton")
+
+from fastmorph_kernels.fill import kernel
 
 F16, F32, F64, BF16 = torch.float16, torch.float32, torch.float64, torch.bfloat16
 
@@ -180,6 +183,20 @@ def test_bits_of_old_entries_are_kept(device):
     kind, place = np.full(6, OLD), np.array([4, 3, 2, 1, 0, 0])
     (out,) = fill([bits.view(F32)], [[Dimension(0, kind, place, place)]])
     assert torch.equal(out.view(torch.int32), bits[torch.from_numpy(place).to(device)])
+
+
+def test_products_are_rounded_before_they_are_added_up(monkeypatch):
+    """A compiler that joined both would give a GPU other bits; the interpreter does not show it."""
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **options: given.update(options)
+
+    monkeypatch.setattr(kernel, "_fill_kernel", Kernel())
+    source, dims = random(3, 4), [grown(1, 4, 1, shared=True)]
+    OPERATORS["fill"].launch([source.new_empty(3, 13)], [source], *fill_op.flat([(0, dims)]))
+    assert given["enable_fp_fusion"] is False
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from attention import grouped
-from fastmorph_kernels.fill import kernel
 from torch import nn
 from widening import FILLS, Net, randn, trained
 
 import fastmorph as fm
+from fastmorph.morphs import widen_put
+from fastmorph.morphs.widen_launch import is_launched
 
 pytest.importorskip("triton")
+
+from fastmorph_kernels.fill import kernel
 
 
 @pytest.fixture
@@ -107,3 +110,37 @@ def test_a_parent_that_is_consumed_is_written_tensor_by_tensor(launched):
     parent = trained(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     fm.morph(parent, [fm.Widen("0", 6)], backend="triton", consume=True, verify=False)
     assert launched == [1, 1, 1]
+
+
+def test_tensors_wait_for_each_other_up_to_a_bound(launched, monkeypatch):
+    monkeypatch.setattr(widen_put, "_TOGETHER", 2 * 12 * 8)  # two weights of 12 numbers
+    layers = [part for _ in range(4) for part in (nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))]
+    fm.widen(trained(nn.Sequential(*layers)), {"0": 6, "3": 6, "6": 6}, backend="triton", verify=False)
+    assert launched == [2, 2, 2]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_moments_have_the_same_bits_too(fill, launched):
+    parent, x = trained(convolutions(), torch.float32), torch.randn(2, 3, 6, 6)
+    optimizer = torch.optim.Adam(parent.parameters())
+    parent(x).square().sum().backward()
+    optimizer.step()
+    plan = NETWORKS["convolutions"][1](fill)
+    options = {"example_inputs": x, "generator": 3, "verify": False, "optimizer": optimizer}
+    plain, found = (fm.morph(parent, plan, **options, backend=backend).optimizer for backend in (None, "triton"))
+    for one, other in zip(plain.state.values(), found.state.values(), strict=True):
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+    assert len(launched) > 1
+
+
+class Wrapped(torch.Tensor):
+    """One of those tensors whose memory may be anywhere."""
+
+
+def test_a_kernel_takes_plain_floats_where_it_is_wanted():
+    plain = torch.ones(2)
+    assert is_launched(plain, "triton")
+    assert is_launched(nn.Parameter(plain), "triton")
+    assert not any(is_launched(plain, backend) for backend in (None, "torch", "numpy"))
+    assert not any(is_launched(other, "triton") for other in (plain.as_subclass(Wrapped), plain.long()))

@@ -109,7 +109,7 @@ def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
         ),
         ("qwen3", {"intermediate_size": 19, "num_attention_heads": 6, "num_hidden_layers": 5}),
         ("gpt2", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 70, "num_hidden_layers": 3}),
-        ("t5", {"num_hidden_layers": 3}),
+        ("t5", {"num_hidden_layers": 3, "num_attention_heads": 5}),
         ("bert", {"intermediate_size": 21}),
         ("mixtral", {"intermediate_size": 20, "num_experts": 8, "hidden_size": 24}),
         ("vit", {"intermediate_size": 21, "num_hidden_layers": 4}),
@@ -157,6 +157,18 @@ def test_heads_come_along_where_code_divides_the_width_by_their_number(name, fil
     if name == "clip":  # two towers
         assert loaded.config.text_config.num_attention_heads == 7
         assert loaded.config.vision_config.hidden_size == 16
+
+
+@pytest.mark.parametrize(("name", "fill"), [("gpt2", "rotate"), ("gpt2", None), ("vit", "rotate"), ("opt", None)])
+def test_in_float64_nothing_but_its_rounding_is_left(name, fill):
+    parent, call = made(name).double(), call_of(name)
+    call = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
+    untie = fill == "rotate" and name == "gpt2"
+    child = fm.transformers.grow(
+        parent, hidden_size=24, num_hidden_layers=3, intermediate_size=70, fill=fill, untie=untie, generator=0, verify=False
+    ).model
+    with torch.no_grad():
+        assert error(parent(**call).logits, child(**call).logits) <= 1e-12
 
 
 def test_a_new_vocabulary_keeps_the_old_logits(tmp_path):
@@ -257,6 +269,31 @@ def test_a_post_norm_network_at_twice_its_width(name, tmp_path):
     with torch.no_grad():
         wanted, found = parent(**call).logits, loaded(**call).logits[..., :40]
     assert error(wanted, found) <= max(2e-6, 4 * rounding(parent, call))
+
+
+def test_a_bare_encoder_whose_output_is_the_stream():
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 40, "max_position_embeddings": 16}
+    model = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    call = call_of("bert")
+    for fill, cause in (("pair", "they are the model's output"), ("zero", "native_layer_norm"), ("rotate", "gains of a norm")):
+        with pytest.raises(fm.MorphError, match=f"layer 'embeddings.word_embeddings' cannot get more channels: .*{cause}"):
+            fm.morph(model, fm.Widen("embeddings.word_embeddings", 32, fill), example_inputs=call)
+    with pytest.raises(fm.MorphError, match=r"LN\(LN\(x\)\) is not LN\(x\)"):
+        fm.morph(model, fm.InsertBlock("encoder.layer.0"), example_inputs=call)
+    plan = [
+        fm.AddHeads("encoder.layer.0.attention.self", 6),
+        fm.AddHeads("encoder.layer.1.attention.self", 7),
+        fm.Widen("encoder.layer.*.intermediate.dense", "x1.25"),
+        fm.GrowVocabulary("embeddings.word_embeddings", 44),
+    ]
+    done = fm.morph(model, plan, example_inputs=call, generator=0)
+    with torch.no_grad():
+        wanted, found = (each(**call).last_hidden_state for each in (model, done.model))
+    assert error(wanted, found) <= 2e-6
 
 
 def test_what_is_no_model_of_transformers_is_refused():

@@ -7,6 +7,7 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.arrays import host_waits
+from fastmorph.equation.backends.protocol import ClosedForm, ClosedForms
 from fastmorph.equation.banded import BandedCholesky
 from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
 
@@ -33,6 +35,7 @@ class TorchBackend:
 
     precision: str | None = None
     name: ClassVar[str] = "torch"
+    takes_unlike: ClassVar[bool] = False
 
     def implementation(self, solver: T, reference: T) -> T:
         """The solver on this backend's maps."""
@@ -179,6 +182,10 @@ class TorchBackend:
         fill = importlib.import_module("fastmorph_kernels.direct.op").fill_plainly
         fill((first, second), weight, frame.before, keys, **options)
         return first, second
+
+    def direct_many(self, equations: Sequence[ClosedForm], *, density: float, limit: float) -> ClosedForms:
+        """For backends that take unlike equations."""
+        raise NotImplementedError(f"the {self.name} backend solves alike equations in batches")
 
 
 def _skewed(taps: Tensor, n: Size) -> Tensor:

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..configs import launch_options, lookup
+from ..groups import row_of
 from ..words import mix_key, noise_at
 from .table import BITS, CONSTANT, DRAWN, FIELDS, HEAD, MIRRORED, OLD, Table
 
@@ -93,7 +94,7 @@ def _number(bits_ptr, TYPE: tl.constexpr):
     return tl.load(bits_ptr).to(tl.float64, bitcast=True).to(TYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _fill_kernel(
     like_ptr,  # says of which dtype the addresses are
     table_ptr,
@@ -112,14 +113,7 @@ def _fill_kernel(
     COLUMNS: tl.constexpr = _HEAD + 2 * DIMS + GROWN * EACH
     MASK: tl.constexpr = 2**_BITS - 1
     pid = tl.program_id(0)
-    low = tl.full((), 0, tl.int32)
-    high = low + rows
-    for _ in range(0, steps):  # the last row whose first tile is not after this one
-        middle = (low + high) // 2
-        before = tl.load(table_ptr + middle * COLUMNS + 2) <= pid
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    row_ptr = table_ptr + low * COLUMNS
+    row_ptr = table_ptr + row_of(table_ptr + 2, pid, rows, steps, COLUMNS) * COLUMNS
     source_ptr = tl.load(row_ptr).to(like_ptr.dtype)
     out_ptr = tl.load(row_ptr + 1).to(like_ptr.dtype)
     offs = ((pid - tl.load(row_ptr + 2)) * BLOCK).to(INDEX) + tl.arange(0, BLOCK)  # [BLOCK]
@@ -221,5 +215,5 @@ def launch_fill(like: torch.Tensor, table: Table, config: FillConfig) -> None:
         SHARED=table.shared,
         WIDE=table.wide,
         BLOCK=config.block,
-        **launch_options(config),
+        **launch_options(config, fused=False),  # noise is rounded before it is added up, as everywhere else
     )
