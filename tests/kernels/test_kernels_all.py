@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
+import fastmorph_kernels
 import pytest
 import torch
 from fastmorph_kernels.register import OPERATORS
 from kernel_arguments import ARGUMENTS
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastmorph
 
 pytest.importorskip("triton")
 
@@ -96,3 +102,21 @@ def test_plain_products_are_in_float64(name):
     with NoFloat32Products() as mode:
         operator.plain(operator.allocate(*arguments), *arguments)
     assert mode.products
+
+
+def test_the_library_calls_every_operator():
+    library = Path(fastmorph.__file__).parent
+    called = {
+        node.attr
+        for path in library.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call) and "kernel" in ast.unparse(node.value.func)
+    }
+    assert set(OPERATORS) <= called
+
+
+def test_every_kernel_is_launched():
+    sources = "\n".join(path.read_text() for path in Path(fastmorph_kernels.__file__).parent.rglob("*.py"))
+    kernels = re.findall(r"^def (\w+_kernel)\(\n?\s*\w+_ptr", sources, re.MULTILINE)
+    assert len(kernels) > 10
+    assert [name for name in kernels if not re.search(rf"\b{name}\[", sources)] == []
