@@ -125,13 +125,16 @@ class Noise:
         part._items = np.arange(len(self._keys))[self._items][items.cpu().numpy()]
         return part
 
-    def __call__(self, *shape: int) -> Tensor:
-        """The next draw, (B, *shape), of two dimensions or more: row r of an item is the stream of r under the draw's key."""
+    def __call__(self, *shape: int, over: float = 1.0) -> Tensor:
+        """The next draw, (B, *shape), of two dimensions or more, over a number.
+
+        Row r of an item is the stream of r under the draw's key.
+        """
         rows, *rest = shape
         mix = _counter().mix_keys
         keys = mix(mix(self.keys(1)[:, None], np.uint64(0)), np.arange(rows, dtype=np.uint64))  # (B, rows)
         out = torch.empty(keys.size, math.prod(rest), dtype=self.dtype, device=self.device)
-        _counter().fill(out, keys.reshape(-1), 0, 1.0)
+        _counter().fill(out, keys.reshape(-1), 0, 1.0, over)
         return out.view(len(keys), *shape)
 
     def keys(self, draws: int) -> Keys:

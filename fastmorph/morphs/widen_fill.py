@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastmorph.elsewhere import values_of
@@ -182,7 +183,11 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
         backend: see `decompose`; on a GPU, and by "triton", all of one dtype are written by one launch.
     """
     grown = [(fillings, name, values_of(old)) for fillings, name, old in tensors]
-    writings = [writing_of(fillings, name)(old) for fillings, name, old in grown]
+    sides = [_sides_of(fillings, name) for fillings, name, _ in grown]
+    scales = iter(root_mean_squares([old for (_, _, old), (_, drawn) in zip(grown, sides, strict=True) if drawn]))
+    writings = [
+        Writing(old, those, next(scales) if drawn else 0.0) for (_, _, old), (those, drawn) in zip(grown, sides, strict=True)
+    ]
 
     def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
         sides = _ordered(side for filling in fillings for side in filling.moment_sides(name, given, power))
@@ -196,9 +201,14 @@ def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list
 
 def writing_of(fillings: Sequence[Filling], name: str) -> Callable[[Tensor], Writing]:
     """How the old values of a parameter or buffer become the new ones."""
-    sides = _ordered(side for filling in fillings for side in filling.sides(name))
-    drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
+    sides, drawn = _sides_of(fillings, name)
     return lambda old: Writing(old, sides, root_mean_square(old) if drawn else 0.0)
+
+
+def _sides_of(fillings: Sequence[Filling], name: str) -> tuple[list[Side], bool]:
+    """How its dimensions are filled, and whether any by noise."""
+    sides = _ordered(side for filling in fillings for side in filling.sides(name))
+    return sides, any(len(side.drawn) or side.balanced is not None for side in sides)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:
@@ -256,15 +266,36 @@ def _places_of_copies(layout: Layout) -> Ints:
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    """Of a sample of its entries; for a tensor of zeros, of the noise that keeps the size of activations.
+    """`root_mean_squares` of one tensor."""
+    return root_mean_squares([tensor])[0]
 
-    Taken on the CPU, in one order, so that it is the same for a tensor on every device.
+
+def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Of a sample of the entries of each; for a tensor of zeros, of the noise that keeps the size of activations.
+
+    Taken on the CPU, in one order, so that it is the same for a tensor on every device; all of one dtype and device
+    are copied at once.
     """
+    sizes: dict[int, float] = {}
+    for kind in {(tensor.device, tensor.dtype) for tensor in tensors}:
+        here = [k for k, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
+        samples = [_sample(tensors[k]) for k in here]
+        ends = np.cumsum([len(sample) for sample in samples])
+        parts = np.split(torch.cat(samples).cpu().double().numpy(), ends[:-1])
+        sizes.update((k, _root_mean_square(part, tensors[k])) for k, part in zip(here, parts, strict=True))
+    return [sizes[k] for k in range(len(tensors))]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some thousand entries at most, (n,)."""
     sample = tensor
     for dim, count in enumerate(tensor.shape):
         if sample.numel() > _SAMPLE:
             sample = sample[(slice(None),) * dim + (slice(None, None, max(1, count // _LINES)),)]
-    values = sample.double().cpu().numpy() if tensor.numel() else np.zeros(1)
-    largest = float(np.abs(values).max())  # by which squares are numbers, whatever the weights' size is
-    size = largest * float(np.sqrt(np.square(values / (largest or 1.0)).mean()))
-    return size or (tensor[0].numel() if tensor.ndim else 1) ** -0.5
+    return sample.flatten()
+
+
+def _root_mean_square(values: np.ndarray, tensor: Tensor) -> float:
+    largest = float(np.abs(values).max(initial=0.0))  # by which squares are numbers, whatever the weights' size is
+    size = largest * float(np.sqrt(np.square(values / (largest or 1.0)).sum() / max(1, len(values))))
+    return size or max(1, math.prod(tensor.shape[1:])) ** -0.5

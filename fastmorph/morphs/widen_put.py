@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmorph.elsewhere import values_of
+from fastmorph.elsewhere import Elsewhere, values_of
+from fastmorph.equation.arrays import host_waits
 from fastmorph.graph.find import tensor_of
 from fastmorph.graph.growth import Growth
 from fastmorph.morphs.widen_fill import Filling, Growing, fill_tensors, writing_of
@@ -28,7 +29,9 @@ def _same(moment: Tensor) -> Tensor:
 
 
 class Grown:
-    """The tensors of a growth, put one by one; those that a kernel writes wait for each other, so that one launch takes all.
+    """The tensors of a growth, put one by one; those on a device that queues wait for each other.
+
+    One copy from the device then takes the sizes of all, and where a kernel writes them, one launch does.
 
     Args:
         transaction: on the model that grows.
@@ -63,7 +66,9 @@ class Grown:
             self._transaction.replace(old, new, linear=None, square=None)
             return
         # Where the parent is consumed, each old tensor is gone before the next new one comes.
-        if self._transaction.consume or not is_launched(old, backend):
+        launched = is_launched(old, backend)
+        queued = launched or (host_waits(old.device) and not isinstance(old, Elsewhere))
+        if self._transaction.consume or not queued:
             self._put([(fillings, name, old)])
             return
         self._waiting.append((fillings, name, old))

@@ -54,23 +54,28 @@ def mix_keys(key: Any, number: Any) -> Any:
     return x
 
 
-def fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
-    """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`; in blocks on a CPU."""
+def fill(out: Tensor, keys: int | Keys, start: int, scale: float, over: float = 1.0) -> None:
+    """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`, and divide them by `over`.
+
+    On a CPU, in blocks.
+    """
     if not out.numel():
         return
     if out.device.type != "cpu" and out.numel() <= FEW:
         here = torch.empty(out.shape, dtype=out.dtype, device="cpu", pin_memory=out.device.type == "cuda")
-        fill(here, keys, start, scale)
+        fill(here, keys, start, scale, over)
         out.copy_(here, non_blocking=True)
         return
     size, most = out.shape[-1], 2 * BLOCK if out.device.type == "cpu" else out.numel()
     if not isinstance(keys, int) and len(keys) > (together := max(1, most // size)):
         for row in range(0, len(keys), together):
-            fill(out[row : row + together], keys[row : row + together], start, scale)
+            fill(out[row : row + together], keys[row : row + together], start, scale, over)
         return
     for at in range(0, size, most):
         part = out[..., at : at + most]
         put(part, levels(keys, start + at, start + at + part.shape[-1], out.device), scale)
+        if over != 1.0:
+            part.div_(over)
 
 
 def put(out: Tensor, values: Tensor, scale: float) -> None:

@@ -106,13 +106,12 @@ class Equation:
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
         ci, k1 = self.weight.shape[2], self.frame.first
-        return self.noise(self.hidden, ci, *k1).to(self.weight.dtype) / (ci * tap_count(k1)) ** 0.5
+        return self.noise(self.hidden, ci, *k1, over=(ci * tap_count(k1)) ** 0.5).to(self.weight.dtype)
 
     @cached_property
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
-        norm = frobenius(self.weight, self.work)
-        return norm.masked_fill(norm == 0, 1.0)
+        return torch.threshold(frobenius(self.weight, self.work), 0.0, 1.0)
 
 
 class Choice(NamedTuple):

@@ -280,7 +280,7 @@ def _unit(hidden: int, held: int, dtype: torch.dtype, device: torch.device) -> t
             entries.append(table[block.size - 1, 2 * block.pairs + j, : block.size])
             first.append(first[-1] + block.size)
     none = [torch.zeros(0, dtype=torch.int64, device="cpu")]
-    where = (torch.cat(part or none).to(device) for part in (channels, rows))
+    where = (torch.cat(part or none).to(device, non_blocking=True) for part in (channels, rows))
     values = torch.cat(entries) if entries else torch.zeros(0, dtype=torch.float64, device="cpu")
     channels_out, rows_out = where
-    return channels_out, rows_out, values.to(device, dtype)[:, None], first
+    return channels_out, rows_out, values.to(dtype).to(device, non_blocking=True)[:, None], first
