@@ -92,7 +92,7 @@ def write_files(tensors: Sequence[tuple[str, Tensor]], target: Path, shelf: Shel
         with part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in shard:
-                _bytes(values_of(tensor)).tofile(file)
+                file.write(_bytes(values_of(tensor)))
                 shelf.let_go()
         part.replace(there)
     if len(shards) > 1:

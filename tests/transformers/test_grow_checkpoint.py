@@ -32,11 +32,11 @@ def grown(tmp_path: Any, name: str = "llama", **options: Any) -> tuple[Any, Any]
     return parent, type(parent).from_pretrained(tmp_path / "out").eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # whose embedding is tied
-def test_the_bits_are_those_of_growth_in_memory(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "fill"), [("llama", None), ("llama", "rotate"), ("qwen3", None)])  # tied: the last
+def test_the_bits_are_those_of_growth_in_memory(name, fill, tmp_path, monkeypatch):
     monkeypatch.setattr("fastmorph.transformers.files._SMALL", 0)  # everything that is made goes through a file
-    parent, child = grown(tmp_path, name, shard_size=5000)
-    wanted = fm.transformers.grow(parent, **SIZES, generator=5).model
+    parent, child = grown(tmp_path, name, shard_size=5000, fill=fill)
+    wanted = fm.transformers.grow(parent, **SIZES, generator=5, fill=fill).model
     assert child.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(tensor, wanted.state_dict()[key]) for key, tensor in child.state_dict().items())
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
