@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test bench zoo fuzz docs experiments lint clean
+.PHONY: demo test bench bench-all zoo fuzz docs experiments lint clean
 
 demo: .venv/.ready
 	$(BIN)/fastmorph demo $(DEMO)
@@ -12,6 +12,9 @@ test: .venv/.ready lint
 
 bench: .venv/.ready
 	$(BIN)/python -m bench $(BENCH)
+
+bench-all: .venv/.ready
+	$(BIN)/python -m bench --all $(BENCH)
 
 zoo: .venv/.ready
 	$(BIN)/python -m bench.zoo $(ZOO)

@@ -29,7 +29,8 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--record", action="store_true", help=f"append the results to {LEDGER.relative_to(ROOT)}")
-    parser.add_argument("--suite", action="append", choices=SUITES, help="this one alone; may be repeated (default: all)")
+    parser.add_argument("--all", action="store_true", help="what takes minutes as well")
+    parser.add_argument("--suite", action="append", choices=SUITES, help="this one alone; may be repeated (default: every one)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--quick", action="store_true", help="one round each, to see that all works; the figures mean nothing")
     parser.add_argument(
@@ -47,7 +48,7 @@ def main() -> int:
         results = Path(folder) / "results.json"
         command = [sys.executable, "-m", "pytest", *(f"bench/{suite}" for suite in suites)]
         command += ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={results}"]
-        command += [*["--quick"] * options.quick, *["--silent"] * options.quiet]
+        command += [*["--quick"] * options.quick, *["--silent"] * options.quiet, *["--all"] * options.all]
         environment = {**os.environ, **dict.fromkeys(_THREADS, str(options.threads))}
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if status:
@@ -57,6 +58,8 @@ def main() -> int:
 
     measured = measure(report, [m for suite in suites for m in SUITES[suite]])
     print(table(measured, judged=not options.quick))
+    for peer, why in peers.LEFT_OUT.items() if "peers" in suites else ():
+        print(f"Not timed: {peer}, {why}.")
     if options.quick:
         print("One round each (--quick): the ratios mean nothing.")
     if options.record:

@@ -18,21 +18,25 @@ _bar: tqdm[Any] | None = None
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="one visit of one round for every contender")
+    parser.addoption("--all", action="store_true", dest="everything", help="what takes long as well")
     parser.addoption("--silent", action="store_true", help="no progress bar")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "contenders(*names or *lists of names): what a suite compares, in one group or in several"
+        "markers",
+        "contenders(*names or *lists of names, slow, visits): what a suite compares, in one group or in several; those left "
+        "out without --all; how often they have their turns",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("contenders")
     if marker is not None:
-        visits = range(1 if metafunc.config.getoption("quick") else VISITS)
+        visits = range(1 if metafunc.config.getoption("quick") else marker.kwargs.get("visits", VISITS))
         groups = [marker.args] if isinstance(marker.args[0], str) else marker.args
-        turns = [(visit, name) for group in groups for visit in visits for name in group]
+        left = () if metafunc.config.getoption("everything") else marker.kwargs.get("slow", ())
+        turns = [(visit, name) for group in groups for visit in visits for name in group if name not in left]
         metafunc.parametrize(("visit", "name"), turns)
 
 

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fastmorph as fm
 from fastmorph.equation import arrays, backends
+from fastmorph.morphs import widen_launch
 
 # C_out and C_in of the 13 convolutions of VGG-16 (Simonyan and Zisserman 2015).
 VGG16 = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (512, 256), *[(512, 512)] * 5]
@@ -67,6 +68,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if func.namespace == "aten" and func._can_decompose():  # inside an operator of ours: `to`, say, which may copy or not
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if func.namespace == "fastmorph_kernels":
             self._launch(name, args)
@@ -189,6 +193,7 @@ def counting(device: str, ours: Iterable[Tensor] | None = None) -> Iterator[Coun
         mock.patch.object(InterpretedFunction, "__getitem__", launch, create=True),
         mock.patch.object(JITFunction, "__getitem__", launch),
         mock.patch.object(backends, "why_unavailable", return_value=None),
+        mock.patch.object(widen_launch, "why_unavailable", return_value=None),
         mock.patch.object(arrays, "_AT_HAND", frozenset()),  # so that stand-ins on the CPU take a GPU's path
         mode,
         _Reads(mode),

@@ -1,9 +1,10 @@
 """The committed ledger of results, `bench/ledger.jsonl`: one line a measurement, with what it was taken on.
 
-Fields: date (UTC), commit ("-dirty" where files differ from it; the variable FASTMORPH_COMMIT tells it where git cannot),
-machine (cpu, cores, threads of every contender, gpu), versions, suite, case, median_s (of each contender), ratio, spread (of
-one visit's ratios; on a GPU, where its slowest and fastest fifth begin), residual (the largest), residuals (of each contender),
-target, met; peak_mb (of each contender's run, on top of what was held before) where it was taken.
+Fields: schema (2; the first one had fewer fields, and no number), date (UTC), commit ("-dirty" where files differ from it; the
+variable FASTMORPH_COMMIT tells it where git cannot), machine (cpu, cores, threads of every contender, gpu), versions, precision
+(of float32 products), suite, case, ratio, spread (of one visit's ratios; on a GPU, where its slowest and fastest fifth begin),
+residual (the largest), target, met; and of each contender median_s, p20_s, p80_s, floor_s (see `bench.floors`), dtype, shape,
+residuals, peak_mb (of a run, on top of what was held before; none where it was not taken), and asks (of the user's model).
 Seconds are there to be checked against, not to be compared between lines: machines differ, and are shared.
 """
 
@@ -24,12 +25,20 @@ import torch
 from bench.measurements import Measured
 
 LEDGER = Path(__file__).resolve().parent / "ledger.jsonl"
+SCHEMA = 2
+EACH = ("median_s", "p20_s", "p80_s", "floor_s", "dtype", "shape", "residuals", "peak_mb", "asks")  # of each contender
+FIELDS = (
+    *("schema", "date", "commit", "machine", "versions", "precision", "suite", "case", "ratio", "spread", "residual"),
+    *("target", "met"),
+    *EACH,
+)
 
 
 def rows(measured: Sequence[Measured], report: dict[str, Any], threads: int) -> list[dict[str, Any]]:
     """What is to be recorded of one run of pytest-benchmark."""
     shared = provenance(report["machine_info"]["cpu"].get("brand_raw"), threads)
-    return [shared | figures(m) for m in measured]
+    precision = torch.get_float32_matmul_precision()
+    return [{"schema": SCHEMA, **shared, "precision": precision, **figures(m), **_each(m)} for m in measured]
 
 
 def provenance(cpu: str | None, threads: int) -> dict[str, Any]:
@@ -60,6 +69,20 @@ def figures(m: Measured) -> dict[str, Any]:
         "met": m.measurement.met(m.ratio),
         **({"residuals": {name: _short(residual) for name, residual in m.residuals.items()}} if m.residuals else {}),
         **({"peak_mb": {name: _short(peak / 1e6) for name, peak in m.peaks.items()}} if m.peaks else {}),
+    }
+
+
+def _each(m: Measured) -> dict[str, Any]:
+    """What is told of each contender."""
+    return {
+        "p20_s": {name: _short(low) for name, (low, _) in m.fifths.items()},
+        "p80_s": {name: _short(high) for name, (_, high) in m.fifths.items()},
+        "floor_s": {name: _short(floor) for name, floor in m.floors.items()},
+        "dtype": m.dtypes,
+        "shape": m.shapes,
+        "residuals": {name: _short(residual) for name, residual in m.residuals.items()},
+        "peak_mb": {name: _short(peak / 1e6) for name, peak in m.peaks.items()},
+        "asks": m.asks,
     }
 
 

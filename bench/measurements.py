@@ -47,6 +47,17 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Extrapolated(Measurement):
+    """The same where `over` was timed on less work, and is taken to grow with a power of it: its `case` says so.
+
+    Attributes:
+        power: of the work.
+    """
+
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
 class Exponent:
     """How the time of contenders grows with their units of work: the slope of a line through the logarithms of both.
 
@@ -86,6 +97,11 @@ class Measured:
         residual: the largest of the contenders' relative residuals; None where none has one.
         residuals: the same for each contender, by name.
         peaks: bytes that one run of each contender held at most, on top of what was there before; see `bench.peak`.
+        fifths: seconds of each contender below which a fifth and four fifths of its rounds are.
+        floors: seconds that each contender's work takes at least, see `bench.floors`.
+        shapes: of each contender's data.
+        dtypes: of each contender's data.
+        asks: what each contender asks of the user's model, where it is a peer.
     """
 
     measurement: Measurement | Exponent
@@ -95,6 +111,11 @@ class Measured:
     residual: float | None
     peaks: dict[str, int] = field(default_factory=dict)
     residuals: dict[str, float] = field(default_factory=dict)
+    fifths: dict[str, tuple[float, float]] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    shapes: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    asks: dict[str, str] = field(default_factory=dict)
 
 
 def measure(report: dict[str, Any], measurements: Sequence[Measurement | Exponent]) -> list[Measured]:
@@ -114,12 +135,15 @@ def _measure(measurement: Measurement | Exponent, runs: Sequence[dict[str, Any]]
         for name in names
     }
     taken = [run["extra_info"] for name in names for run in visits[name]]
-    medians = {name: median([t for run in visits[name] for t in run["stats"]["data"]]) for name in names}
+    rounds = {name: [t for run in visits[name] for t in run["stats"]["data"]] for name in names}
+    medians = {name: median(seconds) for name, seconds in rounds.items()}
     work = [visits[name][0]["extra_info"]["work"] for name in names]
 
     def figure(seconds: Sequence[float]) -> float:
         if isinstance(measurement, Exponent):
             return float(np.polyfit(np.log(work), np.log(seconds), 1)[0])
+        if isinstance(measurement, Extrapolated):
+            return seconds[0] * (work[1] / work[0]) ** measurement.power / seconds[1]
         return seconds[0] / work[0] / (seconds[1] / work[1])
 
     each = [figure([run["stats"]["median"] for run in visit]) for visit in zip(*visits.values(), strict=True)]
@@ -131,13 +155,18 @@ def _measure(measurement: Measurement | Exponent, runs: Sequence[dict[str, Any]]
         residual=max(info["residual"] for info in taken if "residual" in info),
         peaks={info["contender"]: info["peak"] for info in taken if info.get("peak") is not None},
         residuals={info["contender"]: info["residual"] for info in taken if "residual" in info},
+        fifths={name: (float(np.quantile(t, 0.2)), float(np.quantile(t, 0.8))) for name, t in rounds.items()},
+        floors={info["contender"]: info["floor"] for info in taken},
+        shapes={info["contender"]: info["shape"] for info in taken},
+        dtypes={info["contender"]: info["dtype"] for info in taken},
+        asks={info["contender"]: info["asks"] for info in taken if info["asks"]},
     )
 
 
 def table(measured: Sequence[Measured], *, judged: bool = True) -> str:
     """One line a measurement, with a verdict where it is `judged`."""
     verdicts = {None: "", True: "met", False: "MISSED"}
-    head = ("suite", "ratio of medians", "ratio", "visits", "target", "", "residual", "peak MB")
+    head = ("suite", "ratio of medians", "ratio", "visits", "target", "", "residual", "times floor", "peak MB")
     lines = [
         (
             m.measurement.suite,
@@ -147,15 +176,21 @@ def table(measured: Sequence[Measured], *, judged: bool = True) -> str:
             m.measurement.target or "none",
             verdicts[m.measurement.met(m.ratio)] if judged else "",
             "" if m.residual is None else f"{m.residual:.1e}",
-            " / ".join(f"{peak / 1e6:.0f}" for peak in m.peaks.values()),
+            _ends([f"{m.medians[name] / floor:.3g}" if floor else "-" for name, floor in m.floors.items()]),
+            _ends([f"{peak / 1e6:.0f}" for peak in m.peaks.values()]),
         )
         for m in measured
     ]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    numeric = (False, False, True, True, True, False, True, True)
+    numeric = (False, False, True, True, True, False, True, True, True)
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)
         ).rstrip()
         for line in (head, *lines)
     )
+
+
+def _ends(cells: Sequence[str]) -> str:
+    """Of both contenders, or of the first and the last of many."""
+    return (" / " if len(cells) < 3 else " to ").join([*cells[:1], *cells[1:][-1:]])

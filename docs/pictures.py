@@ -97,8 +97,61 @@ def twins():
     save(figure, "twins")
 
 
+def hidden_channels():
+    weight = torch.randn(6, 6, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = range(2, 19)
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for name, solver in (("best found (General)", fm.General()), ("the paper's Algorithm 2 (Practical)", fm.Practical())):
+        answers = [fm.decompose(weight, c, (3, 3), solver=solver, generator=0, allow_inexact=True) for c in counts]
+        axis.semilogy(counts, [max(float(answer.residual), 1e-17) for answer in answers], marker=".", label=name)
+    needed = weight.numel() / (2 * 6 * 9)  # as many unknowns as there are equations
+    axis.axvline(needed, color="gray", linestyle=":", label="counting bound")
+    axis.set_xlabel("hidden channels")
+    axis.set_ylabel("relative residual")
+    axis.legend(fontsize=8)
+    save(figure, "hidden_channels")
+
+
+def training():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 12, generator=generator)
+    y = torch.sin(x @ torch.randn(12, 4, generator=generator))
+
+    def steps(model, optimizer, count):
+        losses = []
+        for _ in range(count):
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        return model, optimizer, steps(model, optimizer, 150)
+
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    model, optimizer, before = start()
+    grown = fm.morph(model, fm.Widen("2", 72), example_inputs=x, optimizer=optimizer, generator=0)
+    axis.semilogy(before + steps(grown.model, grown.optimizer, 150), label="grown, with its optimizer")
+    model, optimizer, before = start()
+    torch.manual_seed(1)
+    wide = nn.Sequential(model[0], model[1], nn.Linear(24, 72), nn.Tanh(), nn.Linear(72, 4))
+    axis.semilogy(before + steps(wide, torch.optim.Adam(wide.parameters(), lr=3e-3), 150), label="wider layers drawn anew")
+    model, optimizer, before = start()
+    axis.semilogy(before + steps(model, optimizer, 150), color="gray", linestyle=":", label="not grown")
+    axis.axvline(150, color="black", linewidth=0.5)
+    axis.set_xlabel("step; 24 units become 72 at step 150")
+    axis.set_ylabel("training loss")
+    axis.legend(fontsize=8)
+    save(figure, "training")
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "fastmorph"
-    for draw in (equation, closed_form, borders, twins):
+    for draw in (equation, closed_form, borders, twins, hidden_channels, training):
         draw()

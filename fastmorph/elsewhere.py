@@ -97,7 +97,13 @@ class Elsewhere(Tensor):
 
 
 class Shelf(ABC):
-    """Where tensors are put away. It holds the values of the one that was read last, and of no other."""
+    """Where tensors are put away. It holds the values of the one that was read last, and of no other.
+
+    Attributes:
+        late: whether what is computed from tensors may be computed when it is read, and each time that it is.
+    """
+
+    late = False
 
     def __init__(self) -> None:
         self._held: tuple[Fetch, Tensor] | None = None

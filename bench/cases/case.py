@@ -49,7 +49,7 @@ class Case:
     dtype: str  # that of the call, as in "float32"
     variant: str  # which of the kernel's configurations, as in "large"
     constants: Mapping[str, Any]  # every `tl.constexpr` argument
-    options: Mapping[str, int]  # num_warps, num_stages
+    options: Mapping[str, int]  # num_warps, num_stages; enable_fp_fusion where a kernel does without
     layout: str = "any"  # a name for `unit` and `aligned`
     unit: tuple[str, ...] = ()  # arguments that are 1, which Triton compiles in
     aligned: tuple[str, ...] = ()  # arguments known to be multiples of 16, as pointers always are here
@@ -80,7 +80,7 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(case.function, signature, constants, attributes),
         target=TARGETS[target],
-        options={**case.options, "enable_fp_fusion": True},
+        options={"enable_fp_fusion": True, **case.options},
     )
     asm = compiled.asm
     nvidia = "cubin" in asm

@@ -10,7 +10,7 @@ import torch
 
 import fastmorph as fm
 from bench.conftest import Race
-from bench.equation.exact import worst_residual
+from bench.equation.exact import decomposing, half_step_operations, worst_residual
 from bench.race import Contender
 
 ITEMS, CHANNELS, HIDDEN = 64, 16, 48
@@ -32,10 +32,13 @@ def test_batch(race: Race, name: str) -> None:
         "loop": lambda: [decompose(item, seed) for seed, item in enumerate(weight)],
         "batch": lambda: decompose(weight, 0),
     }
+    each = half_step_operations(CHANNELS, CHANNELS, 5, "float64")
+    operations = {dtype: ITEMS * count for dtype, count in each.items()}
     contender = Contender(
         run=runs[name],
         residual=lambda found: worst_residual(weight, *(stacked(found) if name == "loop" else (found.first, found.second))),
         tolerance=fm.tolerance(weight.dtype),
         rounds=3,
+        job=decomposing(weight, HIDDEN, (3, 3), operations),
     )
     race("batch", contender)

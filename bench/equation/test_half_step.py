@@ -15,7 +15,8 @@ import torch
 
 import fastmorph as fm
 from bench.conftest import Race
-from bench.equation.exact import worst_residual
+from bench.equation.exact import decomposing, half_step_operations, worst_residual
+from bench.floors import Job
 from bench.race import Contender
 from fastmorph.equation import reference
 from fastmorph.equation.frame import make_frame
@@ -38,6 +39,13 @@ def decompose(dtype: torch.dtype, solver: Solver) -> fm.Decomposition:
     )
 
 
+def job(solver: str, dtype: torch.dtype) -> Job:
+    """A half-step solves a system, the closed form none."""
+    name = str(dtype).removeprefix("torch.")
+    operations = {} if solver == "auto" else half_step_operations(CHANNELS, CHANNELS, 5, name)
+    return decomposing(weight(dtype), HIDDEN, SIZES, operations)
+
+
 def dense() -> Contender:
     g = weight(torch.float64).numpy()
     ours = decompose(torch.float64, SOLVERS["torch"])
@@ -49,6 +57,7 @@ def dense() -> Contender:
         residual=lambda solved: worst_residual(g, solved.first, solved.second),
         tolerance=fm.tolerance(torch.float64),
         rounds=ROUNDS["numpy"],
+        job=job("numpy", torch.float64),
     )
 
 
@@ -58,6 +67,7 @@ def ours(solver: str, dtype: torch.dtype) -> Contender:
         residual=lambda found: worst_residual(weight(dtype), found.first, found.second),
         tolerance=fm.tolerance(dtype),
         rounds=ROUNDS[solver],
+        job=job(solver, dtype),
     )
 
 

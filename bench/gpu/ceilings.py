@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bench.floors import Ceilings
 from bench.gpu.clock import Times, on_device
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
@@ -21,23 +21,6 @@ _MATRICES = {
     "bfloat16": (torch.bfloat16, "highest"),
     "float16": (torch.float16, "highest"),
 }
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Rates per second.
-
-    Attributes:
-        copy: bytes, read and written.
-        matrix: operations by how products are taken; tf32x3 is a third of tf32.
-    """
-
-    copy: float
-    matrix: dict[str, float]
-
-    def floor(self, size: float, operations: float, products: str) -> float:
-        """Seconds that so many bytes and operations take at least."""
-        return max(size / self.copy, operations / self.matrix[products])
 
 
 def measure(setup: Setup, report: Report) -> Ceilings:

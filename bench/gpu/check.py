@@ -21,5 +21,6 @@ SECTIONS: dict[str, Section] = {
     "products": check_kernels.products,
     "grams": check_kernels.grams,
     "anderson": check_kernels.anderson,
+    "fills": check_kernels.fills,
     "equal_bits": check_device.equal_bits,
 }

@@ -5,10 +5,14 @@ from __future__ import annotations
 import fastmorph_kernels as kernels
 import torch
 from fastmorph_kernels.direct import direct
+from fastmorph_kernels.direct_many import direct_many
+from fastmorph_kernels.fill.table import flat
+from fastmorph_kernels.register import OPERATORS
 from torch import Tensor
 
 import fastmorph as fm
 from bench.gpu import oracle
+from bench.gpu.grown import doubled
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 
@@ -69,6 +73,18 @@ def anderson(setup: Setup, report: Report) -> None:
         report.check(f"anderson_update, {_name(dtype)}", oracle.relative(out, exact), oracle.rounding(memory + 1, dtype))
 
 
+def fills(setup: Setup, report: Report) -> None:
+    """Wider layers of three dtypes in one call, to the bit."""
+    channels = setup.size(512, 6)
+    sources = [setup.random(channels, channels, 9, dtype=dtype) for dtype in (F32, BF16, F64)]
+    grown = [doubled(channels, seed) for seed in range(3)]
+    words, numbers, factors = flat((0, dimensions) for dimensions in grown)
+    wanted = [source.new_empty(2 * channels, 2 * channels, 9, device="cpu") for source in sources]
+    OPERATORS["fill"].plain(wanted, [source.cpu() for source in sources], words, numbers, factors)
+    for found, exact in zip(kernels.fill(sources, grown, [0] * 3), wanted, strict=True):
+        report.hold(f"fill, {_name(exact.dtype)}", _differing(found.cpu(), exact))
+
+
 def closed_form(setup: Setup, report: Report) -> None:
     """direct, into either factor, with pairs to spare, shared pairs, and none."""
     k, before = setup.k, setup.before
@@ -91,6 +107,14 @@ def closed_form(setup: Setup, report: Report) -> None:
     weight = setup.random(2, *setup.size((1024, 1024), (5, 4)))
     first, second = direct(weight, 2 * weight.shape[1], (), (), (), 7)
     report.check("direct, linear, float32", oracle.residual(weight, (), first, second), fm.tolerance(F32))
+    weights = [setup.random(1, co, ci, *k) for co, ci, hidden in shapes if hidden >= co]
+    through = [hidden for co, _, hidden in shapes if hidden >= co]
+    pairs, told, _ = direct_many([(w, hidden, k, k, before, [7], True) for w, hidden in zip(weights, through, strict=True)])
+    for weight, hidden, both in zip(weights, through, pairs, strict=True):
+        alone = direct(weight, hidden, k, k, before, torch.tensor([7], device=weight.device))
+        differing = sum(int((a != b).sum()) for a, b in zip(both, alone, strict=True))
+        report.hold(f"direct_many has the bits of direct, {tuple(weight.shape)} -> {hidden}", differing)
+    report.check("direct_many, residuals", float(told[0].max()), fm.tolerance(F32))
 
 
 def precisions(setup: Setup, report: Report) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.gpu import counts
 from bench.gpu.ceilings import Ceilings
 from bench.gpu.clock import nbytes, on_device
+from bench.gpu.grown import doubled
 from bench.gpu.report import Report
 from bench.gpu.setup import Setup
 from bench.measurements import Measured, Measurement
@@ -103,7 +104,7 @@ def _products(setup: Setup) -> Iterator[Case]:
 
 
 def _memory(setup: Setup) -> Iterator[Case]:
-    """What is bound by memory: the closed form, Anderson's memory."""
+    """What is bound by memory: the closed form, Anderson's memory, wider layers."""
     k, before = setup.k, setup.before
     for co, hidden, kernel, dtype in setup.size(
         [
@@ -139,3 +140,13 @@ def _memory(setup: Setup) -> Iterator[Case]:
         products, label = str(dtype).removeprefix("torch."), f"{batch} x {memory} x {n}, {str(dtype).removeprefix('torch.')}"
         yield Case(f"anderson_gram, {label}", gram, vectors, 1.0 * batch * memory * (memory + 3) * n, "float64")
         yield Case(f"anderson_update, {label}", kernels.anderson_update, vectors, 2.0 * batch * memory * n, products)
+    c = setup.size(1024, 6)
+    grown = [doubled(c, seed) for seed in range(8)]
+
+    def weights(seed: int) -> tuple[Tensor, ...]:
+        return tuple(setup.random(c, c, 9, seed=8 * seed + i) for i in range(8))
+
+    def fill(*sources: Tensor) -> list[Tensor]:
+        return kernels.fill(sources, grown, [0] * len(sources))
+
+    yield Case(f"fill, 8 of {c} to {2 * c} channels, float32", fill, weights, 0.0, "float32", capture=False)

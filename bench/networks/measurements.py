@@ -30,6 +30,12 @@ MEASUREMENTS = (
         for fill, at_most in _TARGETS.items()
     ),
     *(
+        _ratio(
+            f"a Llama of 24 layers, 303 million weights: stream, {fill} / cloning the child", f"Llama {fill}", "Llama clone", n
+        )
+        for fill, n in (("zero", 5), ("rotate", 15))
+    ),
+    *(
         _ratio(f"{name}: every layer's coupling / Torch-Pruning's groups", f"{name} groups", f"{name} Torch-Pruning", 3)
         for name in ("resnet50", "resnet152", "densenet121", "vgg16")
     ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmorph as fm
+from bench.floors import Job
 from bench.zoo.models import declare_torchvision_operators
 
 # What is widened in each: the first convolution of every block; of vgg16 all but the last one; a transformer's MLPs.
@@ -35,6 +36,22 @@ class Network:
     def __init__(self, model: nn.Module, inputs: Tensor, layers: list[str]) -> None:
         self.model, self.inputs = model.eval(), inputs
         self.plan = [fm.Widen(layer, _width(model.get_submodule(layer)) * 5 // 4) for layer in layers]
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{type(self.model).__name__} of {count / 1e6:.3g} million weights, input {tuple(self.inputs.shape)}"
+
+    @property
+    def rewriting(self) -> Job:
+        """Reading every weight and writing it: less than any child needs."""
+        return Job(self.shape, moved=2 * sum(parameter.nbytes for parameter in self.model.parameters()))
+
+    @property
+    def looking(self) -> Job:
+        """Work on the structure alone, which needs no weight."""
+        return Job(self.shape)
 
 
 @lru_cache(maxsize=1)  # contenders of one network take turns; the others need not be held

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.floors import Job
 from bench.networks.exact import TOLERANCE
 from bench.networks.models import network
 from bench.race import Contender
@@ -26,6 +28,16 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
     return chosen.model, fm.morph(chosen.model, plan, example_inputs=chosen.inputs, verify=False, generator=0).model
 
 
+@lru_cache(maxsize=1)
+def job(name: str) -> Job:
+    """What both models compute, in float32 and in float64."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for model in pair(name):
+            model(network(name).inputs)
+    count = float(counter.get_total_flops())
+    return Job(network(name).shape, operations={"float32": count, "float64": count})
+
+
 def certificate(name: str) -> Contender:
     parent, child = pair(name)
     inputs = network(name).inputs
@@ -35,7 +47,7 @@ def certificate(name: str) -> Contender:
         assert passes(name) == 4, "the certificate needs other passes than those that it is held against"
         return found.max_rel
 
-    return Contender(lambda: fm.verify(parent, child, inputs), residual, TOLERANCE, rounds=1, once=True)
+    return Contender(lambda: fm.verify(parent, child, inputs), residual, TOLERANCE, rounds=1, job=job(name), once=True)
 
 
 def passes(name: str) -> int:
@@ -62,7 +74,7 @@ def forwards(name: str) -> Contender:
         exact = outputs[2]
         return float(max((found - exact).abs().max() for found in outputs) / exact.abs().max())
 
-    return Contender(run, residual, TOLERANCE, rounds=1, once=True)
+    return Contender(run, residual, TOLERANCE, rounds=1, job=job(name), once=True)
 
 
 @pytest.mark.contenders(*([f"{name} {way}" for way in ("certificate", "forwards")] for name in CERTIFIED))

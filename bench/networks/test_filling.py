@@ -7,6 +7,7 @@ of 2048 channels, 75 million weights, with 2560 between them.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.floors import Job
 from bench.networks.exact import TOLERANCE, difference
 from bench.networks.models import Network, stack
 from bench.race import Contender
 from fastmorph.equation.randomness import Stream
 from fastmorph.graph.widths import Stage, Width, find_stages
-from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensor
+from fastmorph.morphs.widen_fill import FILLS, Filling, Marks, fill_tensors
 
 SIZES = {"stack": (1024, 6), "wide": (2048, 2)}
 
@@ -40,7 +42,7 @@ def filled(chosen: Network, name: str, fill: str) -> dict[str, Tensor]:
     grown = {}
     for key in whole.names:
         parts = [filling for filling in fillings if key in filling.growth.names]
-        grown[key], _, _ = fill_tensor(parts, key, chosen.model.get_parameter(key).detach())
+        ((grown[key], _, _),) = fill_tensors([(parts, key, chosen.model.get_parameter(key).detach())])
     return grown
 
 
@@ -57,7 +59,11 @@ def contender(name: str, way: str) -> Contender:
         child.load_state_dict({**chosen.model.state_dict(), **grown})
         return difference(chosen, child)
 
-    return Contender(run, residual, TOLERANCE, rounds=1, once=True)
+    whole = stage(name).growth
+    old = {key: chosen.model.get_parameter(key) for key in whole.names}
+    read, written = sum(value.nbytes for value in old.values()), sum(4 * prod(whole.shape(key, old[key].shape)) for key in old)
+    job = Job(chosen.shape, moved=written + (written if way == "clone" else read))
+    return Contender(run, residual, TOLERANCE, rounds=1, job=job, once=True)
 
 
 @pytest.mark.contenders(*([f"{name} {way}" for way in ("clone", *FILLS)] for name in SIZES))

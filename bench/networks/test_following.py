@@ -58,4 +58,5 @@ def agree(chosen: Network) -> bool:
 def test_following(race: Race, name: str) -> None:
     chosen = network(name.partition(" ")[0])
     run = (lambda: ours(chosen)) if name.endswith("groups") else (lambda: theirs(chosen))
-    race("networks", Contender(run, lambda _: 0.0 if agree(chosen) else float("inf"), 0.0, rounds=1, once=True))
+    residual = lambda _: 0.0 if agree(chosen) else float("inf")  # noqa: E731
+    race("networks", Contender(run, residual, 0.0, rounds=1, job=chosen.looking, once=True))

@@ -21,7 +21,9 @@ def plan(chosen: Network, work: int) -> Contender:
     def run() -> Any:
         return fm.morph(chosen.model, chosen.plan, example_inputs=chosen.inputs, verify=False, generator=0).model
 
-    return Contender(run, lambda child: difference(chosen, child), TOLERANCE, rounds=1, work=work, once=True)
+    return Contender(
+        run, lambda child: difference(chosen, child), TOLERANCE, rounds=1, job=chosen.rewriting, work=work, once=True
+    )
 
 
 def following(chosen: Network, work: int) -> Contender:
@@ -30,7 +32,13 @@ def following(chosen: Network, work: int) -> Contender:
         return 0.0 if {name: coupled.channels for name, coupled in groups.items()} == widths else float("inf")
 
     return Contender(
-        lambda: fm.follow(chosen.model, chosen.inputs).groups(), residual, TOLERANCE, rounds=1, work=work, once=True
+        lambda: fm.follow(chosen.model, chosen.inputs).groups(),
+        residual,
+        TOLERANCE,
+        rounds=1,
+        job=chosen.looking,
+        work=work,
+        once=True,
     )
 
 

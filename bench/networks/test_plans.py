@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmorph as fm
 from bench.conftest import Race
+from bench.floors import Job
 from bench.networks.exact import TOLERANCE, difference, difference_of_outputs
 from bench.networks.models import NETWORKS, Network, network
 from bench.race import Contender
@@ -36,17 +37,19 @@ def contender(way: str, chosen: Network) -> Contender:
         return lambda: fm.morph(model, operators, example_inputs=inputs, verify=False, generator=0).model
 
     if way == "plan":
-        return _once(morphed(plan), lambda child: difference(chosen, child))
+        return _once(chosen.rewriting, morphed(plan), lambda child: difference(chosen, child))
     if way == "one":
-        return _once(morphed([plan[len(plan) // 2]]), lambda child: difference_of_outputs(chosen, child))
+        return _once(chosen.rewriting, morphed([plan[len(plan) // 2]]), lambda child: difference_of_outputs(chosen, child))
     if way == "restructure":
         expected = {name: value.shape for name, value in morphed(plan)().state_dict().items()}
         return _once(
+            chosen.looking,
             lambda: fm.restructure(model, plan, example_inputs=inputs),
             lambda child: 0.0 if {n: v.shape for n, v in child.state_dict().items()} == expected else float("inf"),
         )
     if way == "consume":
         return _once(
+            chosen.rewriting,
             lambda parent: fm.morph(parent, plan, example_inputs=inputs, verify=False, generator=0, consume=True).model,
             lambda child: difference(chosen, child),
             setup=lambda: (copy.deepcopy(model),),
@@ -57,6 +60,7 @@ def contender(way: str, chosen: Network) -> Contender:
         grown = [fm.GrowKernel(operator.layer, 3) for operator in plan]
         plans = [list(chain(*zip(plan, deepened, grown, strict=True)))] if way == "mixed" else [plan, deepened, grown]
         return _once(
+            chosen.rewriting,
             lambda: [morphed(operators)() for operators in plans],
             lambda children: max(difference_of_outputs(chosen, child) for child in children),
         )
@@ -69,15 +73,17 @@ def contender(way: str, chosen: Network) -> Contender:
 
     with torch.no_grad():
         expected = model(inputs).shape
-    return _once(run, lambda found: 0.0 if found.shape == expected else float("inf"))
+    return _once(chosen.looking, run, lambda found: 0.0 if found.shape == expected else float("inf"))
 
 
 def _second(layer: str) -> str:
     return layer.removesuffix("1") + "2"
 
 
-def _once(run: Callable[..., Any], residual: Callable[[Any], float], setup: Callable[[], tuple[Any, ...]] = tuple) -> Contender:
-    return Contender(run, residual, TOLERANCE, rounds=1, setup=setup, once=True)
+def _once(
+    job: Job, run: Callable[..., Any], residual: Callable[[Any], float], setup: Callable[[], tuple[Any, ...]] = tuple
+) -> Contender:
+    return Contender(run, residual, TOLERANCE, rounds=1, job=job, setup=setup, once=True)
 
 
 def _on_fake_tensors(chosen: Network) -> tuple[nn.Module, Tensor, FakeTensorMode]:
@@ -102,7 +108,10 @@ def _ways(name: str) -> tuple[str, ...]:
     return WAYS + ("consume",) * (name in CONSUMED) + ("mixed", "parts") * (name in MIXED)
 
 
-@pytest.mark.contenders(*([f"{name} {way}" for way in _ways(name)] for name in NETWORKS))
+SLOW = [f"{name} {way}" for name in MIXED for way in ("mixed", "parts")]
+
+
+@pytest.mark.contenders(*([f"{name} {way}" for way in _ways(name)] for name in NETWORKS), slow=SLOW)
 def test_plans(race: Race, name: str) -> None:
     chosen, _, way = name.partition(" ")
     race("networks", contender(way, network(chosen)))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fastmorph as fm
 from bench.conftest import Race
-from bench.equation.exact import worst_residual
+from bench.equation.exact import decomposing, worst_residual
+from bench.floors import Job
 from bench.race import Contender
 from fastmorph.equation import reference
 from fastmorph.equation.frame import make_frame
@@ -57,15 +58,29 @@ def dense() -> Contender:
         residual=lambda found: worst_residual(weight, found.first, found.second),
         tolerance=1e-10,
         rounds=5,
+        job=decomposing(torch.from_numpy(weight), 3 * SMALL, (3, 3)),
         work=weight.size,
+        asks="a weight alone",
     )
+
+
+def ours() -> Any:
+    return fm.deepen(parent(), "0", activation="relu", verify=False, example_inputs=batch(), generator=1)
+
+
+WAYS = {
+    "fastmorph": (ours, "any nn.Module, one call of it; a copy is grown"),
+    "identity layer": (lambda: identity_layer(parent()), "code written for this network"),
+}
 
 
 @pytest.mark.contenders("fastmorph", "identity layer", "numpy")
 def test_deeper(race: Race, name: str) -> None:
-    work = parent()[0].weight.numel()
-    ways: dict[str, Any] = {
-        "fastmorph": lambda: fm.deepen(parent(), "0", activation="relu", verify=False, example_inputs=batch(), generator=1),
-        "identity layer": lambda: identity_layer(parent()),
-    }
-    race("deeper", dense() if name == "numpy" else Contender(ways[name], error, float("inf"), rounds=20, work=work))
+    if name == "numpy":
+        race("deeper", dense())
+        return
+    weight = parent()[0].weight
+    # Two layers are written where one is read.
+    job = Job(f"{CHANNELS} channels, 3x3, into two such layers", moved=3 * weight.nbytes)
+    run, asks = WAYS[name]
+    race("deeper", Contender(run, error, float("inf"), rounds=20, job=job, work=weight.numel(), asks=asks))

@@ -33,37 +33,40 @@ class InsertedLayer:
     Attributes:
         layers: dotted name of the list.
         place: of the new layer in it.
-        count: how many there were.
+        before: the names that layers had in it.
+        after: those that they have, with the new one.
     """
 
     layers: str
     place: int
-    count: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
 
     @property
     def told(self) -> str:
         """What a certificate says of it."""
-        return f"lists of one entry a layer without that of {self.layers}.{self.place}"
+        return f"lists of one entry a layer without that of {self.layers}.{self.after[self.place]}"
 
     def outputs(self, parent: Outputs, child: Outputs) -> Outputs:
         """Without the new entry; of a list that begins with what the first layer is given, without the one behind it."""
-        before, after = _lengths(parent), _lengths(child)
+        before, after, count = _lengths(parent), _lengths(child), len(self.before)
         longer = {
-            path: self.place + length - self.count - 1
+            path: self.place + length - count - 1
             for path, length in after.items()
-            if length in (self.count + 1, self.count + 2) and before.get(path, length) < length
+            if length in (count + 1, count + 2) and before.get(path, length) < length
         }
         return {kept: leaf for path, leaf in child.items() if (kept := _without(path, longer)) is not None}
 
     def layer(self, name: str) -> str | None:
         """Later ones stood one place before."""
         rest = name.removeprefix(f"{self.layers}.")
-        number, _, inside = rest.partition(".")
-        if rest == name or not number.isdecimal() or int(number) < self.place:
+        key, _, inside = rest.partition(".")
+        if (self.layers and rest == name) or key not in self.after:
             return name
-        if int(number) == self.place:
+        place = self.after.index(key)
+        if place == self.place:
             return None
-        return ".".join(filter(None, (self.layers, str(int(number) - 1), inside)))
+        return ".".join(filter(None, (self.layers, self.before[place - (place > self.place)], inside)))
 
 
 @dataclass(frozen=True)

@@ -53,18 +53,21 @@ def _inverse_root(matrix: Tensor) -> Tensor:
     M^(-1/2) = 2 / pi * integral of (M + t^2)^-1 dt, with t = e^u (Hale, Higham and Trefethen 2008 have better points; a basis
     that is off by some per cent of the best is as good).
     """
-    power = matrix.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
-    points = _points(matrix.dtype, matrix.device)
+    tiny, points = torch.finfo(matrix.dtype).tiny, _points(matrix.dtype, matrix.device)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     if not host_waits(matrix.device):
+        power = diagonal.sum(-1).clamp_min(tiny)
         values, basis = torch.linalg.eigh(torch.nan_to_num(matrix))
         basis = basis / (values / power[:, None]).maximum(points[-1] ** 2).sqrt().sqrt()[:, None, :]
         return basis @ basis.mT
     b, n, _ = matrix.shape
-    scaled = matrix[:, None] / (power[:, None] * points)[:, :, None, None]  # (B, points, n, n)
+    power = (diagonal @ points.expand(n, -1)).clamp_min(tiny)  # (B, points), times these
+    scaled = matrix[:, None] / power[:, :, None, None]  # (B, points, n, n)
     scaled.diagonal(dim1=-2, dim2=-1).add_(points[:, None])  # (M + t^2) / t
     factor, _ = torch.linalg.cholesky_ex(scaled)
-    eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device).expand_as(factor)
-    inverses = torch.linalg.solve_triangular(factor.mT, eye, upper=True).mT.reshape(b, -1, n)
+    inverses = torch.linalg.solve_triangular(
+        factor.mT, _unit(n, matrix.dtype, matrix.device).expand_as(factor), upper=True
+    ).mT.reshape(b, -1, n)
     return inverses.mT @ inverses
 
 
@@ -74,10 +77,16 @@ def _points(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor([math.exp(1 - _STEP * k) for k in range(_POINTS)], dtype=dtype).to(device, non_blocking=True)
 
 
+@lru_cache(maxsize=4)
+def _unit(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The unit matrix."""
+    return torch.eye(n, dtype=dtype, device=device)
+
+
 def equalise(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale both kernels to one standard deviation (Algorithm 1, line 8), item by item, and round; a zero kernel keeps its."""
     ratio = (_spread(second) / _spread(first)).sqrt_().nan_to_num_(1.0, 1.0)
-    scale = ratio + (ratio == 0)
+    scale = torch.threshold_(ratio, 0.0, 1.0)
     rounded = torch.empty_like(first, dtype=dtype), torch.empty_like(second, dtype=dtype)
     torch.mul(first, scale.view(-1, *(1,) * (first.ndim - 1)), out=rounded[0])
     torch.div(second, scale.view(-1, *(1,) * (second.ndim - 1)), out=rounded[1])
@@ -86,9 +95,9 @@ def equalise(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def _spread(kernel: Tensor) -> Tensor:
     """Standard deviation of each item, (B,)."""
-    entries = kernel.flatten(1)
     if host_waits(kernel.device):
-        return entries.std(1, correction=0)
+        return kernel.std(tuple(range(1, kernel.ndim)), correction=0)
+    entries = kernel.flatten(1)
     mean, power = entries.mean(1), entries.norm(dim=1).square() / max(1, entries.shape[1])
     variance = power - mean.square()  # quick, and right to all digits that matter unless the mean outweighs the rest
     if bool((variance <= 1e-6 * power).any()):
@@ -99,6 +108,6 @@ def _spread(kernel: Tensor) -> Tensor:
 def floored(covariance: Tensor, share: float) -> Tensor:
     """Matrices, (B, n, n), in place, with a share of their trace under their directions; that of 1 where they are zero."""
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1)
-    diagonal.add_((trace + (trace == 0))[:, None], alpha=share)
+    trace = torch.threshold_(diagonal.sum(-1), 0.0, 1.0)
+    diagonal.add_(trace[:, None], alpha=share)
     return covariance

@@ -57,6 +57,14 @@ class HalfStep:
         """Items, (B,), whose Gram matrix is numerically singular."""
         return self.factor.failed
 
+    def corrected(self, second: Tensor, error: Tensor) -> Tensor:
+        """F2, (B, Co, Ch, *K2), with what solves for its error, (B, Co, Ci, *N)."""
+        nothing = (0,) * len(self.system.size)
+        if self.by_rows or self.inverse is not None:
+            return second + self.solve(error, nothing)
+        columns = self.solver.columns(error.to(self.solver.first.dtype), nothing)
+        return self.solver.image(self.factor.solve(columns), second)
+
     def solve(self, target: Tensor, before: Size) -> Tensor:
         """Least-squares F2, (B, Co, Ch, *K2), for a target (B, Co, Ci, *K) that stands behind `before` zeros in the frame."""
         system, given = self.solver, target.to(self.solver.first.dtype)
@@ -93,7 +101,7 @@ class HalfStep:
         self, second: Tensor, error: Tensor, norm: Tensor, target: Tensor, before: Size
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of iterative refinement, for the items that it brings nearer."""
-        candidate = second + self.solve(error, (0,) * len(self.system.size))
+        candidate = self.corrected(second, error)
         candidate_error, candidate_norm = self.error(target, before, candidate)
         better = candidate_norm < norm
         error = per_item(better, candidate_error, error)

@@ -39,7 +39,8 @@ def decompose_many(
 ) -> list[Decomposition[Array]]:
     """Solve many equations; each gets the answer that `decompose` would give it, to rounding.
 
-    Problems that agree in sizes, dtype, device and the solver chosen for them share a batched solve. Every problem has noise
+    Problems that agree in sizes, dtype, device and the solver chosen for them share a batched solve; with backend "triton",
+    closed forms of any sizes. Every problem has noise
     of its own, seeded in the order of the list, so that neither its neighbours nor the budget change its answer.
 
     Args:
@@ -76,7 +77,7 @@ def decompose_many(
     seeds = draw_seeds(generator, len(checked))
     answers: dict[int, Decomposition[Array]] = {}
     with tqdm(total=len(checked), desc="solving", unit="equation", disable=None if progress is None else not progress) as bar:
-        for chunks in _together(chunks_of(checked, memory_budget), checked, memory_budget):
+        for chunks in _together(chunks_of(checked, memory_budget, unlike=True), checked, memory_budget):
             solved = [solve_alike([checked[i] for i in chunk], [seeds[i] for i in chunk]) for chunk in chunks]
             for chunk, outcomes in zip(chunks, look_at(solved), strict=True):
                 for index, outcome in zip(chunk, outcomes, strict=True):

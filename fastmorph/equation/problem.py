@@ -150,7 +150,10 @@ def _in_range(weight: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
 
     Raises MorphError for entries that are NaN or infinite.
     """
-    largest = torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim))).double().tolist()
+    dims = tuple(range(1, weight.ndim))
+    # Vectorised, as the infinity norm is not; where one is no number, both are.
+    ends = zip(weight.amax(dims).tolist(), weight.amin(dims).tolist(), strict=True)
+    largest = [max(high, -low) for high, low in ends]
     if are_in_range(largest, weight.dtype):
         return weight, None
     if not all(map(math.isfinite, largest)):

@@ -117,28 +117,37 @@ class Noise:
         keys = [mix(seed, item) for seed, batch in zip(seeds, batches, strict=True) for item in range(batch)]
         self._keys: Keys = np.array(keys, np.uint64)
         self._draws = np.zeros_like(self._keys)  # so far, of each item
-        self._items = np.arange(len(self._keys))
+        self._items: Any = slice(None)  # all, or a number each
 
     def of(self, items: Tensor) -> Noise:
         """The noise of some items of the batch; what they draw there counts here too."""
         part = copy(self)
-        part._items = self._items[items.cpu().numpy()]
+        part._items = np.arange(len(self._keys))[self._items][items.cpu().numpy()]
         return part
 
-    def __call__(self, *shape: int) -> Tensor:
-        """The next draw, (B, *shape), of two dimensions or more: row r of an item is the stream of r under the draw's key."""
+    def __call__(self, *shape: int, over: float = 1.0) -> Tensor:
+        """The next draw, (B, *shape), of two dimensions or more, over a number.
+
+        Row r of an item is the stream of r under the draw's key.
+        """
         rows, *rest = shape
         mix = _counter().mix_keys
-        keys = mix(mix(self.keys(1)[:, None], np.uint64(0)), np.arange(rows, dtype=np.uint64)).reshape(-1)
-        out = torch.empty(len(keys), math.prod(rest), dtype=self.dtype, device=self.device)
-        _counter().fill(out, keys, 0, 1.0)
-        return out.view(len(self._items), *shape)
+        keys = mix(mix(self.keys(1)[:, None], np.uint64(0)), np.arange(rows, dtype=np.uint64))  # (B, rows)
+        out = torch.empty(keys.size, math.prod(rest), dtype=self.dtype, device=self.device)
+        _counter().fill(out, keys.reshape(-1), 0, 1.0, over)
+        return out.view(len(keys), *shape)
 
     def keys(self, draws: int) -> Keys:
         """A key for each item, (B,) uint64, under which number n < `draws` is the n-th of the next draws."""
         keys: Keys = self._keys[self._items] + self._draws[self._items] * _counter().GOLDEN
         self._draws[self._items] += draws
         return keys
+
+
+def signs(channels: int) -> Tensor:
+    """1 or -1 for each channel, (C,) float64 on the CPU, by their number."""
+    drawn: Tensor = _counter().signs(channels)
+    return drawn
 
 
 @cache

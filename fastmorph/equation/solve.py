@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation import reference
-from fastmorph.equation.arrays import host_waits, times_power_of_two
+from fastmorph.equation.arrays import times_power_of_two
+from fastmorph.equation.backends.protocol import ClosedForms
 from fastmorph.equation.bounds import tolerance
 from fastmorph.equation.decomposition import Decomposition, InexactMorphError
-from fastmorph.equation.frame import Size
+from fastmorph.equation.estimate import MEASURED, residual_of
 from fastmorph.equation.gauge import balance, equalise
 from fastmorph.equation.half_step import HalfStep
 from fastmorph.equation.problem import Checked, are_in_range
 from fastmorph.equation.randomness import Noise
 from fastmorph.equation.solvers.base import Equation, Solution, Solver
+from fastmorph.equation.unlike import SolvedUnlike, shares_launches, solve_unlike
 from fastmorph.errors import MorphError
-
-_SUMS = 8  # random sums of channels that estimate a residual
-_MEASURED = 4 * _SUMS  # channels up to which a closed form's residual is measured
 
 
 class Solved(NamedTuple):
@@ -45,9 +44,11 @@ class Solved(NamedTuple):
 Outcome = tuple[Decomposition[Any] | None, MorphError | None]
 
 
-def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> Solved:
-    """Solve problems that share sizes, dtype, device, backend and solver as one batch."""
+def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> Solved | SolvedUnlike:
+    """Solve problems of one dtype, device, backend and solver together: those that share launches, or of the same sizes."""
     first, choice = problems[0], problems[0].choice
+    if shares_launches(first):
+        return solve_unlike(problems, seeds)
     # In one layout, by which products round: a weight gives the same bits wherever it stands.
     weight = (torch.cat([p.weight for p in problems]) if len(problems) > 1 else first.weight).contiguous()
     work = first.backend.working_dtype(weight.device)
@@ -57,7 +58,7 @@ def solve_alike(problems: Sequence[Checked], seeds: Sequence[int]) -> Solved:
     return Solved(problems, seeds, equation, _attempt(equation, choice.solver))
 
 
-def look_at(batches: Sequence[Solved]) -> list[list[Outcome]]:
+def look_at(batches: Sequence[Solved | SolvedUnlike]) -> list[list[Outcome]]:
     """Of each batch, in order, each answer with the error to raise if it is not exact and has to be, or could not be had.
 
     The host waits for the device once, for all of them; again only for items that are drawn again, or are out of range.
@@ -75,21 +76,31 @@ def accepted(outcome: Outcome, *, allow_inexact: bool) -> Decomposition[Any]:
     return found
 
 
-def _read(batches: Sequence[Solved]) -> list[tuple[list[float], list[int], list[float]]]:
+def _read(batches: Sequence[Solved | SolvedUnlike]) -> list[tuple[list[float], list[int], list[float]]]:
     """Of each batch the residuals, iterations and, where entries were not measured, largest magnitudes, an item each."""
-    told = [[solved.answer.residual, solved.answer.iterations, *_largest(solved)] for solved in batches]
+    told = [_told(solved) for solved in batches]
     values: dict[torch.device, list[float]] = {}
-    for device in dict.fromkeys(parts[0].device for parts in told):
+    for device in dict.fromkeys(parts[0].device for parts, _ in told):
         # Numbers of iterations are exact in float64.
-        values[device] = torch.cat([part for parts in told if parts[0].device == device for part in parts]).tolist()
+        here = [part for parts, _ in told if parts[0].device == device for part in parts]
+        values[device] = (torch.cat(here) if len(here) > 1 else here[0]).tolist()
     at, read = dict.fromkeys(values, 0), []
-    for parts in told:
+    for parts, counts in told:
         device, numbers = parts[0].device, []
-        for count in (len(parts[0]), len(parts[1]), sum(len(part) for part in parts[2:])):
+        for count in counts:
             numbers.append(values[device][at[device] : at[device] + count])
             at[device] += count
         read.append((numbers[0], [int(steps) for steps in numbers[1]], numbers[2]))
     return read
+
+
+def _told(solved: Solved | SolvedUnlike) -> tuple[list[Tensor], tuple[int, int, int]]:
+    """Parts that make up residuals, iterations and largest magnitudes, and how many there are of each."""
+    if isinstance(solved, SolvedUnlike):
+        items = len(solved.answers.exact)
+        return [solved.answers.told.view(-1)], (items, items, items)
+    residual, iterations, largest = solved.answer.residual, solved.answer.iterations, _largest(solved)
+    return [residual, iterations, *largest], (len(residual), len(iterations), sum(map(len, largest)))
 
 
 def _largest(solved: Solved) -> list[Tensor]:
@@ -102,33 +113,55 @@ def _largest(solved: Solved) -> list[Tensor]:
     return [torch.linalg.vector_norm(weight, torch.inf, dim=tuple(range(1, weight.ndim))) for weight in weights]
 
 
-def _outcomes(solved: Solved, residual: list[float], iterations: list[int], largest: list[float]) -> list[Outcome]:
-    first, equation, answer, dtype = solved.problems[0], solved.equation, solved.answer, solved.equation.dtype
+def _outcomes(
+    solved: Solved | SolvedUnlike, residual: list[float], iterations: list[int], largest: list[float]
+) -> list[Outcome]:
+    dtype = solved.problems[0].weight.dtype
     starts = list(itertools.accumulate((len(p.weight) for p in solved.problems), initial=0))
     parts = [slice(*ends) for ends in itertools.pairwise(starts)]
     strange = [not are_in_range(largest[part], dtype) for part in parts]
+    limit = tolerance(dtype)
+    if isinstance(solved, SolvedUnlike):
+        answers, converged = _answers_unlike(solved.answers, parts), solved.answers.exact
+    else:
+        fine = [item for odd, part in zip(strange, parts, strict=True) if not odd for item in range(len(residual))[part]]
+        answer, residual, iterations = _drawn_again(solved, fine, residual, iterations)
+        answers, converged = [answer.of(part) for part in parts], answer.residual <= limit
+    outcomes: list[Outcome] = []
+    for odd, part, own, problem, seed in zip(strange, parts, answers, solved.problems, solved.seeds, strict=True):
+        if odd:
+            outcomes.append(_in_range(problem, seed))
+            continue
+        exact = all(value <= limit for value in residual[part])
+        worst = math.nan if any(map(math.isnan, residual[part])) else max(residual[part], default=0.0)
+        found = _decomposition(problem, own, converged[part], iterations[part], worst)
+        outcomes.append((found, None if exact else InexactMorphError(_inexact(problem, worst, limit), found)))
+    return outcomes
+
+
+def _answers_unlike(found: ClosedForms, parts: Sequence[slice]) -> list[_Answer]:
+    residual, steps, _ = found.told
+    none = steps.view(torch.int64)  # zero has the same bits
+    trace = residual.new_empty(0, len(residual))
+    pairs = zip(found.kernels, parts, strict=True)
+    return [_Answer(*kernels, residual[part], trace[:, part], none[part]) for kernels, part in pairs]
+
+
+def _drawn_again(
+    solved: Solved, fine: Sequence[int], residual: list[float], iterations: list[int]
+) -> tuple[_Answer, list[float], list[int]]:
+    """The answer, with those of the `fine` items solved once more that are not exact, where the solver draws again."""
+    first, equation, answer = solved.problems[0], solved.equation, solved.answer
     _, co, ci = equation.sizes
     for _ in range(first.choice.solver.draws(co, ci, first.hidden, first.frame) - 1):
-        items = [item for odd, part in zip(strange, parts, strict=True) if not odd for item in range(len(residual))[part]]
-        worse = [item for item in items if not residual[item] <= _comfort(dtype)]
+        worse = [item for item in fine if not residual[item] <= _comfort(equation.dtype)]
         if not worse:
             break
         bad = torch.tensor(worse).to(answer.residual.device)
         again = replace(equation.subset(bad, equation.frame), full=True)
         answer = answer.improved(_attempt(again, first.choice.solver), bad)
         residual, iterations = answer.residual.tolist(), answer.iterations.tolist()
-    limit = tolerance(dtype)
-    converged = answer.residual <= limit
-    outcomes: list[Outcome] = []
-    for odd, part, problem, seed in zip(strange, parts, solved.problems, solved.seeds, strict=True):
-        if odd:
-            outcomes.append(_in_range(problem, seed))
-            continue
-        exact = all(value <= limit for value in residual[part])
-        worst = math.nan if any(map(math.isnan, residual[part])) else max(residual[part], default=0.0)
-        found = _decomposition(problem, answer, part, converged[part], iterations[part], worst)
-        outcomes.append((found, None if exact else InexactMorphError(_inexact(problem, worst, limit), found)))
-    return outcomes
+    return answer, residual, iterations
 
 
 def _in_range(problem: Checked, seed: int) -> Outcome:
@@ -158,6 +191,10 @@ class _Answer(NamedTuple):
     trace: Tensor
     iterations: Tensor
 
+    def of(self, part: slice) -> _Answer:
+        """That of some of its items."""
+        return _Answer(self.first[part], self.second[part], self.residual[part], self.trace[:, part], self.iterations[part])
+
     def improved(self, other: _Answer, items: Tensor) -> _Answer:
         """This answer, with another one for some of its items where that is better; the work of both is told."""
         before = self.residual[items]
@@ -173,7 +210,7 @@ def _attempt(equation: Equation, solver: Solver) -> _Answer:
     by_reference: Callable[[Equation], Solution] = partial(_by_reference, solver)
     solution = equation.backend.implementation(solver.solve, by_reference)(equation)
     first, second = _rounded(equation, solution, solver)
-    residual = _residual(equation, first, second, estimate=solver.closed_form)
+    residual = residual_of(equation, first, second, estimate=solver.closed_form)
     return _Answer(first, second, residual, solution.trace, solution.iterations)
 
 
@@ -221,78 +258,26 @@ def _rounded(equation: Equation, solution: Solution, solver: Solver) -> tuple[Te
     return first.to(equation.dtype), second.to(equation.dtype)
 
 
-def _residual(equation: Equation, first: Tensor, second: Tensor, *, estimate: bool) -> Tensor:
-    """||G - F2 * F1|| / ||G|| of the kernels as returned, (B,) float64.
-
-    Composing costs C_out * C_in * C_hid products, more than a closed form does. To `estimate`, input and output channels are
-    first added up with random signs, a few sums each: the square of what is left is then right on average (the count sketch of
-    Charikar, Chen and Farach-Colton 2002), whatever the error looks like, and for rounding errors, which are many and
-    independent, within a few per cent.
-    """
-    weight = equation.weight
-    _, co, ci = equation.sizes
-    if estimate and ci > _MEASURED:
-        weight, first = _added_up(weight, 2, equation.work), _added_up(first, 2, equation.work)
-    if estimate and co > _MEASURED:
-        weight, second = _added_up(weight, 1, equation.work), _added_up(second, 1, equation.work)
-    weight, first, second = (kernel.to(equation.work) for kernel in (weight, first, second))
-    _, norm = equation.backend.error(weight, equation.frame.before, first, second)
-    return (norm / equation.norm).double()
-
-
-def _added_up(kernel: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Channels of `dim`, times random signs, added up to 8 of them in `dtype`, (B, C, C', *K)."""
-    channels, behind = kernel.shape[dim], kernel.ndim - 1 - dim
-    if host_waits(kernel.device):  # few launches; a product with a sign is exact in any dtype
-        signed = kernel * _signs(channels, kernel.dtype, kernel.device).view(-1, *(1,) * behind)
-        missing = -channels % _SUMS
-        signed = torch.nn.functional.pad(signed, [0, 0] * behind + [0, missing]) if missing else signed
-        return signed.unflatten(dim, (-1, _SUMS)).sum(dim, dtype=dtype)
-    # No copy. Repeated for the taps: where channels and taps lie side by side in memory, they are then one run of products.
-    taps = tuple(kernel.shape[3:])
-    signs = _repeated_signs(channels, dim, taps, dtype, kernel.device)
-    runs = kernel.split(_SUMS, dim)
-    out = runs[0] * signs[0]
-    for run, sign in zip(runs[1:], signs[1:], strict=True):
-        (out if len(sign) == _SUMS else out.narrow(dim, 0, len(sign))).addcmul_(run, sign)
-    return out
-
-
-@lru_cache(maxsize=64)
-def _repeated_signs(channels: int, dim: int, taps: Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """`_signs` for each tap, in runs of 8 channels."""
-    signs = _signs(channels, dtype, device).repeat_interleave(math.prod(taps))
-    return signs.view(channels, *(1,) * (2 - dim), *taps).split(_SUMS)
-
-
-@lru_cache(maxsize=256)
-def _signs(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A random sign for each channel, (C,), the same at every call."""
-    signs = 2 * torch.randint(2, (channels,), generator=torch.Generator().manual_seed(channels), device="cpu") - 1
-    return signs.to(dtype).to(device, non_blocking=True)
-
-
 def _decomposition(
-    problem: Checked, answer: _Answer, part: slice, converged: Tensor, iterations: list[int], worst: float
+    problem: Checked, answer: _Answer, converged: Tensor, iterations: list[int], worst: float
 ) -> Decomposition[Any]:
     shape, restore, solver = problem.batch_shape, problem.restore, problem.choice.solver
-    first, second, residual = answer.first[part], answer.second[part], answer.residual[part]
+    first, second = answer.first, answer.second
     if problem.exponents is not None:  # each kernel takes half of what the weight was divided by
         first = times_power_of_two(first, [e // 2 for e in problem.exponents])
         second = times_power_of_two(second, [e - e // 2 for e in problem.exponents])
     co, ci = problem.weight.shape[1:3]
-    trace = answer.trace[:, part]
     return Decomposition(
         first=restore(first.reshape(*shape, *first.shape[1:])),
         second=restore(second.reshape(*shape, *second.shape[1:])),
-        residual=restore(residual.reshape(shape)),
-        iterations=restore(answer.iterations[part].reshape(shape)),
+        residual=restore(answer.residual.reshape(shape)),
+        iterations=restore(answer.iterations.reshape(shape)),
         converged=restore(converged.reshape(shape)),
         solver=solver,
         reason=problem.choice.reason,
         cost=sum(solver.cost(co, ci, problem.hidden, problem.frame, steps) for steps in iterations),
-        trace=restore(trace.reshape(len(trace), *shape)),
-        estimated=solver.closed_form and max(co, ci) > _MEASURED,
+        trace=restore(answer.trace.reshape(len(answer.trace), *shape)),
+        estimated=solver.closed_form and max(co, ci) > MEASURED,
         worst=worst,
     )
 

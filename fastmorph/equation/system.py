@@ -8,6 +8,8 @@ the backend's map, which leaves out what repeats: that is one product for a smal
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -70,10 +72,13 @@ class System:
             return target.flatten(2).mT
         return target.permute(0, *range(3, target.ndim), 2, 1).reshape(len(target), -1, target.shape[1])
 
-    def image(self, columns: Tensor) -> Tensor:
-        """A times some columns, (B, m, Co), as a second kernel, (B, Co, Ch, *K2)."""
+    def image(self, columns: Tensor, onto: Tensor | None = None) -> Tensor:
+        """A times some columns, (B, m, Co), as a second kernel, (B, Co, Ch, *K2), added to another one."""
+        if onto is not None and (self.matrix is None or onto.dtype != columns.dtype):
+            return onto + self.image(columns).to(onto.dtype)
         if self.matrix is not None:
-            return self.kernel(torch.bmm(self.matrix, columns))
+            product = torch.bmm if onto is None else partial(torch.baddbmm, self.rows(onto))
+            return self.kernel(product(self.matrix, columns))
         b, _, co = columns.shape
         frame = columns.view(b, *self.size, -1, co)
         target = frame.permute(0, -1, -2, *range(1, frame.ndim - 2))

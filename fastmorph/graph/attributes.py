@@ -25,7 +25,7 @@ _REFRESHED = (
 # they are; of how many query heads share keys and values, which is the size of nothing.
 _NO_HEADS = re.compile(
     r"window|layer|position|max|len|bucket|distance|chunk|stride|patch|rotary|idx|index|block|scal|pad|seq"
-    r"|(?<!all_)head_(dim|size)|dim_head"
+    r"|(?<!all_)head_(dim|size)|dim_head|value_proj_dim|(^|_)d_(k|v|kv)$"
 )
 _WIDTH = re.compile(r"model|embed|hidden|width")
 _REPEATS = re.compile(r"rep|(value|kv)_groups")
@@ -79,7 +79,8 @@ def new_factors(buffers: Mapping[str, Tensor], growth: Growth) -> dict[str, Tens
 
 def _new_roots(growth: Growth, module: str) -> dict[float, float]:
     """What becomes of the root of a stream's width, and of one over that, where a module handles the stream."""
-    grown = {(size, growth.total(line)) for (size, _), line in growth.coupling.record.sizes(module).items()}
+    stream = growth.streamed
+    grown = {(size, stream.total(line)) for (size, _), line in growth.coupling.record.sizes(module).items()}
     return {old**power: new**power for old, new in grown if new > old for power in (0.5, -0.5)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,31 @@ class Layout:
     origin: Ints
     copy: Ints
     key: Ints
+
+    @cached_property
+    def kept(self) -> Ints:
+        """Where old indices stand."""
+        return np.flatnonzero(self.copy == 0)
+
+    @cached_property
+    def fresh(self) -> Ints:
+        """Where new indices stand."""
+        return np.flatnonzero(self.copy)
+
+    @cached_property
+    def twins(self) -> tuple[Ints, Ints, Ints]:
+        """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
+        order = self.fresh[np.lexsort((self.copy[self.fresh], self.key[self.fresh]))]
+        _, starts, counts = np.unique(self.key[order], return_index=True, return_counts=True)
+        rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
+        first = np.flatnonzero(rank < half)
+        first = first[np.argsort(order[first])]
+        return order[first], order[first + half[first]], order[rank >= 2 * half]
+
+    def same(self, other: Layout) -> bool:
+        """Whether it is the other's, index by index."""
+        pairs = ((self.origin, other.origin), (self.copy, other.copy), (self.key, other.key))
+        return self is other or all(np.array_equal(one, two) for one, two in pairs)
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,7 @@ class Growth:
         known: whether there was a channel of each new one's kind.
         way: how a stream that norms read grows, "axis" or "turned"; "": it is none, and norms allow whole multiples.
         stream: what that comes to, once it has been found.
+        alone: of a stream with heads beside it, the stream's growth; None: nothing grows beside it.
     """
 
     coupling: Coupling
@@ -81,6 +107,7 @@ class Growth:
     known: bool = True
     way: str = ""
     stream: Stream | None = None
+    alone: Growth | None = None
 
     @classmethod
     def of_classes(cls, coupling: Coupling, classes: Ints, counts: Ints, *, even: bool = False, way: str = "") -> Growth:
@@ -107,6 +134,13 @@ class Growth:
         """The atoms that get copies."""
         return np.flatnonzero(self.copies)
 
+    @cached_property
+    def plain_copies(self) -> Floats:
+        """(count,), the copies that are none of a stream's."""
+        if not self.way:
+            return self.copies
+        return np.zeros_like(self.copies) if self.alone is None else self.copies - self.alone.copies
+
     def total(self, atoms: Tensor) -> int:
         """How many there are of these atoms, and of positions that are none, after all."""
         return len(atoms) + round(float(self.copies[atoms[atoms >= 0].numpy()].sum()))
@@ -121,18 +155,35 @@ class Growth:
         if self.given is not None:
             return self.given
         axes = self.coupling.record.axes
-        grown = np.unique(self.coupling.axes[self.atoms])
-        return {axes[number]: self._layout(axes[number]) for number in grown.tolist()}
+        found: dict[Axis, Layout] = {}
+        known: dict[bytes, Layout] = {}  # of axes with copies of the same classes, as all are that share their channels
+        for axis in (axes[number] for number in np.unique(self.coupling.axes[self.atoms]).tolist()):
+            span = slice(axis.start, axis.start + axis.size)
+            copies, classes = self.copies[span].astype(np.int64), self.coupling.classes[span]
+            key = copies.tobytes() + classes.tobytes()
+            if key not in known:
+                known[key] = self._layout(copies, classes)
+            found[axis] = known[key]
+        return found
 
-    def _layout(self, axis: Axis) -> Layout:
-        span = slice(axis.start, axis.start + axis.size)
-        copies, classes = self.copies[span].astype(np.int64), self.coupling.classes[span]
-        begins = np.flatnonzero(np.append(True, np.diff(classes) != 0)) if self.by_run else np.arange(axis.size)
-        lengths = np.diff(np.append(begins, axis.size))  # of runs of one class
+    def _layout(self, copies: Ints, classes: Ints) -> Layout:
+        size = len(classes)
+        begins = np.flatnonzero(np.append(True, np.diff(classes) != 0)) if self.by_run else np.arange(size)
+        lengths = np.diff(np.append(begins, size))  # of runs of one class
         sizes = lengths * (1 + copies[begins])
         within, long = positions(sizes), np.repeat(lengths, sizes)
         origin = np.repeat(begins, sizes) + within % long
         return Layout(origin, within // long, origin)
+
+    @property
+    def streamed(self) -> Growth:
+        """What of it is a stream's."""
+        return replace(self, alone=None, copies=self.alone.copies, given=self.alone.layouts) if self.alone else self
+
+    @property
+    def beside(self) -> dict[Axis, Layout]:
+        """The axes that grow beside a stream."""
+        return {axis: layout for axis, layout in self.layouts.items() if self.alone and axis not in self.alone.layouts}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -182,8 +233,9 @@ class Growth:
                 source[span] = key[span] + old.start
             else:
                 source[span], copy[span], key[span] = layout.origin + old.start, layout.copy, layout.key
-        for block in child.blocks if not self.way else ():
-            if not (self.repeats and block.output) and copy[block.atoms].any():
+        plain = copy > 0 if not self.way else (copy > 0) & (self.plain_copies[source] > 0)
+        for block in child.blocks:
+            if not (self.repeats and block.output) and plain[block.atoms].any():
                 return Difference(block.cause)
         astray = np.flatnonzero((self.coupling.signatures[source] != after.signatures) & (copy == 0))
         if len(astray):
@@ -247,8 +299,9 @@ class Growth:
         for old, new in zip(self.coupling.record.groupings, child.groupings, strict=True):
             if self.coupling.is_wider(old) and len(old.lines):
                 copies = self.copies[old.lines[:, 0]].astype(np.int64)
+                plain = self.plain_copies[old.lines[:, 0]]
                 order = np.argsort(old.lines[:, 1], kind="stable")
-                if not self.way and ((np.diff(copies[order]) != 0) & (np.diff(old.lines[order, 1]) == 0)).any():
+                if ((np.diff(plain[order]) != 0) & (np.diff(old.lines[order, 1]) == 0)).any():
                     return f"module {old.module!r} normalises over them and over others that would not be copied as often"
                 expected = np.repeat(old.lines, 1 + copies, axis=0)
                 found = np.stack([source[new.lines[:, 0]], new.lines[:, 1]], 1)

@@ -23,7 +23,7 @@ _SIZES = {
 _LENGTHS = 9  # of sequences that are tried
 
 
-def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, Record]:
+def traced(skeleton: Skeleton, example_inputs: Inputs | None, *, taped: bool = False) -> tuple[Inputs, Record]:
     """The inputs, guessed if there are none, and what a run on them found.
 
     Of guesses, one is preferred under which all parameters are used; and the model may as well be meant for inputs with a
@@ -38,7 +38,7 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
                 "the example inputs are empty, and channels cannot be followed on nothing; pass at least one example."
             )
         try:
-            return example_inputs, skeleton.trace(example_inputs)
+            return example_inputs, skeleton.trace(example_inputs, taped=taped)
         except ForwardError as error:
             raise MorphError(f"the model does not run on the example inputs: {error}.") from error
     first: Exception | None = None
@@ -48,7 +48,7 @@ def traced(skeleton: Skeleton, example_inputs: Inputs | None) -> tuple[Inputs, R
         if best is not None and _only(inputs).ndim == _only(best[0]).ndim:  # a size more, which decides little
             continue
         try:
-            found = inputs, skeleton.trace(inputs, also=_of_other_rank(inputs))
+            found = inputs, skeleton.trace(inputs, also=_of_other_rank(inputs), taped=taped)
         except ForwardError as error:  # wrong shape: the next guess
             first = first or error
             continue

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -25,6 +26,7 @@ _WAYS: tuple[frozenset[str], ...] = (frozenset({"groups"}), frozenset())
 _RETRIES = 8
 _KINDS = 4  # kinds of channels that are tried alone
 _ANY_WIDTH = "fill='zero' allows any number, and so does fill='rotate' where no weight is tied"
+_HEADS = "heads=True lets heads grow in proportion, for code that divides the width by their number"
 _DISTANCE = 8  # how far from the width asked for one is searched that a shuffle allows
 
 Copies = tuple[Ints, Ints]  # classes, and how many copies of each
@@ -34,7 +36,8 @@ Copies = tuple[Ints, Ints]  # classes, and how many copies of each
 class Refusal:
     """Why one way is none: a clause, a width near the one asked for that this way might give, and what else helps.
 
-    `of_stream`: whether it is that of a stream at any width; `unused`: whether for a parameter that the model did not use.
+    `of_stream`: whether it is that of a stream at any width; `unused`: whether for a parameter that the model did not use;
+    `fails`: whether because the model would not run.
     """
 
     cause: str
@@ -42,14 +45,27 @@ class Refusal:
     remedy: str = "widen another layer"
     of_stream: bool = False
     unused: bool = False
+    fails: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """A growth that the model can follow, and the structure that it then has."""
+    """A growth that the model can follow.
+
+    Attributes:
+        growth: what grows.
+        before: the model's structure.
+        followed: the grown model's, where a run was needed to see that it can follow.
+    """
 
     growth: Growth
-    child: Structure
+    before: Structure
+    followed: Structure | None = None
+
+    @cached_property
+    def child(self) -> Structure:
+        """The structure that the grown model has."""
+        return self.followed or self.before.grown(self.growth)
 
 
 class Proposals:
@@ -90,6 +106,11 @@ class Proposals:
             refusals.sort(key=lambda refusal: refusal.of_stream)  # what forbids copies tells more
         return refusals
 
+    def stream(self, width: int) -> Growth | Refusal:
+        """So many channels of a stream that norms read, whether or not the model can follow; or why it is none."""
+        found = next(iter(self._streamed(width)), None)
+        return Refusal("no norm alone reads them", remedy="heads=True is for such a stream") if found is None else found
+
     def found(self, width: int) -> Found:
         """The same, or a MorphError with the module, the cause and the nearest width that works."""
         found = self.find(width)
@@ -97,6 +118,8 @@ class Proposals:
             return found
         nearest = None if self._way == "turned" else self._nearest(width, found)
         ways = _ANY_WIDTH if self._is_stream_of_any(width) else ""
+        if self._record.scores and any(refusal.of_stream and refusal.fails for refusal in found):
+            ways = _HEADS
         if nearest is None:
             cause = found[0].cause
             blamed = cause.split("'")[1].partition(".parametrizations.")[0] if cause.startswith("'") else None
@@ -251,6 +274,8 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             remedy="pass example_inputs= under which the model uses it, or take it out of the model",
             unused=True,
         )
+    if structure.is_sure(growth):
+        return Found(growth, structure)
     try:
         child = structure.grown(growth)
     except MorphError as error:
@@ -261,13 +286,13 @@ def tried(structure: Structure, growth: Growth) -> Found | Refusal:
             return tried(structure, inner)
         if growth.numbers and error.module not in growth.cautious and len(growth.cautious) < _RETRIES:
             return tried(structure, replace(growth, cautious=growth.cautious | {error.module}))
-        return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer")
+        return Refusal(str(error), remedy="let that module take its sizes from its tensors, or widen another layer", fails=True)
     found = growth.difference(child.record, child.coupling(growth.coupling.wider))
     if found is None and growth.way:
-        stream = read_stream(growth, structure.tapes, child.record)
-        return Refusal(stream) if isinstance(stream, str) else Found(replace(growth, stream=stream), child)
+        stream = read_stream(growth.streamed, structure.tapes, child.record)
+        return Refusal(stream) if isinstance(stream, str) else Found(replace(growth, stream=stream), structure, child)
     if found is None:
-        return Found(growth, child)
+        return Found(growth, structure, child)
     if growth.numbers and found.module is not None and found.module not in growth.plain:
         return tried(structure, replace(growth, plain=growth.plain | _like(structure, found.module)))
     return Refusal(found.cause)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
 NO_EDGES: Edges = np.zeros((0, 2), np.int64)
 _PLACES = 64  # operands and results of one operator
+_PAIRS = 2**19  # ties that are made unique together
 
 Kind = Literal["reads", "writes", "makes_of_zero", "shifts", "standardised", "bent"]
 """What an operator does with channels, beside tying them (see `Record.mark`):
@@ -145,10 +147,15 @@ class Record:
     Args:
         whole: of dimensions of parameters, given as (name, dim), how many neighbours are followed as one channel, called by
             the first of them: the rows of a head of attention.
+        untaped: of dimensions of parameters, which indices tapes leave out, (size,): new heads beside a stream.
     """
 
-    def __init__(self, whole: Mapping[tuple[str, int], int] = MappingProxyType({})) -> None:
-        self.whole = whole
+    def __init__(
+        self,
+        whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
+        untaped: Mapping[tuple[str, int], Bools] = MappingProxyType({}),
+    ) -> None:
+        self.whole, self.untaped = whole, untaped
         self.axes: list[Axis] = []
         self.count = 0
         self.groupings: list[Grouping] = []
@@ -173,7 +180,8 @@ class Record:
         self._edges: list[Edges] = []
         self._ties: list[tuple[Tensor, Tensor]] = []
         self._marks: dict[str, list[Tensor]] = {}
-        self._operands: list[tuple[int, Sequence[Tensor]]] = []
+        self._operands: list[Tensor] = []  # labels, and of each the operand that it was found in
+        self._places: list[int] = []
         self._roles: list[Role] = []
         self._sizes: dict[str, dict[tuple[Any, ...], Tensor]] = {}
         self._masks: dict[str, Bools] = {}
@@ -227,6 +235,25 @@ class Record:
         start = self.add_axis(module, 1, count, parameter=False).start
         return torch.arange(start, start + count)
 
+    def taped(self, shape: tuple[int, ...], labels: Iterable[Tensor]) -> tuple[int, ...]:
+        """The shape that a tape has: without what it leaves out (`untaped`)."""
+        sizes = list(shape)
+        for label in labels if self.untaped else ():
+            for dim, size in enumerate(label.shape):
+                if size > 1:
+                    atoms = line(label, dim).numpy()
+                    of_parameters = atoms[(atoms >= 0) & (atoms < len(self._is_untaped))]
+                    sizes[dim] = shape[dim] - int(self._is_untaped[of_parameters].sum())
+        return tuple(sizes)
+
+    @cached_property
+    def _is_untaped(self) -> Bools:
+        found = np.zeros(self.count, np.bool_)
+        for (name, dim), fresh in self.untaped.items():
+            axis = self._parameters[name][dim]
+            found[axis.start : axis.start + axis.size] = fresh
+        return found
+
     def add_output(self, atoms: Tensor, weight: str) -> None:
         """The channels that a weight produces, in order."""
         self.outputs.setdefault(weight, atoms)
@@ -265,8 +292,8 @@ class Record:
 
     def note_operand(self, place: int, labels: Sequence[Tensor]) -> None:
         """The channels in one operand, or in one result, of the operator that the journal names last."""
-        if labels:
-            self._operands.append((len(self.journal) * _PLACES + place, labels))
+        self._operands += labels
+        self._places += [len(self.journal) * _PLACES + place] * len(labels)
 
     def roles_of(self, place: int, lines: Tensor) -> Role:
         """Each row of (m, n) labels has a role of its own in the operator that the journal names last."""
@@ -298,20 +325,30 @@ class Record:
 
     @cached_property
     def edges(self) -> Edges:
-        """All ties but those of groupings, as they were found."""
-        sides = [tie if tie[0].shape == tie[1].shape else torch.broadcast_tensors(*tie) for tie in self._ties]
-        one, two = (_joined(side[place] for side in sides) for place in (0, 1))
-        return np.concatenate([_pairs(one, two), *self._edges])
+        """All ties but those of groupings, each once; the labels that they were found by are let go."""
+        ties = self._ties  # before the others, and replaced after them, as threads may share a record
+        found, waiting, count = NO_EDGES, list[Edges](), 0
+        for pairs in itertools.chain(self._edges, (edges(*tie) for tie in ties)):  # several runs find the same ones
+            waiting.append(pairs)
+            count += len(pairs)
+            if count > _PAIRS:
+                found, waiting, count = unique(np.concatenate([found, *waiting])), [], 0
+        found = unique(np.concatenate([found, *waiting]))
+        self._edges = [found]
+        self._ties = []
+        return found
 
     @property
     def signatures(self) -> Ints:
         """(count,): a number for the operands and results that an atom was in; others give another, all but surely."""
         found = np.zeros(self.count, np.int64)
-        numbers = scrambled(np.array([code for code, _ in self._operands], np.int64))
-        for number, (_, labels) in zip(numbers, self._operands, strict=True):
-            for label in labels:
-                atoms = label.reshape(-1).numpy()
-                found[atoms[atoms >= 0]] += number  # once, however often it is there
+        labels = {id(label): label for label in self._operands}  # most stand in several operands
+        order = {key: place for place, key in enumerate(labels)}
+        numbers = np.zeros(len(labels), np.int64)
+        np.add.at(numbers, [order[id(label)] for label in self._operands], scrambled(np.array(self._places, np.int64)))
+        for number, label in zip(numbers, labels.values(), strict=True):
+            atoms = label.reshape(-1).numpy()
+            found[atoms[atoms >= 0]] += number  # once, however often it is there
         for role in self._roles:
             role.add_to(found)
         return found

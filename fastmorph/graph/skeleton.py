@@ -23,7 +23,7 @@ from fastmorph.graph.bags import noting
 from fastmorph.graph.branches import Comparisons, Place
 from fastmorph.graph.clone import clone
 from fastmorph.graph.options import masks, with_options, without_options
-from fastmorph.graph.record import Record, Run
+from fastmorph.graph.record import Bools, Record, Run
 from fastmorph.graph.rules import rule_of
 from fastmorph.graph.tape import Tape
 from fastmorph.graph.tracer import Tracer, Watcher
@@ -42,6 +42,16 @@ class ForwardError(Exception):
         self.module = module
 
 
+def check_keras(what: str, module: nn.Module) -> None:
+    """Raise MorphError, with what to do instead, for a layer or model of Keras."""
+    if any(kind.__module__.partition(".")[0] == "keras" for kind in type(module).__mro__):
+        raise MorphError(
+            f"{what} is a {type(module).__name__} of Keras, which holds its weights in variables of its own, the output's "
+            "channels last: let fm.decompose solve for the weights of new layers, given kernel.transpose(3, 2, 0, 1), or the "
+            "kernel.T of a Dense, and build these in Keras."
+        )
+
+
 class Skeleton:
     """The structure of a model, that can be resized and traced at no cost; the model is not touched.
 
@@ -55,6 +65,7 @@ class Skeleton:
         if type(model).__name__ == "OptimizedModule":
             raise MorphError("the model is compiled by torch.compile: morph the original model, then compile the child.")
         for name, module in model.named_modules():
+            check_keras(f"module {name!r}" if name else "the model", module)
             if isinstance(module, torch.jit.ScriptModule):
                 raise MorphError(
                     f"the model cannot be traced: {f'module {name!r}' if name else 'it'} is TorchScript, whose operators "
@@ -128,17 +139,18 @@ class Skeleton:
         runs: Sequence[Run] = (),
         whole: Mapping[tuple[str, int], int] = MappingProxyType({}),
         taped: bool = False,
+        untaped: Mapping[tuple[str, int], Bools] = MappingProxyType({}),
     ) -> Record:
         """Run the model in eval mode on inputs of these shapes and follow its channels.
 
         Where that leaves something open, what is found in further runs counts too: on the inputs `also`, as far as the model
         runs on them; with more and with fewer optional arguments; with comparisons of sizes the other way (see
         `fastmorph.graph.branches`); and in train mode, where eval mode does not use all parameters (auxiliary heads). With
-        `runs`, exactly these are made instead, and `taped` if the record is to have what they did.
+        `runs`, exactly these are made instead, and `taped` if the record is to have what they did, but for what is `untaped`.
 
         Raises ForwardError where the model does not run on `inputs`, or in any of `runs`.
         """
-        record = Record(whole)
+        record = Record(whole, untaped)
         tensors = dict(_tensors(self.model))
         for name in self.names:
             record.add_parameter(name, tuple(tensors[name].shape))
@@ -147,17 +159,17 @@ class Skeleton:
                 self._run(run, record, tape=Tape() if taped and not run.train else None)
             return record
         first, shapes = Run(self.inputs(inputs)), dict[tuple[int, ...], None]()
-        places = self._run(first, record, shapes)
+        places = self._run(first, record, shapes, Tape() if taped else None)
         fewer = without_options(self.model, first.inputs)
         further = [*(Run(self.inputs(more)) for more in also), *map(Run, fewer), *map(first.turn, places)]
         for name, calls in with_options(self.model, first.inputs, shapes, self._asked_for(first.inputs)):
             for call in calls:
-                more, _ = self._tried(Run(self.inputs(call), option=name), record)
+                more, _ = self._tried(Run(self.inputs(call), option=name), record, taped)
                 if more is not record:  # it runs on that shape
                     record = more
                     break
         for run in further:  # it grows: there may be more comparisons in another branch
-            record, found = self._tried(run, record)
+            record, found = self._tried(run, record, taped)
             further += [run.turn(place) for place in found if place not in places][: max(0, _BRANCHES - len(further))]
             places |= found
         if any(name not in record.used for name, _ in self.model.named_parameters()):
@@ -170,7 +182,8 @@ class Skeleton:
         self._run(record.runs[0], record.copy(), shapes)
         for tries in masks(self.model, sorted({name for name, _ in self.model.named_parameters()} - record.used), shapes):
             for owner, option, shape in tries:
-                more, _ = self._tried(replace(record.runs[0], option=option, mask=(owner, shape)), record)
+                run = replace(record.runs[0], option=option, mask=(owner, shape))
+                more, _ = self._tried(run, record, bool(record.tapes))
                 if more.used > record.used:
                     record = more
                     break
@@ -184,14 +197,14 @@ class Skeleton:
                 self.run(noted, Watcher(), train=False)
         return found
 
-    def _tried(self, run: Run, record: Record) -> tuple[Record, dict[Place, None]]:
+    def _tried(self, run: Run, record: Record, taped: bool = False) -> tuple[Record, dict[Place, None]]:
         """A record with a further run, and the places where that compares sizes; the same record if the model does not run.
 
         So it is e.g. where a comparison turned is an assertion, or where a batch norm refuses a single value in train mode.
         """
         both = record.copy()
         try:
-            return both, self._run(run, both)
+            return both, self._run(run, both, tape=Tape() if taped and not run.train else None)
         except ForwardError:
             return record, {}
         except MorphError:

@@ -16,6 +16,7 @@ from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.find import backbone_hint, channels_of, weights_of
 from fastmorph.graph.growth import Growth
 from fastmorph.graph.guess import traced
+from fastmorph.graph.links import Link, is_of_links, links_of
 from fastmorph.graph.record import Axis, Record
 from fastmorph.graph.skeleton import ForwardError, Skeleton
 from fastmorph.graph.tape import Tape
@@ -63,8 +64,10 @@ class Structure:
             raise ForwardError("", cause) from error
         skeleton.values.update(new_factors(skeleton.values, growth))
         known = fingerprint(skeleton.model)
-        taped = bool(growth.way)
-        record = skeleton.trace(self.inputs, runs=self.record.runs, whole=self.record.whole, taped=taped)
+        beside = {(axis.name, axis.dim): layout.copy > 0 for axis, layout in growth.beside.items()}
+        record = skeleton.trace(
+            self.inputs, runs=self.record.runs, whole=self.record.whole, taped=bool(growth.way), untaped=beside
+        )
         return Structure(skeleton, record, self.inputs, known)
 
     @cached_property
@@ -96,13 +99,23 @@ class Structure:
     def untouched(self, growth: Growth) -> str | None:
         """A parameter that no run used, and that has as many indices as something that grows, so that it may have to follow."""
         sizes = {axis.size for axis in growth.layouts}
-        near = tuple(f"{module}." for module in growth.repeats) or ("",)  # heads are of no meaning outside of attention
+        heads = () if growth.way else growth.repeats  # which are of no meaning outside of attention
+        near = tuple(f"{module}." for module in heads) or ("",)
         return next((axis.name for axis in self._untouched if axis.size in sizes and axis.name.startswith(near)), None)
 
     @cached_property
     def _untouched(self) -> list[Axis]:
         unused = {name for name, _ in self.skeleton.model.named_parameters()} - self.record.used
         return [axis for name in sorted(unused) for axis in self.record.parameter(name) if axis.size > 1]
+
+    def is_sure(self, growth: Growth) -> bool:
+        """Whether the resized model is known to do what this one does, without a run; see `fastmorph.graph.links`."""
+        return is_of_links(growth, self.links)
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """What is known to grow without a run."""
+        return links_of(self.skeleton, self.record)
 
     @cached_property
     def _weights(self) -> dict[int, str]:
@@ -130,9 +143,10 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         tensors = [*module._parameters.items(), *module._buffers.items()]
-        shapes = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None)
-        plain = tuple((key, value) for key, value in vars(module).items() if _is_plain(key, value))
-        found[name] = (type(module), shapes, plain)
+        # One tuple: what is kept for long is what a garbage collection looks through.
+        shapes = (part for key, tensor in tensors if tensor is not None for part in (key, tensor.shape, tensor.dtype))
+        plain = (part for key, value in vars(module).items() if _is_plain(key, value) for part in (key, value))
+        found[name] = (type(module), *shapes, None, *plain)
     return found
 
 
@@ -143,20 +157,21 @@ def _is_plain(key: str, value: Any) -> bool:
 
 
 @plain_context()
-def follow(model: nn.Module, example_inputs: Any = None) -> Structure:
+def follow(model: nn.Module, example_inputs: Any = None, *, taped: bool = False) -> Structure:
     """Follow a model's channels once, to hand what was found to many calls (`structure=` of `coupled`, `widen`, `morph`).
 
     Args:
         model: the model; it is not touched, and may be changed or let go afterwards.
         example_inputs: one call's arguments, as `morph` takes them; None: guessed from the first layer. They are not kept:
             only their shapes and dtypes matter.
+        taped: whether to note what the model does, operator by operator, for growth of a stream, which else follows it again.
 
     Raises:
         MorphError: the model does not run on them, or its forward cannot be followed.
     """
     try:
         skeleton, known = Skeleton(model), fingerprint(model)
-        inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model))
+        inputs, record = traced(skeleton, None if example_inputs is None else as_call(example_inputs, model), taped=taped)
     except MorphError as error:
         if not (hint := backbone_hint(model)):
             raise

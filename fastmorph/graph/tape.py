@@ -27,6 +27,7 @@ class Ref:
         name: of the parameter or buffer that it is; "" for any other.
         value: its numbers, where it has few and they are known.
         floating: whether it holds floating-point numbers.
+        cut: whether something of it is left out (`Record.untaped`).
     """
 
     key: int
@@ -35,6 +36,7 @@ class Ref:
     name: str
     value: tuple[float, ...] | None
     floating: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True)

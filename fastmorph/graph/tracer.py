@@ -7,7 +7,7 @@ that a forward which branches on values is noticed rather than followed along on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -134,7 +134,9 @@ class Tracer(Watcher):
 
     def ref(self, tensor: Tensor) -> Ref:
         """What a tape has in a tensor's place."""
-        return ref_to(tensor, self._names.get(id(tensor), ""), self.value(tensor))
+        ref = ref_to(tensor, self._names.get(id(tensor), ""), self.value(tensor))
+        shape = self.record.taped(ref.shape, self.flow(tensor).varying)
+        return ref if shape == ref.shape else replace(ref, shape=shape, value=None, cut=True)
 
     def poison(self, tensor: Tensor, labels: list[Tensor], cause: str) -> None:
         """Block atoms if anything reads this tensor."""

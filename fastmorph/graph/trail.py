@@ -88,39 +88,55 @@ def bare_skeleton(model: nn.Module) -> Skeleton:
     return skeleton
 
 
-def walk(skeleton: Skeleton, call: Inputs, *, train: bool = False) -> Trail:
-    """Run a model once in eval mode and with `train`, for what it uses then, once more in train mode, if it runs in that.
+@dataclass(frozen=True)
+class Walked:
+    """A call on which a model runs, the copy that ran, and what it did in eval mode."""
+
+    call: Inputs
+    skeleton: Skeleton
+    trail: Trail
+
+
+def walk(skeleton: Skeleton, call: Inputs) -> Walked:
+    """Run a model once in eval mode.
 
     Raises ForwardError and MorphError as `Skeleton.run` does.
     """
-    names = skeleton.first_names()
-    trail, trained = Trail(), Trail()
-    leaves = skeleton.run(call, _Walker(names, trail), train=False)
+    trail = Trail()
+    leaves = skeleton.run(call, _Walker(skeleton.first_names(), trail), train=False)
     trail.result = [tuple(leaf.shape) for _, leaf in leaves if isinstance(leaf, Tensor)]
     trail.touched = set(trail.uses)
-    if not train:
-        return trail
+    return Walked(call, skeleton, trail)
+
+
+def walk_in_training(walked: Walked) -> None:
+    """Add to the trail what the model uses in train mode, if it runs in that."""
+    trained = Trail()
     try:
-        skeleton.run(call, _Walker(names, trained), train=True)
+        walked.skeleton.run(walked.call, _Walker(walked.skeleton.first_names(), trained), train=True)
     except (ForwardError, MorphError):  # e.g. a batch norm that refuses a single value
-        return trail
+        return
     for name, stacks in trained.uses.items():
-        trail.uses.setdefault(name, set()).update(stacks)
-    return trail
+        walked.trail.uses.setdefault(name, set()).update(stacks)
 
 
-def guess_call(model: nn.Module) -> Inputs | None:
-    """A call on which the model runs, guessed from its first layer, on the meta device; None if none is found."""
+def walk_guessing(model: nn.Module) -> Walked | None:
+    """Run a model on a call that is guessed from its first layer, on the meta device; None if none is found that it runs on."""
     try:
         skeleton = bare_skeleton(model)
     except Exception:  # whatever cannot be copied or looked at
         return None
     for call in guesses(skeleton.model):
         try:
-            skeleton.run(call, Watcher(), train=False)
+            return walk(skeleton, call)
         except ForwardError:  # wrong shape: the next guess
             continue
         except MorphError:  # it branches on values, whatever the shape
             return None
-        return call
     return None
+
+
+def guess_call(model: nn.Module) -> Inputs | None:
+    """The call that `walk_guessing` finds."""
+    walked = walk_guessing(model)
+    return None if walked is None else walked.call

@@ -11,6 +11,7 @@ from fastmorph.graph.growth import Growth
 from fastmorph.graph.propose import Found, Proposals, Refusal, tried
 from fastmorph.graph.record import Axis
 from fastmorph.graph.structure import Structure
+from fastmorph.graph.wide_heads import with_heads
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Width:
         layer: its name.
         channels: how many.
         way: how it grows where norms read its channels, see `Growth.way`.
+        heads: whether heads of attention that reads them grow in proportion.
         accept: called with the growth that was found; raises MorphError where the caller cannot use it.
     """
 
@@ -28,6 +30,7 @@ class Width:
     channels: int
     accept: Callable[[Growth], None]
     way: str = ""
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,16 @@ class Stage:
     Attributes:
         growths: of each width in turn; None for one that its layer has already. No two grow the same axis.
         growth: all of them; None if nothing grows.
+        heads: what grows beside a stream.
     """
 
     growths: tuple[Growth | None, ...]
     growth: Growth | None
+    heads: tuple[Growth, ...] = ()
 
 
-def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Stage], Structure]:
-    """How the layers grow, one behind the other, and the structure that the model then has.
+def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Stage], Structure | None]:
+    """How the layers grow, one behind the other, and the structure that the model then has, where it has been followed.
 
     Widths that do not meet (that grow no axis in common) are found on one structure, and one run of the model that is grown by
     all of them is checked. A width that meets an earlier one is found on the structure that this run left. Where a check fails,
@@ -54,12 +59,15 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
     """
     stages: list[Stage] = []
     done, most = 0, len(widths)
+    last: Found | None = None
     while done < len(widths):
+        structure = structure if last is None else last.child
         growths = _together(structure, widths[done : done + most])
         parts = [growth for growth in growths if growth is not None]
         found: Found | None = None
-        if len(parts) > 1:
-            attempt = tried(structure, Growth.of_parts(parts))
+        heads: tuple[Growth, ...] = ()
+        if len(parts) > 1 or (parts and structure.is_sure(parts[0])):
+            attempt = tried(structure, Growth.of_parts(parts) if len(parts) > 1 else parts[0])
             if isinstance(attempt, Refusal):
                 most = len(growths) // 2
                 continue
@@ -67,15 +75,20 @@ def find_stages(structure: Structure, widths: Sequence[Width]) -> tuple[list[Sta
         elif parts or not growths:
             growths = growths[: growths.index(parts[0])] if parts else []
             width = widths[done + len(growths)]
-            found = _proposals(structure, width).found(width.channels)
+            proposals = _proposals(structure, width)
+            if width.heads:
+                both = with_heads(structure, width.layer, width.channels, width.way)
+                found, heads = both.found, both.heads
+            else:
+                found = proposals.found(width.channels)
             growths.append(found.growth)
         for width, growth in zip(widths[done:], growths, strict=False):
             if growth is not None:
                 width.accept(growth)
-        stages.append(Stage(tuple(growths), None if found is None else found.growth))
-        structure = structure if found is None else found.child
+        stages.append(Stage(tuple(growths), None if found is None else found.growth, heads))
+        last = found or last
         done, most = done + len(growths), 2 * len(growths)
-    return stages, structure
+    return stages, structure if last is None else last.followed
 
 
 def reach(structure: Structure, width: Width) -> frozenset[str]:
@@ -110,7 +123,7 @@ def _together(structure: Structure, widths: Sequence[Width]) -> list[Growth | No
             break
         growth = None
         if width.channels > len(proposals.atoms):
-            growth = None if width.way == "turned" else proposals.first(width.channels)
+            growth = None if width.way == "turned" or width.heads else proposals.first(width.channels)
             if growth is None or not grown.isdisjoint(growth.layouts) or not ways <= {growth.coupling}:
                 break
             grown.update(growth.layouts)

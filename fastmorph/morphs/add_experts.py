@@ -223,7 +223,8 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, _Mixture]]
     """The modules of a model that hold a router beside stacked experts."""
     for path, module in model.named_modules():
         stacks = (part for part in module.children() if any(p.ndim == 3 for p in part.parameters(recurse=False)))
-        mixture = _find_mixture(path, module) if any(stacks) else None
+        chooses = any(_is_top_k(key) for part in module.modules() for key, _ in _numbers(part))
+        mixture = _find_mixture(path, module) if chooses and any(stacks) else None
         if mixture is not None:
             yield path, (module, mixture)
 

@@ -9,8 +9,8 @@ one's columns W as W / 2 + R and W / 2 - R.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Unpack
 
@@ -166,14 +166,17 @@ class _Round:
 
 
 def _apart(structure: Structure, operators: Sequence[AddHeads]) -> list[AddHeads]:
-    """The first operators, as many as share no head."""
+    """The first operators, as many as share no head, or ask the same of the same heads, which one table ties."""
     found: list[AddHeads] = []
     held = np.zeros(0, np.int64)
+    asked: dict[bytes, AddHeads] = {}
     for operator in operators:
         groups = find_heads(structure, operator.layer).groups
-        if np.isin(groups, held).any():
+        wanted = replace(operator, layer="")
+        if np.isin(groups, held).any() and asked.get(groups.tobytes()) != wanted:
             break
         found.append(operator)
+        asked[groups.tobytes()] = wanted
         held = np.append(held, groups)
     return found
 
@@ -182,7 +185,7 @@ def _rounds(structure: Structure, operators: Sequence[AddHeads]) -> list[_Round]
     """How operators that share no head grow the model, all at once."""
     rounds: list[_Round] = []
     for wide in (True, False):
-        parts = tuple(operator._part(structure, wide=wide) for operator in operators)
+        parts = tuple(_once(operator._part(structure, wide=wide) for operator in operators))
         growing = [part for part in parts if part is not None]
         if growing:
             found = try_heads(structure, Growth.of_parts(growing))
@@ -191,6 +194,16 @@ def _rounds(structure: Structure, operators: Sequence[AddHeads]) -> list[_Round]
             rounds.append(_Round(parts, found.growth, found.child))
             structure = found.child
     return rounds
+
+
+def _once(parts: Iterable[Growth | None]) -> Iterator[Growth | None]:
+    """Growths, None for one that an earlier one is as well."""
+    seen: set[bytes] = set()
+    for part in parts:
+        known = part is not None and part.atoms.tobytes() in seen
+        if part is not None:
+            seen.add(part.atoms.tobytes())
+        yield None if known else part
 
 
 def _write(transaction: Transaction, operators: Sequence[AddHeads], rounds: Sequence[_Round], share: float) -> None:

@@ -94,14 +94,16 @@ class GrowVocabulary:
     @torch.no_grad()
     def _grown(self, transaction: Transaction, old: Tensor, dim: int, noise: Any) -> Tensor:
         shape = [self.size - size if at == dim else size for at, size in enumerate(old.shape)]
-        if not transaction.with_weights:
-            new = old.detach().new_empty([self.size if at == dim else size for at, size in enumerate(old.shape)])
-        else:
+        whole = [self.size if at == dim else size for at, size in enumerate(old.shape)]
+
+        def made() -> Tensor:
             values = values_of(old)
             more = values.new_zeros(shape)
             if old.squeeze().ndim > 1:  # a vector's new entries are zero
                 noise.fill(more, float(values.float().square().mean().sqrt()) or old.shape[-1] ** -0.5)
-            new = torch.cat([values, more], dim)
+            return torch.cat([values, more], dim)
+
+        new = transaction.compute(old, whole, made) if transaction.with_weights else old.detach().new_empty(whole)
 
         def padded(moment: Tensor, level: float) -> Tensor:
             return torch.cat([moment, moment.new_full(shape, level)], dim)

@@ -14,6 +14,7 @@ root of its eps.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmorph.certify.readings import InsertedLayer, read
+from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
 from fastmorph.graph.clone import clone
 from fastmorph.graph.dataflow import Dataflow, record, story
@@ -46,7 +48,8 @@ _PLAIN = (int, float, str, bool, type(None), type)
 class InsertBlock:
     """Put a residual block behind the one called `after`, as data (the arguments of `insert_block`).
 
-    The blocks stand in an nn.ModuleList or nn.Sequential; those behind get the next number, in plans too.
+    The blocks stand in an nn.ModuleList or nn.Sequential; those behind get the next number, in plans too: 3 becomes 4, unit3
+    unit4. Where names in an nn.Sequential do not count, the new one gets a 2 behind the name of the block before it.
     """
 
     from_last: ClassVar[bool] = True
@@ -153,12 +156,15 @@ class _Depths:
         edits = self._edits(operator, self._original[template], block)
         transaction.settle(template)
         new = self._copy(operator.after, template, edits)
-        blocks.insert(place + 1, new)
+        before, after = [*blocks._modules], _names([*blocks._modules], place)
+        blocks._modules.clear()
+        for key, member in zip(after, [*old[: place + 1], new, *old[place + 1 :]], strict=True):
+            blocks._modules[key] = member
         self._original[new] = self._original[template]
         self._new.append((new, old[place], block))
         renumber(old, list(blocks))
         recount(model, name, len(old), place + 1, at)
-        transaction.readings.append(InsertedLayer(name, place + 1, len(old)))
+        transaction.readings.append(InsertedLayer(name, place + 1, tuple(before), tuple(after)))
 
     def _locate(self, after: str) -> tuple[str, Any, int]:
         """The list that a block stands in, its name, and the block's place there."""
@@ -170,18 +176,12 @@ class _Depths:
             raise MorphError(f"the model has no block {after!r}{hint} (see model.named_modules()).")
         name, _, key = after.rpartition(".")
         blocks = modules[name]
-        if (
-            not after
-            or not isinstance(blocks, nn.ModuleList | nn.Sequential)
-            or [*blocks._modules] != [*map(str, range(len(blocks)))]
-        ):
+        if not after or not isinstance(blocks, nn.ModuleList | nn.Sequential):
             kind = type(blocks).__name__
             raise _refusal(
-                after,
-                f"it stands in a {kind}, and not by its number in an nn.ModuleList or nn.Sequential",
-                "name a block that does",
+                after, f"it stands in a {kind}, and not in an nn.ModuleList or nn.Sequential", "name a block that does"
             )
-        return name, blocks, int(key)
+        return name, blocks, [*blocks._modules].index(key)
 
     def _template(self, after: str, blocks: list[nn.Module], place: int) -> tuple[nn.Module, Block]:
         """The neighbour to copy: of the block and the one behind it the one with fewer parameters that is residual."""
@@ -282,15 +282,19 @@ class _Depths:
 
     @torch.no_grad()
     def _tensor(self, tensor: Tensor, edits: Sequence[_Edit | _Level]) -> Tensor:
-        value = tensor.detach().clone() if self._transaction.with_weights else torch.empty_like(tensor)
-        if self._transaction.with_weights:
+        def edited() -> Tensor:
+            value = values_of(tensor).clone()
             for edit in edits:
                 edit(value)
+            return value
+
+        made = self._transaction.with_weights
+        value = self._transaction.compute(tensor, tensor.shape, edited) if made else torch.empty_like(tensor)
         if not isinstance(tensor, nn.Parameter):
             return value
         parameter = nn.Parameter(value, requires_grad=tensor.requires_grad)
         vars(parameter).update(vars(tensor))
-        return self._transaction.keep(parameter) if self._transaction.with_weights else parameter
+        return self._transaction.keep(parameter) if made else parameter
 
     # --- what the model then does ---------------------------------------------------------------------------------------------
 
@@ -322,6 +326,21 @@ class _Depths:
             raise _refusal(first, "the code around the new block does or returns something else than before", remedy)
 
 
+def _names(names: list[str], place: int) -> list[str]:
+    """Names with one more behind a place: the next number, and so those behind that count on; or the same and a number."""
+    name = names[place]
+    stem = name.rstrip("0123456789")
+    digits, found = name[len(stem) :], names[: place + 1]
+    numbered = [f"{stem}{int(digits) + step:0{len(digits)}d}" for step in range(1, len(names) - place + 1)] if digits else []
+    counted = next((at for at, (one, two) in enumerate(zip(numbered, names[place + 1 :], strict=False)) if one != two), None)
+    run = len(numbered) - 1 if counted is None else counted  # how many behind it count on
+    rest = names[place + 1 + run :]
+    if digits and numbered[run] not in (*found, *rest):
+        return [*found, *numbered[: run + 1], *rest]
+    number = next(number for number in itertools.count(2) if f"{name}_{number}" not in names)
+    return [*found, f"{name}_{number}", *names[place + 1 :]]
+
+
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
@@ -339,7 +358,8 @@ def insert_block(model: M, after: str, *, fill: str = "pair", **options: Unpack[
 
     Args:
         model: the parent; it is not touched.
-        after: dotted name of a block, in an nn.ModuleList or nn.Sequential, that returns what it is given plus something.
+        after: dotted name of a block, in an nn.ModuleList or nn.Sequential, numbered or named, that returns what it is given
+            plus something.
         fill: "pair", dense, or "zero"; see `fastmorph.morphs.insert_block`.
         **options: those of `morph`, see `Options`; the model is followed on `example_inputs`, guessed where there are none.
 

@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Unpack, cast
+from typing import ClassVar, Unpack, cast
 
 import torch
-from torch import Tensor
 
 from fastmorph.errors import MorphError
 from fastmorph.graph.attributes import new_factors, update_attributes
 from fastmorph.graph.find import how_to_bake, tensor_of
 from fastmorph.graph.growth import Growth
+from fastmorph.graph.heads import outputs_by_head
 from fastmorph.graph.structure import Structure
 from fastmorph.graph.widths import Stage, Width, find_stages, reach
+from fastmorph.morphs.add_heads import OldHeads
 from fastmorph.morphs.stream_fill import StreamFilling
 from fastmorph.morphs.widen_fill import FILLS, Filling, Marks
-from fastmorph.morphs.widen_put import Grown
-from fastmorph.plan.lineage import Map
+from fastmorph.morphs.widen_put import Grown, put_grown
 from fastmorph.plan.morph import M, Options, grow
 from fastmorph.plan.operators import register_operator
 from fastmorph.plan.order import EVERYTHING
@@ -41,11 +41,16 @@ class Widen:
     "duplicate", copies of old channels that share their weight (Net2Wider); see `fastmorph.morphs.widen_fill`. Channels that
     norms read (the residual stream of a transformer) get whole multiples by these; any number by "zero", there the axis fill,
     and by "rotate", the dense one, where no weight is tied; see `fastmorph.morphs.stream_fill`.
+
+    `heads`, for these two fills: heads of all attention that reads the channels grow in proportion, and keep their size, as
+    code needs it that divides the width by their number. New ones come in twins, see `fastmorph.morphs.add_heads`.
     """
 
     layer: str
     channels: int | str
     fill: str = "pair"
+    heads: bool = False
+    replaces: ClassVar[bool] = True
 
     @property
     def target(self) -> str:
@@ -68,9 +73,13 @@ class Widen:
             if operator.fill not in (*FILLS, "rotate"):
                 known = ", ".join(map(repr, (*FILLS, "rotate")))
                 raise MorphError(f"layer {operator.layer!r}: fill={operator.fill!r} must be one of {known}.")
-        structure = transaction.followed()
+            if operator.heads and operator.fill not in _WAYS:
+                raise MorphError(
+                    f"layer {operator.layer!r}: heads=True takes fill='zero' or 'rotate'; whole multiples need none."
+                )
         widths = [operator._width(partial(operator._check, transaction)) for operator in operators]
-        stages, structure = find_stages(structure, widths)
+        taped = any(operator.fill in _WAYS for operator in operators)
+        stages, structure = find_stages(transaction.followed(taped=taped), widths)
         share = 1e3 * (perf_counter() - began) / len(operators)
         left = iter(operators)
         for stage in stages:
@@ -82,7 +91,7 @@ class Widen:
         return reach(structure, self._width(lambda growth: None)) if isinstance(self.channels, int) else EVERYTHING
 
     def _width(self, accept: Callable[[Growth], None]) -> Width:
-        return Width(self.layer, cast(int, self.channels), accept, _WAYS.get(self.fill, ""))
+        return Width(self.layer, cast(int, self.channels), accept, _WAYS.get(self.fill, ""), self.heads)
 
     def _check(self, transaction: Transaction, growth: Growth) -> None:
         # A stream changes its norms, too.
@@ -121,6 +130,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
                 continue
             if growth.stream is not None:
                 _grow_stream(operator, growth, transaction)
+                _grow_heads(operator, stage.heads, transaction)
             elif marks is not None:
                 filling = Filling(growth, operator.fill, transaction.noise("widen", operator.layer), marks)
                 for name in growth.names:
@@ -128,7 +138,12 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
             for name in growth.names if growth.stream is None else ():
                 if last[name] == at:
                     grown.put(name, fillings.pop(name))
+    began = perf_counter()
+    if grown is not None:
+        grown.flush()
+    share = 1e3 * (perf_counter() - began) / len(steps)
     for step in steps:
+        step.milliseconds += share
         step.after = transaction.kernel_shapes(step.layer)
     if whole is not None and grown is not None:
         grown.finish()
@@ -142,6 +157,7 @@ def _grow(stage: Stage, operators: Sequence[Widen], transaction: Transaction, sh
 def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> None:
     """The same for a stream."""
     model, record = transaction.model, growth.coupling.record
+    growth = growth.streamed
     assert growth.stream is not None
     for direction, _, _ in record.normed:
         if any(axis in growth.layouts for axis in record.parameter(direction)):
@@ -153,14 +169,28 @@ def _grow_stream(operator: Widen, growth: Growth, transaction: Transaction) -> N
     filling = StreamFilling(operator.layer, growth, transaction.noise("widen", operator.layer), gains)
     for name in growth.names:
         old = tensor_of(model, name)
-        new: Tensor = old.detach().new_empty(growth.shape(name, old.shape))
-        linear: Map | None = None
-        square: Map | None = None
-        if transaction.with_weights:
-            new, linear, square = filling.tensor(name, old)
+        shape = growth.shape(name, old.shape)
+        if not transaction.with_weights:
+            transaction.replace(old, old.detach().new_empty(shape), linear=None, square=None)
+            continue
+        new = transaction.compute(old, shape, partial(filling.tensor, name, old))
+        linear, square = filling.moments(name)
         transaction.replace(old, new, linear=linear, square=square)
     if growth.stream.outputs:
         transaction.readings.append(filling.reading())
+
+
+def _grow_heads(operator: Widen, heads: Sequence[Growth], transaction: Transaction) -> None:
+    """The same for heads that grow beside it."""
+    if not heads:
+        return
+    marks = Marks(heads[0].coupling.record)
+    for growth in heads:
+        noise = transaction.noise("add_heads", next(iter(growth.names)))
+        put_grown(transaction, growth, [Filling(growth, "pair", noise, marks, share=True)])
+    places = outputs_by_head(Growth.of_parts(heads))
+    if places:
+        transaction.readings.append(OldHeads(places))
 
 
 def widen(
@@ -168,6 +198,7 @@ def widen(
     channels: Mapping[str, int | str],
     *,
     fill: str = "pair",
+    heads: bool = False,
     **options: Unpack[Options],
 ) -> M:
     """Give layers more output channels, and all that reads them as many inputs, so that the network computes the same.
@@ -177,12 +208,13 @@ def widen(
         channels: {layer: number of output channels, or a factor such as "x1.5"}, in the order in which they are widened; a name
             may be a pattern, "layer1.*.conv1".
         fill: how new channels cancel in what reads them, see `Widen`.
+        heads: whether heads of attention that reads them grow in proportion, see `Widen`.
         **options: those of `morph`, see `Options`; channels are followed on `example_inputs`, guessed where there are none.
 
     Raises:
         MorphError: a layer cannot be widened exactly, with the cause and the remedy.
     """
-    return grow(model, [Widen(layer, number, fill) for layer, number in channels.items()], options)
+    return grow(model, [Widen(layer, number, fill, heads) for layer, number in channels.items()], options)
 
 
 _WAYS = {"zero": "axis", "rotate": "turned"}  # of a stream that norms read, by the fill

@@ -17,10 +17,12 @@ that sums to zero (pair), W and zeros (zero), or W / m (duplicate).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastmorph.elsewhere import values_of
@@ -28,7 +30,8 @@ from fastmorph.equation.randomness import Stream
 from fastmorph.graph.coupling import Coupling
 from fastmorph.graph.growth import Growth, Layout
 from fastmorph.graph.record import Axis, Ints, Kind, Record
-from fastmorph.morphs.widen_write import Side, write
+from fastmorph.morphs.widen_launch import Writing, write_all
+from fastmorph.morphs.widen_write import Side
 from fastmorph.plan.lineage import Map
 
 FILLS = ("pair", "zero", "duplicate")
@@ -48,6 +51,14 @@ class Marks:
         """Whether some of an axis is marked so."""
         counts = self._counts[kind]
         return bool(counts[axis.start + axis.size] > counts[axis.start])
+
+
+class Filled(NamedTuple):
+    """A tensor that has grown, and the maps that take its first and its squared moments to the new shape."""
+
+    new: Tensor
+    linear: Map
+    square: Map
 
 
 class Filling:
@@ -98,7 +109,7 @@ class Filling:
         if zero:
             return Side(**given, rest=given["fresh"])
         if noisy and self._fill == "pair":
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             if self._share and len(alone):
                 places = np.empty(len(given["to"]), np.int64)
                 places[given["of"]] = given["to"]
@@ -122,7 +133,7 @@ class Filling:
 
     def _given(self, axis: Axis, reads: bool) -> dict[str, Any]:
         layout = self.growth.layouts[axis]
-        to, fresh = np.flatnonzero(layout.copy == 0), np.flatnonzero(layout.copy)
+        to, fresh = layout.kept, layout.fresh
         noise = self._noise.of(axis.name, axis.dim)
         return {"dim": axis.dim, "reads": reads, "to": to, "of": layout.origin[to], "fresh": fresh, "noise": noise}
 
@@ -130,7 +141,7 @@ class Filling:
         """Of each new index the old one whose entries it takes, and how many take the same."""
         source = layout.origin.copy() if self._donors is None else self._donors.of(axis, layout)
         if self._fill == "pair" and not self.growth.even:
-            first, second, alone = _twins(layout)
+            first, second, alone = layout.twins
             source[second] = source[first]
             if self._share:
                 source[alone] = layout.origin[alone]
@@ -160,21 +171,44 @@ class Filling:
         return Side(**given, source=source[given["fresh"]], divisor=None if reads else shares**power)
 
 
-def fill_tensor(fillings: Sequence[Filling], name: str, old: Tensor) -> tuple[Tensor, Map, Map]:
-    """A parameter or buffer that grows by all of these, each along other dimensions, written once.
+Growing = tuple[Sequence[Filling], str, Tensor]
+"""All fillings of a parameter or buffer, which are along other dimensions, its name, and its old values."""
 
-    Returns:
-        The new tensor, and the maps that take its first and its squared moments to the new shape.
+
+def fill_tensors(tensors: Iterable[Growing], backend: str | None = None) -> list[Filled]:
+    """Parameters and buffers as they have grown, each written once.
+
+    Args:
+        tensors: those that grow.
+        backend: see `decompose`; on a GPU, and by "triton", all of one dtype are written by one launch.
     """
-    old = values_of(old)
+    grown = [(fillings, name, values_of(old)) for fillings, name, old in tensors]
+    sides = [_sides_of(fillings, name) for fillings, name, _ in grown]
+    scales = iter(root_mean_squares([old for (_, _, old), (_, drawn) in zip(grown, sides, strict=True) if drawn]))
+    writings = [
+        Writing(old, those, next(scales) if drawn else 0.0) for (_, _, old), (those, drawn) in zip(grown, sides, strict=True)
+    ]
+
+    def moment(fillings: Sequence[Filling], name: str, power: int, given: Tensor) -> Tensor:
+        sides = _ordered(side for filling in fillings for side in filling.moment_sides(name, given, power))
+        return write_all([Writing(given, sides, 0.0)], backend)[0]
+
+    return [
+        Filled(new, partial(moment, fillings, name, 1), partial(moment, fillings, name, 2))
+        for new, (fillings, name, _) in zip(write_all(writings, backend), grown, strict=True)
+    ]
+
+
+def writing_of(fillings: Sequence[Filling], name: str) -> Callable[[Tensor], Writing]:
+    """How the old values of a parameter or buffer become the new ones."""
+    sides, drawn = _sides_of(fillings, name)
+    return lambda old: Writing(old, sides, root_mean_square(old) if drawn else 0.0)
+
+
+def _sides_of(fillings: Sequence[Filling], name: str) -> tuple[list[Side], bool]:
+    """How its dimensions are filled, and whether any by noise."""
     sides = _ordered(side for filling in fillings for side in filling.sides(name))
-    drawn = any(len(side.drawn) or side.balanced is not None for side in sides)
-
-    def moment(given: Tensor, power: int) -> Tensor:
-        return write(given, _ordered(side for f in fillings for side in f.moment_sides(name, given, power)), 0.0)
-
-    new = write(old, sides, root_mean_square(old) if drawn else 0.0)
-    return new, lambda given: moment(given, 1), lambda given: moment(given, 2)
+    return sides, any(len(side.drawn) or side.balanced is not None for side in sides)
 
 
 def _ordered(sides: Iterable[Side]) -> list[Side]:
@@ -203,7 +237,7 @@ class _Donors:
         rank = np.empty_like(order)
         rank[order] = np.arange(axis.size)
         rank -= of_class
-        source, fresh = layout.origin.copy(), np.flatnonzero(layout.copy)
+        source, fresh = layout.origin.copy(), layout.fresh
         origin = layout.origin[fresh]
         donors = self._drawn[self._starts[classes[origin]] + layout.copy[fresh] - 1]
         source[fresh] = order[np.searchsorted(classes[order], donors) + rank[origin]]
@@ -224,17 +258,6 @@ def _kin(coupling: Coupling, classes: Ints) -> tuple[Ints, Ints, Ints]:
     return np.concatenate(found), first, size
 
 
-def _twins(layout: Layout) -> tuple[Ints, Ints, Ints]:
-    """Of the copies of each index the first half, the second half in the same order, and those that are left over."""
-    fresh = np.flatnonzero(layout.copy)
-    order = fresh[np.lexsort((layout.copy[fresh], layout.key[fresh]))]
-    _, starts, counts = np.unique(layout.key[order], return_index=True, return_counts=True)
-    rank, half = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts // 2, counts)
-    first = np.flatnonzero(rank < half)
-    first = first[np.argsort(order[first])]
-    return order[first], order[first + half[first]], order[rank >= 2 * half]
-
-
 def _places_of_copies(layout: Layout) -> Ints:
     """(copies + 1, n): where each old index that has copies is, and where these are; all have equally many."""
     held = np.flatnonzero(np.isin(layout.origin, layout.origin[layout.copy > 0]))
@@ -243,15 +266,36 @@ def _places_of_copies(layout: Layout) -> Ints:
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    """Of a sample of its entries; for a tensor of zeros, of the noise that keeps the size of activations.
+    """`root_mean_squares` of one tensor."""
+    return root_mean_squares([tensor])[0]
 
-    Taken on the CPU, in one order, so that it is the same for a tensor on every device.
+
+def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Of a sample of the entries of each; for a tensor of zeros, of the noise that keeps the size of activations.
+
+    Taken on the CPU, in one order, so that it is the same for a tensor on every device; all of one dtype and device
+    are copied at once.
     """
+    sizes: dict[int, float] = {}
+    for kind in {(tensor.device, tensor.dtype) for tensor in tensors}:
+        here = [k for k, tensor in enumerate(tensors) if (tensor.device, tensor.dtype) == kind]
+        samples = [_sample(tensors[k]) for k in here]
+        ends = np.cumsum([len(sample) for sample in samples])
+        parts = np.split(torch.cat(samples).cpu().double().numpy(), ends[:-1])
+        sizes.update((k, _root_mean_square(part, tensors[k])) for k, part in zip(here, parts, strict=True))
+    return [sizes[k] for k in range(len(tensors))]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some thousand entries at most, (n,)."""
     sample = tensor
     for dim, count in enumerate(tensor.shape):
         if sample.numel() > _SAMPLE:
             sample = sample[(slice(None),) * dim + (slice(None, None, max(1, count // _LINES)),)]
-    values = sample.double().cpu().numpy() if tensor.numel() else np.zeros(1)
-    largest = float(np.abs(values).max())  # by which squares are numbers, whatever the weights' size is
-    size = largest * float(np.sqrt(np.square(values / (largest or 1.0)).mean()))
-    return size or (tensor[0].numel() if tensor.ndim else 1) ** -0.5
+    return sample.flatten()
+
+
+def _root_mean_square(values: np.ndarray, tensor: Tensor) -> float:
+    largest = float(np.abs(values).max(initial=0.0))  # by which squares are numbers, whatever the weights' size is
+    size = largest * float(np.sqrt(np.square(values / (largest or 1.0)).sum() / max(1, len(values))))
+    return size or max(1, math.prod(tensor.shape[1:])) ** -0.5

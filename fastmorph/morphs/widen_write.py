@@ -79,14 +79,8 @@ def write(old: Tensor, sides: Sequence[Side], scale: float) -> Tensor:
         scale: root mean square of the noise.
     """
     new = old.new_empty([{side.dim: side.size for side in sides}.get(dim, size) for dim, size in enumerate(old.shape)])
-    lead = None if sides[-1].reads else sides[-1]
-    free = [dim for dim in range(old.ndim) if all(side.dim != dim for side in sides)]
-    first = free[0] if free else -1
-    if lead is not None:
-        first = lead.dim
-    elif not free:
-        old, new_view = old[None], new[None]
-    before, after = (old, new_view) if first < 0 else (old.movedim(first, 0), new.movedim(first, 0))
+    lead, first = leading(old, sides)
+    before, after = (old[None], new[None]) if first < 0 else (old.movedim(first, 0), new.movedim(first, 0))
     inner = [_Inner(side, side.dim + (side.dim < first or first < 0), scale, old) for side in sides if side is not lead]
     step = max(1, _BLOCK // max(1, after[0].numel())) if old.device.type == "cpu" else max(1, len(after))
     if lead is None:
@@ -96,6 +90,13 @@ def write(old: Tensor, sides: Sequence[Side], scale: float) -> Tensor:
         _write_kept(before, after, lead, inner, step)
         _write_fresh(after, lead, inner, step, scale)
     return new
+
+
+def leading(old: Tensor, sides: Sequence[Side]) -> tuple[Side | None, int]:
+    """The side whose rows are written by themselves, and the dimension that blocks are ranges of; -1 where all are in one."""
+    if not sides[-1].reads:
+        return sides[-1], sides[-1].dim
+    return None, next((dim for dim in range(old.ndim) if all(side.dim != dim for side in sides)), -1)
 
 
 def _write_kept(before: Tensor, after: Tensor, lead: Side, inner: Sequence[_Inner], step: int) -> None:
@@ -158,7 +159,11 @@ class _Inner:
         if self._balanced:
             count = len(self._balanced)
             noise = self.side.noise.tensor((len(given), count, *given.shape[1:]), given, self._scale / count, row)
-            noise -= noise.mean(1, keepdim=True)
+            wide = noise.double() if noise.dtype == torch.float64 else noise.float()
+            total = torch.zeros_like(wide[:, 0])
+            for number in range(count):  # in this order everywhere
+                total += wide[:, number]
+            noise -= (total / count).to(noise.dtype)[:, None]
             for number, moves in enumerate(self._balanced):
                 _add(noise[:, number], out, self.dim, moves)
         if self._drawn:

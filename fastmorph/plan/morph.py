@@ -23,7 +23,7 @@ from fastmorph.equation.solvers import Auto, Solver
 from fastmorph.errors import MorphError
 from fastmorph.graph.clone import clone
 from fastmorph.graph.structure import Structure
-from fastmorph.graph.trail import guess_call
+from fastmorph.graph.trail import walk_guessing
 from fastmorph.inputs import as_call
 from fastmorph.nn.computed import computed_copies
 from fastmorph.plan.calibrate import calibrate_norms
@@ -161,18 +161,23 @@ def morph(
         raise MorphError(f'verify takes True, False or "outputs", not {verify!r}.')
     seed = plan.seed if plan.seed is not None and generator is None else draw_seed(generator)
     known = plan.example_inputs(model) if given is None else given
-    guessed = None if known is not None else guess_call(model) if structure is None else structure.inputs
+    walked = walk_guessing(model) if known is None and structure is None else None
+    guessed = None if walked is None else walked.call
+    if known is None and structure is not None:
+        guessed = structure.inputs
     # Local operators answer for their layers by themselves, for less than a run of the whole model costs.
     local = all(getattr(type(operator), "local", False) for operator in plan)
     call, compared = known or guessed, given if verify else None
     if verify and given is None and call is not None and not local:
         compared = random_values(call, model)
     before = record(model, compared) if consume and compared is not None else None
+    replaces = all(vars(type(operator)).get("replaces", False) for operator in plan)
     transaction = Transaction(
-        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model)),
+        *((model, Lineage((p, p) for p in model.parameters())) if consume else _copied(model, shared=replaces)),
         seed=seed,
         example_inputs=known,
         guessed=guessed,
+        walked=walked,
         consume=consume,
         structure=structure,
         watches=None if not verify else "all" if compared is None else "untouched",
@@ -189,6 +194,8 @@ def morph(
         transaction.run(plan, bar.update)
     transaction.settle()
     child = transaction.model
+    if replaces and not consume:
+        _unshare(child, model)
     if calibrate is not None:
         there = set(child.modules())
         calibrate_norms(child, [norm for norm in transaction.norms if norm in there], calibrate)
@@ -273,11 +280,15 @@ def restructure(model: M, plan: Plan | Sequence[Operator] | Operator, *, example
     return cast(M, transaction.model)
 
 
-def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, Lineage]:
+def _copied(model: nn.Module, *, with_weights: bool = True, shared: bool = False) -> tuple[nn.Module, Lineage]:
+    """A copy and its lineage; `shared`: its parameters have the parent's memory, until `_unshare`."""
     memo = computed_copies(model)
+    plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
     if not with_weights:
-        plain = (parameter for parameter in model.parameters() if type(parameter) is nn.Parameter)
         memo |= {id(old): nn.Parameter(torch.empty_like(old), old.requires_grad) for old in plain}
+    elif shared:
+        plain = [old for old in plain if id(old) not in memo and not old.is_inference()]
+        memo |= {id(old): nn.Parameter(old.detach(), old.requires_grad) for old in plain}
     computed = [
         (name, key)
         for name, module in model.named_modules()
@@ -293,3 +304,11 @@ def _copied(model: nn.Module, *, with_weights: bool = True) -> tuple[nn.Module, 
         memo.setdefault(id(tensor), deepcopy(tensor, memo))
     child = clone(model, memo)
     return child, Lineage(zip(child.parameters(), model.parameters(), strict=True))
+
+
+def _unshare(child: nn.Module, model: nn.Module) -> None:
+    """Give parameters of a child memory of their own where they still have its parent's."""
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters() if type(parameter) is nn.Parameter}
+    for parameter in child.parameters():
+        if type(parameter) is nn.Parameter and parameter.untyped_storage().data_ptr() in held:
+            parameter.data = parameter.data.clone()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmorph.errors import MorphError
+from fastmorph.graph.skeleton import check_keras
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP2 (fully_shard)"}
@@ -32,6 +33,7 @@ def check_parent(model: nn.Module) -> None:
                 f"{what} is compiled by torch.compile: morph the original model, then compile the child (the original is its "
                 "_orig_mod, and shares the optimizer)."
             )
+        check_keras(what, module)
         if isinstance(module, DistributedDataParallel):
             raise MorphError(
                 f"{what} is wrapped in DistributedDataParallel, which goes on reducing the parent's gradients: morph its "

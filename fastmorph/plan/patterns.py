@@ -26,28 +26,53 @@ _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 _SCALED = ("channels", "hidden_channels")
 
 
+def has_pattern(operator: Any) -> bool:
+    """Whether an operator's name may stand for several."""
+    return isinstance(operator.target, str) and bool(set(operator.target) & set("*?["))
+
+
+def has_factor(operator: Any) -> bool:
+    """Whether one of its numbers is a factor."""
+    return any(isinstance(getattr(operator, key, None), str) for key in _SCALED)
+
+
 def expanded(operator: T, model: nn.Module) -> list[T]:
     """An operator for each layer that it names, with numbers for its factors; itself, where it has neither.
 
     Raises MorphError for a pattern that no layer matches, and for a factor of a module that makes no channels, or below 1.
     """
     target: object = operator.target  # type: ignore[attr-defined]
-    if not isinstance(target, str):
+    return [_scaled(one, one.target, model) for one in named(operator, model)] if isinstance(target, str) else [operator]  # type: ignore[attr-defined]
+
+
+def named(operator: T, model: nn.Module) -> list[T]:
+    """The same, with factors as they are."""
+    if not has_pattern(operator):
         return [operator]
-    names = [target]
-    if set(target) & set("*?["):
-        names = list(_matching(target, model))
-        if not names:
-            raise MorphError(
-                f"no layer's name matches {target!r}; * stands for one part of a name, ** for any number of them (see "
-                "model.named_modules())."
-            )
-        if getattr(type(operator), "from_last", False):  # what comes behind gets another name
-            names.reverse()
+    target: str = operator.target  # type: ignore[attr-defined]
+    names = list(_matching(target, model))
+    if not names:
+        raise MorphError(
+            f"no layer's name matches {target!r}; * stands for one part of a name, ** for any number of them (see "
+            "model.named_modules())."
+        )
+    if getattr(type(operator), "from_last", False):  # what comes behind gets another name
+        names.reverse()
     keys = [field.name for field in fields(cast(Any, operator)) if getattr(operator, field.name) is target]
-    return [
-        _scaled(operator if name == target else replace(cast(Any, operator), **{keys[0]: name}), name, model) for name in names
-    ]
+    return [replace(cast(Any, operator), **{keys[0]: name}) for name in names]
+
+
+def may_match_inside(pattern: str, module: str) -> bool:
+    """Whether some name inside of a module could match."""
+
+    def meet(parts: list[str], names: list[str]) -> bool:
+        if not parts or not names:
+            return bool(parts)
+        if parts[0] == "**":
+            return meet(parts[1:], names) or meet(parts, names[1:])
+        return re.fullmatch(_expression(parts[0]), f"{names[0]}.") is not None and meet(parts[1:], names[1:])
+
+    return meet(pattern.split("."), module.split(".") if module else [])
 
 
 def _matching(pattern: str, model: nn.Module) -> Iterator[str]:

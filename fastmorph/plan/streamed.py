@@ -7,11 +7,12 @@ process holds more than one tensor, its successor and one chunk's workspace on t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
+import torch
 from torch import Tensor, nn
 
 from fastmorph.elsewhere import Elsewhere, Shelf, values_of
@@ -46,6 +47,18 @@ class Streamed(Transaction):
         """The parameter, its values on the shelf."""
         kept = self.shelf.keep(value.detach())
         return nn.Parameter(kept, value.requires_grad) if isinstance(kept, Elsewhere) else value
+
+    @property
+    def late(self) -> bool:
+        """Whether the shelf says so."""
+        return self.shelf.late
+
+    def compute(self, like: Tensor, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, when it is read, where the shelf says so."""
+        if not self.late or not isinstance(like, nn.Parameter):
+            return super().compute(like, shape, make)
+        meta = torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+        return self.shelf.of(meta, like.device, make)
 
     def solve(
         self, problem: Problem[Tensor], assign: Assign, *, layer: str, modules: Sequence[nn.Module], part: str = ""

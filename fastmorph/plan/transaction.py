@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
@@ -25,12 +25,13 @@ from fastmorph.equation.problem import Problem
 from fastmorph.equation.randomness import Stream
 from fastmorph.errors import MorphError
 from fastmorph.graph.structure import Structure, follow
+from fastmorph.graph.trail import Walked
 from fastmorph.inputs import Inputs
 from fastmorph.plan.equations import Answered, Assign, Equation, solved
 from fastmorph.plan.layers import Layer, find_layer, replace_module
 from fastmorph.plan.lineage import Lineage, Map
 from fastmorph.plan.memory import check_memory, check_sizes
-from fastmorph.plan.order import Reach, interleaved, is_wide, may_move, reaches, turns
+from fastmorph.plan.order import Decided, Reach, decide, interleaved, is_wide, may_move, neighbours, turns_of
 from fastmorph.plan.patterns import expanded
 from fastmorph.plan.plain_layer import make_plain
 from fastmorph.plan.step import Step
@@ -43,8 +44,10 @@ class Operator(Protocol):
     A class may have a static method apply_together(operators, transaction) as well: neighbours in a plan are handed to it
     together, and it notes what each of them did (`Transaction.step`). A class attribute local = True says that an operator
     changes what stands under its target's name alone, found by `find_layer`, and keeps what that computes: then the code around
-    the layer is watched, see `fastmorph.plan.watch`. A method reach(structure) tells the modules whose tensors it changes, so
-    that it may have its turn before local ones, see `fastmorph.plan.order`.
+    the layer is watched, see `fastmorph.plan.watch`. An attribute replaces = True of its own class says that an operator writes
+    into no tensor that the model has, and puts new ones in their places, so that none need be copied before. A method
+    reach(structure) tells the modules whose tensors it changes, so that it may have its turn before local ones, see
+    `fastmorph.plan.order`.
     """
 
     @property
@@ -66,6 +69,7 @@ class Transaction:
         seed: of all noise; the same seed, plan, parent and settings give the same bits.
         example_inputs: a call of the model, for operators that trace it; None where none was given.
         guessed: shapes and dtypes, on the meta device, of a call on which the model runs, where none was given.
+        walked: what the model does on that call as it is given, where that is known.
         with_weights: False where the architecture alone is wanted (`restructure`): nothing is solved, and tensors need only
             the right shapes, dtypes and devices. The model may then stand on the meta device.
         consume: whether the parent's tensors may go: see `release`.
@@ -85,6 +89,7 @@ class Transaction:
     seed: int = 0
     example_inputs: Inputs | None = None
     guessed: Inputs | None = None
+    walked: Walked | None = None
     with_weights: bool = True
     consume: bool = False
     structure: Structure | None = None
@@ -125,26 +130,34 @@ class Transaction:
         """
         for movable, stretch in groupby(operators, may_move):
             written = list(stretch)
-            structure = self._structure() if movable and interleaved([is_wide(operator) for operator in written]) else None
-            if structure is None:
-                self._run(written, advance)
-            else:
-                self._run_in_turns(written, reaches(written, structure), advance)
+            while written:
+                structure = self._structure() if movable and interleaved([is_wide(operator) for operator in written]) else None
+                if structure is None:
+                    self._run(written, advance)
+                    break
+                decided = decide(written, structure, self.model)
+                if decided:
+                    self._run_in_turns(decided, advance)
+                    count = decided[-1].written + 1
+                else:  # the first is to be refused
+                    self._run(first := neighbours(written)[0], advance)
+                    count = len(first)
+                written = written[count:]
         self._leave()
 
-    def _run(self, operators: Iterable[Operator], advance: Callable[[int], object]) -> None:
-        for kind, neighbours in groupby(operators, type):
+    def _run(self, operators: Sequence[Operator], advance: Callable[[int], object]) -> None:
+        for written in neighbours(operators):
+            kind = type(written[0])
             if not getattr(kind, "local", False):
                 self._leave()
             together = getattr(kind, "apply_together", None)
             if together is not None:
-                written = list(neighbours)
                 group = [each for operator in written for each in expanded(operator, self.model)]
                 self._check(group)
                 together(group, self)
                 advance(len(written))
                 continue
-            for operator in neighbours:
+            for operator in written:
                 for each in expanded(operator, self.model):
                     self._check([each])
                     self._places.clear()
@@ -153,12 +166,14 @@ class Transaction:
                     self.structure = None
                 advance(1)
 
-    def followed(self) -> Structure:
+    def followed(self, *, taped: bool = False) -> Structure:
         """The structure of `model` as it stands, followed where it has not been; parameters without use are noted.
+
+        `taped` says that a stream is to grow, see `follow`.
 
         Raises MorphError where it cannot be followed.
         """
-        self.structure = self.structure or follow(self.model, self.example_inputs)
+        self.structure = self.structure or follow(self.model, self.example_inputs, taped=taped)
         used = self.structure.record.used
         self.untouched = self.untouched or tuple(name for name, _ in self.model.named_parameters() if name not in used)
         return self.structure
@@ -171,25 +186,36 @@ class Transaction:
             return None
         return self.structure
 
-    def _run_in_turns(
-        self, written: Sequence[Operator], reached: Sequence[frozenset[str]], advance: Callable[[int], object]
-    ) -> None:
+    def _run_in_turns(self, decided: Sequence[Decided], advance: Callable[[int], object]) -> None:
         """Run operators in the turns of `fastmorph.plan.order`; what they did is noted in the order that was written."""
+        wide = [is_wide(one.operator) for one in decided]
         began, order = (len(self.steps), len(self._ran), len(self._resolved)), list[int]()
-        self._reach = {id(operator): Reach(reach) for operator, reach in zip(written, reached, strict=True)}
-        for turn in turns(reached, [is_wide(operator) for operator in written]):
+        self._reach = {id(one.operator): Reach(one.reach) for one in decided}
+        left = Counter(one.written for one in decided)
+
+        def run(turn: Sequence[int]) -> None:
+            places = iter(turn)
+
+            def done(count: int) -> None:
+                for place in islice(places, count):
+                    left[decided[place].written] -= 1
+                    advance(int(not left[decided[place].written]))
+
+            self._run([decided[place].operator for place in turn], done)
+
+        for turn in turns_of(decided):
             steps, ran = len(self.steps), len(self._ran)
             self.settle()  # so that what fails below has changed nothing
             try:
-                self._run([written[place] for place in turn], advance)
+                run(turn)
             except MorphError:
-                if len(self.steps) > steps or not is_wide(written[turn[0]]):
+                if len(self.steps) > steps or not wide[turn[0]]:
                     raise
                 # One is to be refused, or found in another way, at its own place.
                 del self._ran[ran:]
                 self._reach.clear()
-                rest = [place for place in range(len(written)) if place not in set(order)]
-                self._run([written[place] for place in rest], advance)
+                rest = [place for place in range(len(decided)) if place not in set(order)]
+                run(rest)
                 order += rest
                 break
             order += turn
@@ -197,7 +223,7 @@ class Transaction:
         places = sorted(range(len(order)), key=order.__getitem__)
         self.steps[began[0] :] = [self.steps[began[0] + place] for place in places]
         self._ran[began[1] :] = [self._ran[began[1] + place] for place in places]
-        known = {id(operator): place for place, operator in enumerate(written)}
+        known = {id(operator): place for place, operator in enumerate(self._ran)}
         self._resolved[began[2] :] = sorted(self._resolved[began[2] :], key=lambda pair: known[id(pair[0])])
 
     def check_reach(self, operator: Operator, modules: Iterable[str]) -> None:
@@ -211,7 +237,8 @@ class Transaction:
         if not getattr(type(self._operator), "local", False) or not self.with_weights:
             return
         if self._around is None:
-            self._around = Surroundings(self.model, self.call)
+            unchanged = len(self.steps) <= 1
+            self._around = Surroundings(self.model, self.call, self.walked if unchanged else None)
             self.untouched = self.untouched or self._around.untouched
         new = self._around.check(self.model, layer)
         if not new and not self.consume:  # a piece of what is compared in the end
@@ -357,6 +384,15 @@ class Transaction:
     def keep(self, value: nn.Parameter) -> nn.Parameter:
         """What is to stand in the model for a new parameter: itself, unless its values are to be elsewhere."""
         return value
+
+    @property
+    def late(self) -> bool:
+        """Whether `compute` computes when the values are read."""
+        return False
+
+    def compute(self, like: Tensor, shape: Sequence[int], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns, of this shape and of the dtype and device of `like`; where values are elsewhere, maybe later."""
+        return make()
 
     def fill(self, module: nn.Module, value: Tensor, name: str = "weight") -> None:
         """Set a new module's parameter, so far on the meta device, to `value`, of its shape or one that reshapes to it.

@@ -22,8 +22,8 @@ from fastmorph.certify.outputs import eval_mode
 from fastmorph.certify.run import isolated, run
 from fastmorph.errors import MorphError
 from fastmorph.graph.find import backbone_hint, tensor_of
-from fastmorph.graph.skeleton import ForwardError, Skeleton
-from fastmorph.graph.trail import Operation, Trail, bare_skeleton, walk
+from fastmorph.graph.skeleton import ForwardError
+from fastmorph.graph.trail import Operation, Trail, Walked, bare_skeleton, walk, walk_in_training
 from fastmorph.inputs import Inputs
 from fastmorph.outputs import Outputs
 from fastmorph.plan.layers import Layer, refusal, unhooked
@@ -33,31 +33,23 @@ from fastmorph.plan.reads import reader
 class Surroundings:
     """The code around the layers of a model, as it was before they were changed."""
 
-    def __init__(self, model: nn.Module, call: Inputs | None) -> None:
-        self._call, self._layers = call, dict[str, None]()
-        self._skeleton, self._trail = self._follow(model)
+    def __init__(self, model: nn.Module, call: Inputs | None, walked: Walked | None = None) -> None:
+        """`walked` is what the model did on the call, where that is known."""
+        self._layers = dict[str, None]()
+        self._walked = _follow(model, call, walked)
         self.untouched: tuple[str, ...] = ()  # parameters that eval mode does not use
         self._uses: Any = WeakTensorKeyDictionary()  # by parameter: the modules that ran when it was taken, each time
         self._touched: Any = WeakTensorKeyDictionary()  # those that eval mode takes
-        if self._trail is None:
+        if self._walked is None:
             return
-        self.untouched = tuple(name for name, _ in model.named_parameters() if name not in self._trail.touched)
+        trail = self._walked.trail
+        self.untouched = tuple(name for name, _ in model.named_parameters() if name not in trail.touched)
         modules = dict(model.named_modules())
-        for name, stacks in self._trail.uses.items():
+        for name, stacks in trail.uses.items():
             tensor = tensor_of(model, name)
             self._uses[tensor] = [[modules[part] for part in stack] for stack in stacks]
-            if name in self._trail.touched:
+            if name in trail.touched:
                 self._touched[tensor] = True
-
-    def _follow(self, model: nn.Module) -> tuple[Skeleton | None, Trail | None]:
-        if self._call is None:
-            return None, None
-        try:
-            with isolated({"cpu"}):
-                skeleton = bare_skeleton(model)
-                return skeleton, walk(skeleton, self._call, train=True)
-        except Exception:  # TorchScript, a branch on values, ...: what cannot be followed is judged by its outputs alone
-            return None, None
 
     def check(self, model: nn.Module, layer: Layer) -> bool:
         """Raise MorphError where something takes the layer's weight outside of its own call.
@@ -68,7 +60,7 @@ class Surroundings:
         if any(not known or f"{name}.".startswith(f"{known}.") for known in self._layers):
             return False
         self._layers[name] = None
-        where = reader(model) if self._trail is None else None
+        where = reader(model) if self._walked is None else None
         if where is not None:
             raise refusal(
                 layer.name,
@@ -97,29 +89,42 @@ class Surroundings:
 
     def compare(self, model: nn.Module) -> None:
         """Raise MorphError where the code around the changed layers does not do what it did."""
-        if self._trail is None or self._skeleton is None or self._call is None or not self._layers:
+        if self._walked is None or not self._layers:
             return
+        call, trail = self._walked.call, self._walked.trail
         layers = set(self._layers)
         some = f"layer{'s' * (len(layers) > 1)} {', '.join(map(repr, self._layers))}"
         remedy = "let the forward call its layers alone, or morph another layer"
         try:
             with isolated({"cpu"}):
-                after = walk(bare_skeleton(model), self._call)
+                after = walk(bare_skeleton(model), call).trail
         except (ForwardError, MorphError) as error:
             raise MorphError(
                 f"{some} cannot be morphed: the model's forward does not run on the child ({error}), because it reads sizes or "
                 f"attributes of its layers; {remedy}."
             ) from error
-        found = _difference(self._trail, after, layers)
+        found = _difference(trail, after, layers)
         if found is None:
             return
         with isolated({"cpu"}):
-            if _difference(self._trail, walk(self._skeleton, self._call), layers) is not None:
+            if _difference(trail, walk(self._walked.skeleton, call).trail, layers) is not None:
                 return  # no two runs of the parent are alike
         raise MorphError(
             f"{some} cannot be morphed: in the child {found}, because the forward reads sizes or attributes of its "
             f"layers; {remedy}."
         )
+
+
+def _follow(model: nn.Module, call: Inputs | None, walked: Walked | None) -> Walked | None:
+    if call is None:
+        return None
+    try:
+        with isolated({"cpu"}):
+            walked = walked or walk(bare_skeleton(model), call)
+            walk_in_training(walked)
+    except Exception:  # TorchScript, a branch on values, ...: what cannot be followed is judged by its outputs alone
+        return None
+    return walked
 
 
 def _difference(before: Trail, after: Trail, layers: set[str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from fastmorph.plan.morph import Morphed, morph
 from fastmorph.plan.parents import CannotSave
 from fastmorph.transformers.example import example_call
 from fastmorph.transformers.recipe import recipe
-from fastmorph.transformers.sizes import rewrite, say_chosen, say_heads, say_inner, size_of
+from fastmorph.transformers.sizes import implied, rewrite, say_heads, say_inner, shapes_of, size_of
 
 M = TypeVar("M", bound=nn.Module)
 _IGNORED = frozenset({"training", "dropout", "is_hf_initialized"})
@@ -45,7 +45,9 @@ def grow(
 
     Args:
         model: the parent, of any class of transformers; it is not touched.
-        hidden_size: width of the stream, in every block.
+        hidden_size: width of the stream, in every block; of a model of two towers, that of the one that reads ids. Where code
+            divides the width by the number of heads, heads come along in proportion, and inner channels where the config says
+            them by a whole `mlp_ratio`.
         intermediate_size: inner channels of every MLP.
         num_attention_heads: query heads, in every block, of the size that they have.
         num_key_value_heads: heads of keys and values.
@@ -81,19 +83,27 @@ def grow(
     if not hasattr(model, "config") or not callable(getattr(model, "save_pretrained", None)):
         raise MorphError(f"a {type(model).__name__} is no model of transformers: give one, or make a plan for fastmorph.morph.")
     plan = recipe(model, sizes, fill, untie=untie)
-    olds = {name: size_of(model, name) for name in sizes}
+    sizes = implied(model, sizes)
+    olds, before = {name: size_of(model, name) for name in sizes}, shapes_of(model)
     call = example_inputs
     if call is None:  # caches hold an entry a head, which cannot be compared with those of fewer
         call = example_call(model, cached=num_attention_heads is None and num_key_value_heads is None and hidden_size is None)
     done = morph(model, plan, example_inputs=call, optimizer=optimizer, generator=generator, verify=verify)
     child: Any = done.model
-    say_sizes(child, sizes, olds)
+    say_sizes(child, sizes, olds, before)
     check_stock(child, call, {(olds[name], new) for name, new in sizes.items()})
     return replace(done, model=child)
 
 
-def say_sizes(child: nn.Module, sizes: Mapping[str, int | None], olds: Mapping[str, int | None]) -> None:
-    """Write grown sizes into configs and modules. Raises MorphError where a config cannot say one."""
+def say_sizes(
+    child: nn.Module,
+    sizes: Mapping[str, int | None],
+    olds: Mapping[str, int | None],
+    before: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Write grown sizes into configs and modules; `before` has the parent's shapes. Raises MorphError where a config cannot say
+    one.
+    """
     if any(sizes.get(name) is not None for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")):
         say_heads(child)
     for name, new in sizes.items():
@@ -101,19 +111,17 @@ def say_sizes(child: nn.Module, sizes: Mapping[str, int | None], olds: Mapping[s
             new = sizes.get("num_attention_heads")
         old = olds.get(name)
         if old is not None and new is not None and name not in ("num_hidden_layers", "vocab_size"):
-            rewrite(child, name, old, new)
-            if name == "num_experts":
-                say_chosen(child, new // old)
+            rewrite(child, name, old, new, before)
     inner = olds.get("intermediate_size")
     if inner is not None:
         say_inner(child, sizes.get("intermediate_size") or inner)
 
 
-def check_stock(child: Any, call: Any, grown: Collection[tuple[Any, Any]]) -> None:
+def check_stock(child: Any, call: Any, grown: Set[tuple[Any, Any]]) -> None:
     """Raise MorphError unless the class makes, with the child's config, a network like the child; then let it be saved.
 
-    Numbers of modules that are a size as it was, where the class sets it as it is, are set so, if that computes the same on
-    `call`; None: whoever loads the child compares it.
+    Numbers of modules that are a size as it was, where the class sets it as it is, or the other way round, are set as the class
+    does, if that computes the same on `call`; None: whoever loads the child compares it.
     """
     kind = type(child).__name__
     try:
@@ -137,7 +145,7 @@ def check_stock(child: Any, call: Any, grown: Collection[tuple[Any, Any]]) -> No
         (ours, key, vars(theirs)[key])
         for ours, theirs in zip(child.modules(), stock.modules(), strict=True)
         for key in _differing(ours, theirs)
-        if (vars(ours)[key], vars(theirs)[key]) in grown
+        if {(vars(ours)[key], vars(theirs)[key]), (vars(theirs)[key], vars(ours)[key])} & grown
     ]
     inputs = as_call(call, child) if late and call is not None else None
     before = {} if inputs is None else run(child, "child", "eval", inputs, torch.float32).outputs

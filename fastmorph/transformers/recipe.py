@@ -16,13 +16,15 @@ from fastmorph.morphs.insert_block import InsertBlock
 from fastmorph.morphs.widen import Widen
 from fastmorph.plan.plan import Plan
 from fastmorph.plan.transaction import Operator
-from fastmorph.transformers.sizes import NAMES, size_of
+from fastmorph.transformers.sizes import NAMES, configs, heads_divide_width, implied, size_of, width_config
 from fastmorph.transformers.untie import Untie
 
-# The layers of MLPs that make their inner channels: one of each set that a product joins.
+# The layers, or weights, of MLPs that make their inner channels: one of each set that a product joins.
 _UP = re.compile(
     r"(^|\.)(up_proj|gate_up_proj|c_fc|dense_h_to_4h|fc1|wi|wi_0|lin1|weights_in|linear1|intermediate\.dense|ff\.net\.0\.proj)$"
 )
+# Layers that make as many channels as the stream has, beside it, in heads of masked language models.
+_BESIDE = re.compile(r"(^|\.)(predictions\.transform\.dense|lm_head\.dense|vocab_transform)$")
 _QUERIES = ("q_proj", "query", "c_attn", "query_key_value", "qkv", "q", "q_lin", "Wqkv", "qkv_proj")
 
 
@@ -54,7 +56,7 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
 
     Raises MorphError for a size that the config does not have, or a smaller one.
     """
-    wanted = {name: size for name, size in sizes.items() if size is not None}
+    wanted = {name: size for name, size in implied(model, sizes).items() if size is not None}
     olds = {name: _checked(model, name, size) for name, size in wanted.items()}
     wanted = {name: size for name, size in wanted.items() if size != olds[name]}
     if not wanted and not untie:
@@ -62,12 +64,17 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
     inner = "pair" if fill in (None, "rotate") else str(fill)
     operators: list[Operator] = []
     lists = blocks(model)
-    if untie:
-        operators.append(Untie(_head(model)))
     if "vocab_size" in wanted:
         operators.append(GrowVocabulary(_embedding(model), wanted["vocab_size"]))
+    if untie:  # behind that, which biases beside a head follow while they are tied
+        operators.append(Untie(_head(model)))
     if "hidden_size" in wanted:
-        operators.append(Widen(_stream(model), wanted["hidden_size"], fill or "zero"))
+        along = fill in (None, "zero", "rotate") and _divides(model, olds, wanted)
+        operators.append(Widen(_stream(model), wanted["hidden_size"], fill or "zero", heads=along))
+        beside = (name for name, _ in model.named_modules() if _BESIDE.search(name))
+        operators += [Widen(name, wanted["hidden_size"], inner) for name in beside]
+        for name in ("num_attention_heads", "num_key_value_heads") if along else ():
+            wanted.pop(name, None)
     if "num_attention_heads" in wanted or "num_key_value_heads" in wanted:
         heads, groups = _heads(model, wanted)
         for name, layers in lists.items():
@@ -75,10 +82,24 @@ def recipe(model: nn.Module, sizes: Mapping[str, int | None], fill: str | None =
     if "intermediate_size" in wanted:
         operators += _wider(lists, olds["intermediate_size"], wanted["intermediate_size"], inner)
     if "num_experts" in wanted:
-        operators += _experts(model, lists, wanted["num_experts"])
+        operators.append(_experts(model, olds["num_experts"], wanted["num_experts"]))
     if "num_hidden_layers" in wanted:
         operators += _deeper(lists, olds["num_hidden_layers"], wanted["num_hidden_layers"], inner)
     return Plan(operators)
+
+
+def _divides(model: nn.Module, olds: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
+    """Whether code divides the width by the number of heads, which grow with it. Raises MorphError for other heads."""
+    if not heads_divide_width(width_config(model)):
+        return False
+    old, new = olds["hidden_size"], wanted["hidden_size"]
+    for name in wanted.keys() & {"num_attention_heads", "num_key_value_heads"}:
+        if wanted[name] != -(-olds[name] * new // old):
+            raise MorphError(
+                f"{name}={wanted[name]}: the code of a {type(model).__name__} divides the width by the number of heads: "
+                f"{olds[name]} of them at {old} channels are {olds[name] * new / old:g} at hidden_size={new}; leave {name} out."
+            )
+    return True
 
 
 def _checked(model: nn.Module, name: str, size: Any) -> int:
@@ -142,9 +163,9 @@ def _stream(model: nn.Module) -> str:
 def _wider(lists: Mapping[str, nn.ModuleList], old: int, new: int, fill: str) -> Iterator[Operator]:
     found = False
     for name, layers in lists.items():
-        for part, module in layers.named_modules():
-            weight = getattr(module, "weight", None)
-            if _UP.search(part) and weight is not None and old * (2 if "gate_up" in part else 1) in weight.shape:
+        for weight, parameter in layers.named_parameters():
+            part = weight.removesuffix(".weight")
+            if _UP.search(part) and old * (2 if "gate_up" in part else 1) in parameter.shape:
                 found = True
                 yield Widen(f"{name}.{part}", new * (2 if "gate_up" in part else 1), fill)
     if not found:
@@ -154,19 +175,13 @@ def _wider(lists: Mapping[str, nn.ModuleList], old: int, new: int, fill: str) ->
         )
 
 
-def _experts(model: nn.Module, lists: Mapping[str, nn.ModuleList], experts: int) -> Iterator[Operator]:
-    old = size_of(model, "num_experts")
-    if old is None:
-        yield AddExperts("", experts)
-        return
+def _experts(model: nn.Module, old: int, experts: int) -> AddExperts:
+    if size_of(model, "num_experts") is None:
+        return AddExperts("", experts)
     if experts % old:
         raise MorphError(f"num_experts={experts} is no multiple of the model's {old}: all experts get equally many copies.")
-    for name, layers in lists.items():
-        for part, module in layers.named_modules():
-            if "experts" in module._modules:
-                config: Any = next(config for config in [getattr(model, "config", None)] if config is not None)
-                chosen = getattr(config, "num_experts_per_tok", None) or 1
-                yield AddExperts(f"{name}.{part}", experts, chosen * (experts // old))
+    chosen = (vars(config).get("num_experts_per_tok") for config in configs(model))
+    return AddExperts("", experts, next(filter(None, chosen), 1) * (experts // old))
 
 
 def _deeper(lists: Mapping[str, nn.ModuleList], old: int, new: int, fill: str) -> Iterator[Operator]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,12 +65,62 @@ def _held(config: Any, size: str) -> Iterator[int]:
             yield 4 * width
 
 
-def rewrite(model: nn.Module, size: str, old: int, new: int) -> None:
-    """Write a grown size wherever configs and modules keep the old one under its name."""
-    for holder in (*configs(model), *model.modules()):
+def implied(model: nn.Module, sizes: Mapping[str, int | None]) -> dict[str, int | None]:
+    """All sizes of `NAMES`, None for those that stay, with what follows from a width.
+
+    Code that says no size of a head divides the width by their number; a whole `mlp_ratio` says inner channels by it.
+    """
+    found = {name: sizes.get(name) for name in NAMES} | dict(sizes)
+    width, new = size_of(model, "hidden_size"), sizes.get("hidden_size")
+    if width is None or new is None or new <= width:
+        return found
+    config = width_config(model)
+    if heads_divide_width(config):
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = next(_held(config, name), None)
+            if heads and found[name] is None:
+                found[name] = -(-heads * new // width)  # a width that does not divide is refused, by its layer
+    if type(vars(config).get("mlp_ratio")) is int and found["intermediate_size"] is None:
+        found["intermediate_size"] = new * config.mlp_ratio
+    return found
+
+
+def width_config(model: nn.Module) -> Any:
+    """The config that says the width of the stream: of several, the first one."""
+    return next((config for config in configs(model) if next(_held(config, "hidden_size"), None) is not None), None)
+
+
+def heads_divide_width(config: Any) -> bool:
+    """Whether a config leaves it to code to say how large a head is."""
+    return config is not None and not {"head_dim", "d_kv", "attention_head_dim"} & vars(config).keys()
+
+
+def rewrite(model: nn.Module, size: str, old: int, new: int, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Write a grown size wherever configs and modules keep the old one under its name.
+
+    Of a model of several towers, each with a config: in those around some parameter that grew, by the shapes `before`.
+    """
+    held = [config for config in configs(model) if old in _held(config, size)]
+    whole = {id(config) for config in held if len(held) == 1}
+    around, grown = {"": whole}, set(whole)
+    for path, module in model.named_modules():
+        mine = {id(config) for config in configs_of(module) if any(config is other for other in held)}
+        around[path] = around[path.rpartition(".")[0]] | mine
+        for key, tensor in module._parameters.items():
+            shape = before.get(f"{path}.{key}".removeprefix("."), ()) if tensor is not None else ()
+            after = tensor.shape if tensor is not None else ()
+            if any(one != two and one * new == two * old for one, two in zip(shape, after, strict=False)):
+                grown |= around[path]
+    modules = [module for path, module in model.named_modules() if around[path] & grown]
+    for holder in (*(config for config in held if id(config) in grown), *modules):
         for name in NAMES[size]:
             if type(vars(holder).get(name)) is int and vars(holder)[name] == old:
                 setattr(holder, name, new)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def say_heads(model: nn.Module) -> None:
@@ -102,10 +152,3 @@ def say_inner(model: nn.Module, inner: int) -> None:
                 ) from error
         elif "n_inner" in held and held["n_inner"] is None and 4 * width != inner:
             config.n_inner = inner
-
-
-def say_chosen(model: nn.Module, times: int) -> None:
-    """Let configs say that so many times as many experts are chosen for a position."""
-    for config in configs(model):
-        if type(vars(config).get("num_experts_per_tok")) is int:
-            config.num_experts_per_tok *= times

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmorph.elsewhere import values_of
 from fastmorph.errors import MorphError
@@ -17,7 +18,7 @@ from fastmorph.transformers.sizes import configs
 
 @dataclass(frozen=True)
 class Untie:
-    """Give a layer a copy of the weight that it shares; configs then say that nothing is tied."""
+    """Give a layer copies of the weight, and of other parameters, that it shares; configs then say that nothing is tied."""
 
     layer: str
 
@@ -27,20 +28,27 @@ class Untie:
         return self.layer
 
     def apply(self, transaction: Transaction) -> None:
-        """Put the copy in the layer of `transaction.model`. In an optimizer its moments start afresh."""
+        """Put the copies in the layer of `transaction.model`. In an optimizer their moments start afresh."""
         layer = submodule_of(transaction.model, self.layer)
-        old = layer._parameters.get("weight")
-        held = [module for module in transaction.model.modules() if any(p is old for p in module._parameters.values())]
-        if old is None or len(held) < 2:
+        others = [module for module in transaction.model.modules() if module is not layer]
+        held = {id(parameter) for module in others for parameter in module._parameters.values()}
+        shared = {key: old for key, old in layer._parameters.items() if old is not None and id(old) in held}
+        if "weight" not in shared:
             raise MorphError(f"layer {self.layer!r} shares its weight with no other, so there is nothing to untie.")
         transaction.settle(layer)
-        with torch.no_grad():
-            value = values_of(old).clone() if transaction.with_weights else torch.empty_like(old)
-        layer._parameters["weight"] = new = nn.Parameter(value, old.requires_grad)
-        transaction.lineage.joined(new, old)
+        for key, old in shared.items():
+            with torch.no_grad():
+                copied = transaction.with_weights
+                value = transaction.compute(old, old.shape, partial(_clone, old)) if copied else torch.empty_like(old)
+            layer._parameters[key] = new = transaction.keep(nn.Parameter(value, old.requires_grad))
+            transaction.lineage.joined(new, old)
         for config in configs(transaction.model):
             if vars(config).get("tie_word_embeddings"):
                 config.tie_word_embeddings = False
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return values_of(tensor).clone()
 
 
 register_operator(Untie, name="untie")

@@ -6,6 +6,8 @@ the validated function in front of it, `configs.json` its tile sizes. Beside the
     register.py   makes a PyTorch operator of three functions: allocate, launch, plain
     support.py    dtypes, and where kernels run         checks.py   refusals
     configs.py    tables of tile sizes                  tiling.py   tiles of a product, on the host     tile.py   on the device
+    noise.py      noise from a counter                  words.py    the same on the device
+    groups.py     grouped launches, on the device
 
 To add an operator touches four places: its folder, its line here, its tests in `tests/kernels/` (their table of arguments for
 all operators, `kernel_arguments.py`, included), and its cases for the compiler in `bench/cases/`.
@@ -17,6 +19,8 @@ from .column_gram import column_gram
 from .compose import compose
 from .correlate import correlate
 from .direct import direct
+from .direct_many import direct_many
+from .fill import fill
 from .residual import residual
 from .row_gram import row_gram
 
@@ -28,6 +32,8 @@ __all__ = [
     "compose",
     "correlate",
     "direct",
+    "direct_many",
+    "fill",
     "residual",
     "row_gram",
 ]

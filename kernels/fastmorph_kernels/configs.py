@@ -36,12 +36,12 @@ def lookup(operator: str, dtype: torch.dtype, variant: str, device: torch.device
     return dict(_entry(operator, name, str(dtype).removeprefix("torch."), variant))
 
 
-def launch_options(config: Any) -> dict[str, Any]:
+def launch_options(config: Any, *, fused: bool = True) -> dict[str, Any]:
     """What Triton takes beside a kernel's arguments, for a configuration with `num_warps` and `num_stages`.
 
-    A product and its sum are rounded once: the more accurate choice, and what `ieee` compiles to anyway.
+    If `fused`, a product and its sum are rounded once: the more accurate choice, and what `ieee` compiles to anyway.
     """
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fused}
 
 
 def shipped(operator: str) -> Iterator[Shipped]:

@@ -11,7 +11,7 @@ high and low half of mix(key + (i >> 32) * G), word i is
 
 and a half h, as a signed number, is the value (h + 1/2) * 12^(1/2) / 2^16. G is 0x9E3779B97F4A7C15, and mix is the finaliser of
 SplitMix64 (Steele, Lea and Flood 2014); the constants of a word are those of Wellons's "lowbias32" (2018). The stream that
-belongs to a number under a key has the key mix(key + number * G). Kernels make the same words: `direct/tile.py`.
+belongs to a number under a key has the key mix(key + number * G). Kernels make the same words: `words.py`.
 
 Measured a value, on one core of a CPU with AVX-512, in blocks that stay in cache: this in numpy 0.42 ns, SplitMix64 in numpy
 0.56, numpy's Philox 0.9 to 1.2, PyTorch's Mersenne Twister 0.8, SplitMix64 in PyTorch 1.2, this in PyTorch 1.4. A word of 32
@@ -20,6 +20,7 @@ bits is also the cheapest on processors that have no product of 64 bits: older C
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -53,23 +54,28 @@ def mix_keys(key: Any, number: Any) -> Any:
     return x
 
 
-def fill(out: Tensor, keys: int | Keys, start: int, scale: float) -> None:
-    """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`; in blocks on a CPU."""
+def fill(out: Tensor, keys: int | Keys, start: int, scale: float, over: float = 1.0) -> None:
+    """Set `out`, of one stream (n) or several (S, n), to values from `start` on, times `scale`, and divide them by `over`.
+
+    On a CPU, in blocks.
+    """
     if not out.numel():
         return
     if out.device.type != "cpu" and out.numel() <= FEW:
         here = torch.empty(out.shape, dtype=out.dtype, device="cpu", pin_memory=out.device.type == "cuda")
-        fill(here, keys, start, scale)
+        fill(here, keys, start, scale, over)
         out.copy_(here, non_blocking=True)
         return
     size, most = out.shape[-1], 2 * BLOCK if out.device.type == "cpu" else out.numel()
     if not isinstance(keys, int) and len(keys) > (together := max(1, most // size)):
         for row in range(0, len(keys), together):
-            fill(out[row : row + together], keys[row : row + together], start, scale)
+            fill(out[row : row + together], keys[row : row + together], start, scale, over)
         return
     for at in range(0, size, most):
         part = out[..., at : at + most]
         put(part, levels(keys, start + at, start + at + part.shape[-1], out.device), scale)
+        if over != 1.0:
+            part.div_(over)
 
 
 def put(out: Tensor, values: Tensor, scale: float) -> None:
@@ -77,10 +83,14 @@ def put(out: Tensor, values: Tensor, scale: float) -> None:
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     factor = SCALE * scale if dtype == torch.float64 else float(np.float32(SCALE * scale))
     into = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    half = torch.tensor(0.5 * factor, dtype=dtype, device="cpu")  # whatever the default device is
-    torch.add(half, values.to(dtype), alpha=factor, out=into)
+    torch.add(_half(factor, dtype), values.to(dtype), alpha=factor, out=into)
     if into is not out:
         out.copy_(into)
+
+
+@functools.lru_cache(maxsize=64)
+def _half(factor: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(0.5 * factor, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Tensor:
@@ -92,6 +102,13 @@ def levels(keys: int | Keys, start: int, stop: int, device: torch.device) -> Ten
         words = torch.cat([words, _words(keys, cut, last, device)], -1)
     halves: Tensor = words.view(torch.int16)
     return halves[..., start - 2 * first : stop - 2 * first]
+
+
+def signs(channels: int) -> Tensor:
+    """1 or -1 for each channel, float64 on the CPU: bit c % 8 of word c // 8 of the stream of their number says -1 for c."""
+    words = words_on_host(channels, 0, -(-channels // 8))
+    bits = (words[:, None] >> np.arange(8, dtype=np.uint32)) & 1
+    return torch.from_numpy(1.0 - 2.0 * bits.reshape(-1)[:channels])
 
 
 def words_on_host(keys: int | Keys, start: int, stop: int) -> Words:

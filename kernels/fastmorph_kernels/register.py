@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .support import interprets
 
 
@@ -51,7 +52,7 @@ def register(
         return outputs
 
     operator = torch.library.custom_op(
-        f"fastmorph_kernels::{name}",
+        add_op_namespace_prefix(name),
         on_cuda,
         mutates_args=(),
         device_types="cuda",

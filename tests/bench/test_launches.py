@@ -17,17 +17,18 @@ from bench.launches import CALLS, Count, Counting, count, counting
 
 # Launches and waits at most, by the kernels and by PyTorch alone.
 CEILINGS = {
-    "Direct 2048 -> 4096": (Count(23, 1), Count(314, 1)),
-    "Direct 64 -> 128": (Count(23, 1), Count(62, 1)),
-    "half-step 64 -> 192": (Count(69, 1), Count(89, 1)),
-    "half-step 64 -> 228, 2052 unknowns": (Count(73, 1), Count(89, 1)),
-    "Gauss-Newton, 6 problems": (Count(1105, 22), Count(1115, 22)),
-    "Anderson, 6 problems": (Count(2270, 70), Count(2150, 70)),
-    "Practical, 6 problems": (Count(251, 6), Count(263, 6)),
-    "VGG-16's 13 convolutions": (Count(184, 1), Count(712, 1)),
-    "100 alike layers": (Count(25, 1), Count(77, 1)),
-    "deepen all of VGG-16": (Count(206, 1), Count(600, 1)),
-    "widen all of VGG-16": (Count(197, 16), Count(197, 16)),
+    "Direct 2048 -> 4096": (Count(7, 1), Count(303, 1)),
+    "Direct 64 -> 128": (Count(7, 1), Count(50, 1)),
+    "half-step 64 -> 192": (Count(60, 1), Count(80, 1)),
+    "half-step 64 -> 228, 2052 unknowns": (Count(64, 1), Count(80, 1)),
+    "Gauss-Newton, 6 problems": (Count(1081, 22), Count(1085, 22)),
+    "Anderson, 6 problems": (Count(2259, 70), Count(2131, 70)),
+    "Practical, 6 problems": (Count(239, 6), Count(244, 6)),
+    "VGG-16's 13 convolutions": (Count(10, 1), Count(640, 1)),
+    "100 alike layers": (Count(8, 1), Count(68, 1)),
+    "100 unlike layers": (Count(10, 1), None),  # PyTorch alone, a batch for each, would take long
+    "deepen all of VGG-16": (Count(42, 1), Count(490, 1)),
+    "widen all of VGG-16": (Count(3, 1), Count(151, 1)),
 }
 
 
@@ -38,6 +39,8 @@ def test_every_ceiling_is_one_of_a_call_that_is_counted():
 @pytest.mark.parametrize("call", [call for call in CALLS if call.name in CEILINGS], ids=lambda call: call.name)
 def test_no_call_asks_for_more_than_its_ceiling(call):
     for backend, most in zip(("triton", "torch"), CEILINGS[call.name], strict=True):
+        if most is None:
+            continue
         found = count(call, backend).count
         assert 0 < found.launches <= most.launches
         assert 0 < found.waits <= most.waits

@@ -171,3 +171,20 @@ def test_threads_do_not_disturb_each_other():
         found = list(pool.map(lambda _: str(coupled(model, "layers.1.linear1", randn(2, 3, 8))), range(8)))
     assert found == [expected] * 8
     assert set(switches) == {(True, True)}
+
+
+def test_what_a_model_does_is_noted_at_once_where_that_is_asked_for(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 2)), torch.randn(3, 4)
+    noted, plain = fm.follow(model, x, taped=True), fm.follow(model, x)
+    assert noted.record.tapes
+    assert not plain.record.tapes
+    told = [
+        [[(entry.module, entry.name, entry.numbers) for entry in tape.entries] for tape in each.tapes]
+        for each in (noted, plain)
+    ]
+    assert told[0] == told[1]
+    runs: list[bool] = []
+    trace = Skeleton.trace
+    monkeypatch.setattr(Skeleton, "trace", lambda self, *args, **kwargs: runs.append(True) or trace(self, *args, **kwargs))
+    assert fm.widen(model, {"0": 7}, fill="zero", example_inputs=x)[1].weight.shape == (7,)
+    assert len(runs) == 2  # the model, and the resized one

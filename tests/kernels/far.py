@@ -17,7 +17,11 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
+from fastmorph_kernels import noise
+from fastmorph_kernels.fill.kernel import config_for, launch_fill
+from fastmorph_kernels.fill.table import DRAWN, OLD, Dimension, flat, table_of
 from fastmorph_kernels.register import OPERATORS
 from kernel_arguments import ARGUMENTS, outputs
 
@@ -30,6 +34,10 @@ _WHOLE = {
     ("anderson_gram", 0): (),
     ("row_gram", 0): (0, 1),
     ("column_gram", 0): (0, 1),
+    ("fill", 0): (),
+    ("fill", 1): (),
+    ("direct_many", 4): (),
+    ("direct_many", 5): (),
 }
 
 
@@ -63,7 +71,7 @@ def launched(name: str, arguments: Sequence[Any], out: Any = None) -> list[torch
 
 def compare(label: str, expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
     """Sums of at most 64 terms, which another layout may add up in another order."""
-    for one, other in zip(found, expected, strict=True):
+    for one, other in ((a.double(), b.double()) for a, b in zip(found, expected, strict=True)):
         atol = 64 * torch.finfo(torch.float32).eps * float(other.abs().max())
         torch.testing.assert_close(one, other, rtol=0, atol=atol, msg=lambda text, label=label: f"{label}: {text}")
 
@@ -90,9 +98,28 @@ def check(name: str) -> None:
             compare(label, expected, launched(name, arguments, out[0] if len(out) == 1 else out))
 
 
+def check_fill_far_behind() -> None:
+    """Two tiles at the end of 2^34 entries of noise: the table says that all other tiles lie before the first program."""
+    print("fill, far behind", flush=True)
+    rows, columns = 2**20, 2**14
+    source, out = torch.zeros(1, columns), untouched((rows + 1) * columns, torch.float32).view(rows + 1, columns)
+    kind, place = np.append(OLD, np.full(rows, DRAWN)), np.append(0, np.arange(rows))
+    config = config_for(out)
+    table = table_of([source], [out], *flat([(0, [Dimension(0, kind, place, place, rows, 7, 0.5)])]), config.block)
+    assert table.wide
+    table.numbers[2] = 2 - table.tiles
+    launch_fill(out, table._replace(tiles=2), config)
+    wanted = torch.empty(2 * config.block)
+    noise.fill(wanted, 7, rows * columns - len(wanted), 0.5)
+    assert torch.equal(out[-1, -len(wanted) :], wanted)
+    assert not out[-1, : -len(wanted)].any()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         check(name)
+        if name == "fill":
+            check_fill_far_behind()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < _MEMORY
     print("done")

@@ -63,3 +63,9 @@ def test_float32_products_in_tf32_use_warpgroups_on_sm_90(compiled):
 def test_packed_inputs_are_loaded_wide_on_sm_90(compiled):
     rows = [row for row in compiled if row["target"] == "sm_90" and row["layout"] == "packed" and row["kernel"] != "residual"]
     assert [row for row in rows if row["wide"] < row["loads"]] == []
+
+
+# A pointer or a stride that comes from a table is known to be even only because the kernel says so.
+def test_what_a_table_holds_is_loaded_wide_where_it_is_even_on_sm_90(compiled):
+    even = [row for row in compiled if row["target"] == "sm_90" and row["constants"].get("EVEN")]
+    assert [row for row in even if row["constants"]["UNIFORM_W"] and row["wide"] == 0] == []

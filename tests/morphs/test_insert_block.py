@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,47 @@ def test_convolutions_make_twins_too():
     child = fm.insert_block(parent, "1", example_inputs=x)
     assert (child[2].down.weight != 0).all()
     assert torch.equal(child[2].depthwise.weight[:6], child[2].depthwise.weight[6:])
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize(
+    ("names", "after", "then"),
+    [
+        (["stem", "unit1", "unit2", "unit3"], "unit1", ["stem", "unit1", "unit2", "unit3", "unit4"]),
+        (["stem", "unit01", "unit02", "unit03"], "unit03", ["stem", "unit01", "unit02", "unit03", "unit04"]),
+        (["stem", "unit1", "pool", "unit2"], "unit1", ["stem", "unit1", "unit1_2", "pool", "unit2"]),
+        (["stem", "deep", "deep_2", "wide"], "deep", ["stem", "deep", "deep_3", "deep_2", "wide"]),
+    ],
+)
+def test_blocks_with_names(names, after, then):
+    torch.manual_seed(0)
+    units = [nn.Conv2d(3, 4, 1), *(nn.AvgPool2d(3, 1, 1) if name == "pool" else Unit() for name in names[1:])]
+    parent = nn.Sequential(OrderedDict(zip(names, units, strict=True)))
+    parent.add_module("last", nn.Conv2d(4, 2, 1))
+    parent, x = parent.double(), inputs(2, 3, 6, 6)
+    parent(x)
+    parent.eval()
+    done = fm.morph(parent, fm.InsertBlock(after), example_inputs=x, generator=0)
+    assert done.certificate
+    assert [*done.model._modules] == [*then, "last"]
+    at = names.index(after) + 1
+    old, new = (list(model.children()) for model in (parent, done.model))
+    assert (new[at].down.weight != 0).all()
+    for one, two in zip(old, new[:at] + new[at + 1 :], strict=True):
+        assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+    bare = fm.restructure(parent, done.history, example_inputs=x)
+    bare.load_state_dict(done.model.state_dict())
+    assert torch.equal(bare.eval()(x), done.model(x))
+    with pytest.raises(fm.MorphError, match="no block can be inserted behind 'last'"):
+        fm.insert_block(parent, "last", example_inputs=x)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------

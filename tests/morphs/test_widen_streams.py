@@ -171,6 +171,28 @@ def test_gains_behind_layers_count(norm, fill):
     assert (child.blocks[0].scale1.weight != 0).all()
 
 
+@pytest.mark.parametrize("norm", ["layer", "centred", "variance"])
+def test_biases_beside_small_gains_and_gains_of_zero(norm):
+    """No quotient of the two is taken that would drown the rest: the error is no larger than with gains of one."""
+    models = [trained(Translation(NORMS[norm])), trained(Translation(NORMS[norm]))]
+    optimizer = averages(models[1], output="logits")
+    with torch.no_grad():
+        for name, parameter in models[1].named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter[::3], parameter[1::3] = 0, parameter[1::3] * 1e-9
+    found = grown(models[1], fill="rotate", optimizer=optimizer)
+    state = found.optimizer.state[found.model.head.weight]["exp_avg_sq"]
+    assert state.isfinite().all()
+    assert (state > 0).all()
+    child = grown(models[0], fill="rotate").model
+    with torch.no_grad():
+        pairs = ((models[1], found.model), (models[0], child))
+        errors = [float((one(IDS)["logits"] - two(IDS)["logits"]).abs().max()) for one, two in pairs]
+    assert errors[0] <= 4 * max(errors[1], 1e-15)
+    assert all((parameter != 0).all() for name, parameter in found.model.named_parameters())
+    grown(models[1], fill="rotate", width=D + 1)  # one new channel holds the constant
+
+
 def test_norms_behind_layers():
     """Sandwich norms: their gains stay, and the stream cannot be turned behind them. Around a mean, they make no mean."""
     model = trained(Language(NORMS["rms"], sandwich=True))
@@ -332,13 +354,14 @@ def test_widths_of_a_plan_that_meet_in_a_stream():
     assert found.model.head.in_features == 50
 
 
-def averages(model, seed=0):
+def averages(model, seed=0, output=None):
     """An AdamW after two steps, with averages of gradients that differ from entry to entry."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(2):
         torch.manual_seed(seed + step)
         optimizer.zero_grad()
-        (model(IDS).tanh() * torch.randn(2, 9, TOKENS)).sum().backward()
+        out = model(IDS)
+        ((out if output is None else out[output]).tanh() * torch.randn(2, 9, TOKENS)).sum().backward()
         optimizer.step()
     return optimizer
 

@@ -45,6 +45,22 @@ MEETING = [
     *(deepen(0), widen(0), fm.GrowKernel("one0", 5), widen(1), fm.Widen("one1", 9), deepen(1)),
     *(deepen(2), fm.Widen("two2.first", 40), widen(2), fm.InsertSubnet("two3", fm.Residual(4)), widen(3)),
 ]
+PATTERNS = [
+    *(fm.Widen("one[01]", "x1.5"), fm.Deepen("two[01]", "x2", activation="relu"), fm.GrowKernel("one*", 5)),
+    *(fm.Widen("one?", "x2"), fm.Deepen("two[23]", activation="relu"), fm.Widen("one3", "x1.2")),
+]
+# Names and numbers that depend on operators in front of them.
+DEPENDING = [
+    *(widen(0), deepen(0), fm.Widen("one0", "x1.5"), fm.Deepen("two1", 12), fm.Widen("two1.f*", 16)),
+    *(
+        deepen(2),
+        fm.Widen("**.first", "x1.1"),
+        fm.Deepen("two3", "x3"),
+        fm.Widen("one[0-2]", "x1.5"),
+        fm.GrowKernel("*.second", 3),
+    ),
+    *(fm.Widen("one1", "x1.5"), fm.Widen("one1", "x1.5"), fm.GrowKernel("one1", 5), fm.Widen("one*", "x1.1")),
+]
 
 
 @pytest.fixture
@@ -66,7 +82,7 @@ def follows(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("plan", [MIXED, MEETING], ids=["mixed", "meeting"])
+@pytest.mark.parametrize("plan", [MIXED, MEETING, PATTERNS, DEPENDING], ids=["mixed", "meeting", "patterns", "depending"])
 def test_the_child_is_that_of_the_written_order(plan, monkeypatch):
     model, x = network(), randn(2, 4, 7, 6)
     found = fm.morph(model, plan, example_inputs=x, generator=3)
@@ -78,11 +94,36 @@ def test_the_child_is_that_of_the_written_order(plan, monkeypatch):
     for name, value in expected.model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value), name
     assert found.history == expected.history
-    assert [step.layer for step in found.steps] == [operator.target for operator in plan]
+    assert [step.layer for step in found.steps] == [operator.target for operator in found.history]
     assert [(s.layer, s.before, s.after) for s in found.steps] == [(s.layer, s.before, s.after) for s in expected.steps]
     torch.testing.assert_close(found.model(x), model(x), rtol=0, atol=1e-10)
     again = fm.morph(model, found.history).model
     assert all(torch.equal(*pair) for pair in zip(again.parameters(), found.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [fm.Widen("0", 8), fm.Deepen("6", "x2", activation="relu"), fm.Widen("2", 9), fm.Widen("4", 9)],
+        [
+            fm.Deepen("4", activation="relu"),
+            fm.Widen("0", 8),
+            fm.Widen("2", 9),
+            fm.GrowKernel("6", 5),
+            fm.Widen("[02]", "x1.5"),
+        ],
+    ],
+    ids=["apart", "neighbours"],
+)
+def test_widths_of_one_tensor_are_written_as_they_stand(plan, monkeypatch):
+    convs = [nn.Conv2d(3 if number == 0 else 6, 6, 3, padding=1) for number in range(5)]
+    model, x = trained(nn.Sequential(*(part for conv in convs for part in (conv, nn.ReLU())))), randn(1, 3, 8, 8)
+    found = fm.morph(model, plan, example_inputs=x, generator=3)
+    monkeypatch.setattr(transactions, "interleaved", lambda wide: False)
+    expected = fm.morph(model, plan, example_inputs=x, generator=3)
+    assert found.history == expected.history
+    for (name, value), other in zip(found.model.named_parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
 
 
 def test_a_mixed_plan_is_followed_once(follows):
@@ -95,6 +136,13 @@ def test_a_mixed_plan_is_followed_once(follows):
     locals_first = [op for number in range(BLOCKS) for op in (deepen(number), widen(number))]
     fm.morph(model, locals_first, example_inputs=x, generator=3)
     assert follows == {"follow": 2, "grown": 1}, "once to see what meets, once for the deepened network"
+
+
+def test_patterns_and_factors_are_followed_once_too(follows):
+    model, x = network(), randn(2, 4, 7, 6)
+    plan = [fm.Widen("one[01]", "x1.5"), fm.Deepen("two[01]", "x2"), fm.Widen("one[23]", "x2")]
+    fm.morph(model, plan, example_inputs=x, generator=3)
+    assert follows == {"follow": 1, "grown": 1}
 
 
 def test_what_is_refused_is_refused_at_its_place():
@@ -126,6 +174,7 @@ def test_turns_keep_the_order_of_what_meets():
         for one, two in combinations(range(count), 2):
             if meet(reaches[one], reaches[two]):
                 assert order.index(one) < order.index(two)
+                assert not (wide[one] and wide[two]) or not any({one, two} <= set(turn) for turn in found)
 
 
 def meet(one, two):

@@ -239,3 +239,19 @@ def test_a_network_of_transformers(tmp_path):
             with pytest.raises(fm.MorphError, match=r"BertModel\.save_pretrained would write"):
                 child.save_pretrained(tmp_path)
     parent.save_pretrained(tmp_path)
+
+
+def test_a_child_shares_no_memory_with_its_parent():
+    """Widths need no copy of what they replace; the rest is copied all the same."""
+    torch.manual_seed(0)
+    parent = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+    child = fm.widen(parent, {"0": 9}, example_inputs=torch.randn(2, 4))
+    ours, theirs = (
+        {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()} for model in (child, parent)
+    )
+    assert ours.isdisjoint(theirs)
+    with torch.no_grad():
+        for tensor in child.state_dict().values():
+            tensor.fill_(7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parent.state_dict().items())

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastmorph as fm
+from fastmorph.graph.skeleton import Skeleton
 from fastmorph.morphs import grow_kernel
 from fastmorph.plan import transaction
 
@@ -291,3 +292,15 @@ def test_layers_that_the_inputs_do_not_reach_are_compared_by_themselves(monkeypa
     )
     with pytest.raises(fm.MorphError, match="differs by itself is layer 'extra'"):
         fm.morph(Auxiliary(), [fm.Deepen("extra")], example_inputs=x)
+
+
+def test_without_inputs_a_layer_is_deepened_by_one_run_in_each_mode_and_one_of_the_child(monkeypatch):
+    runs, run = [], Skeleton.run
+
+    def counted(*args, train, **kwargs):
+        runs.append(train)
+        return run(*args, train=train, **kwargs)
+
+    monkeypatch.setattr(Skeleton, "run", counted)
+    fm.deepen(Network(), "conv", activation="relu")
+    assert runs == [False, True, False]

@@ -19,6 +19,7 @@ declare_torchvision_operators()
 
 IDS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIEW = {key: size for key, size in SIZES.items() if key[0] != "i"} | {"image_size": 8, "patch_size": 4}
 LLAMA = SIZES | IDS | {"num_key_value_heads": 2, "max_position_embeddings": 64}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
@@ -30,7 +31,25 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"d_model": 16, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 4, **IDS},
     ),
     "bert": ("BertConfig", "BertForMaskedLM", SIZES | IDS),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", SIZES | IDS),
     "vit": ("ViTConfig", "ViTForImageClassification", SIZES | {"image_size": 8, "patch_size": 4, "num_labels": 3}),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES | IDS | {"max_position_embeddings": 64}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        SIZES | IDS | {"ffn_dim": 12, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    ),
+    "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", VIEW | {"mlp_ratio": 2}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", LLAMA | {"num_local_experts": 4}),
+    "clip": (
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "text_config": SIZES | IDS | {"projection_dim": 8},
+            "vision_config": SIZES | {"image_size": 8, "patch_size": 4, "projection_dim": 8},
+            "projection_dim": 8,
+        },
+    ),
 }
 
 
@@ -48,22 +67,29 @@ def made(name: str) -> Any:
 
 def call_of(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    if name in ("vit", "dinov2"):
+        return pixels
     ids = torch.randint(3, 40, (2, 6), generator=generator)
-    return {"input_ids": ids, **({"decoder_input_ids": ids[:, :4]} if name == "t5" else {})}
+    more = {"t5": {"decoder_input_ids": ids[:, :4]}, "clip": pixels}
+    return {"input_ids": ids, **more.get(name, {})}
 
 
 def error(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).abs().max() / one.abs().max())
 
 
+def logits(outputs: Any) -> torch.Tensor:
+    return outputs["logits" if "logits" in outputs else "logits_per_image"]
+
+
 def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
     """The parent's own: its logits against those of a float64 copy."""
+    model.config._experts_implementation = "eager"  # in float64, too
     exact = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
     with torch.no_grad():
-        own = model(**call).logits
-        wide = model.double()(**exact).logits
+        own = logits(model(**call))
+        wide = logits(model.double()(**exact))
     model.float()
     return error(wide, own.double())
 
@@ -83,8 +109,9 @@ def rounding(model: nn.Module, call: dict[str, torch.Tensor]) -> float:
         ),
         ("qwen3", {"intermediate_size": 19, "num_attention_heads": 6, "num_hidden_layers": 5}),
         ("gpt2", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 70, "num_hidden_layers": 3}),
-        ("t5", {"num_hidden_layers": 3}),
+        ("t5", {"num_hidden_layers": 3, "num_attention_heads": 5}),
         ("bert", {"intermediate_size": 21}),
+        ("mixtral", {"intermediate_size": 20, "num_experts": 8, "hidden_size": 24}),
         ("vit", {"intermediate_size": 21, "num_hidden_layers": 4}),
     ],
 )
@@ -108,6 +135,40 @@ def test_a_checkpoint_of_the_stock_class(name, sizes, tmp_path):
         assert fm.transformers.recipe(loaded, {size: number + 24}, "pair").operators  # the config says the new sizes
         with pytest.raises(fm.MorphError, match="nothing is to grow"):
             fm.transformers.grow(loaded, **{size: number})
+
+
+@pytest.mark.parametrize(
+    ("name", "fill"),
+    [("gpt2", "rotate"), ("neox", None), ("opt", None), ("vit", "rotate"), ("dinov2", None), ("clip", "rotate")],
+)
+def test_heads_come_along_where_code_divides_the_width_by_their_number(name, fill, tmp_path):
+    parent, call = made(name), call_of(name)
+    untie = fill == "rotate" and name in ("gpt2", "opt")
+    done = fm.transformers.grow(parent, hidden_size=28 if name != "gpt2" else 24, fill=fill, untie=untie, generator=0)
+    assert len(done.history.operators) == 1 + untie + (name == "dinov2") * 2  # whose MLP is said by the width
+    done.model.save_pretrained(tmp_path)
+    loaded = type(parent).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted, found = (logits(model(**call)) for model in (parent, loaded))
+    assert error(wanted, found) <= max(2e-6, 4 * rounding(parent, call))
+    if parent.can_generate():
+        how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(parent.generate(call["input_ids"], **how), loaded.generate(call["input_ids"], **how))
+    if name == "clip":  # two towers
+        assert loaded.config.text_config.num_attention_heads == 7
+        assert loaded.config.vision_config.hidden_size == 16
+
+
+@pytest.mark.parametrize(("name", "fill"), [("gpt2", "rotate"), ("gpt2", None), ("vit", "rotate"), ("opt", None)])
+def test_in_float64_nothing_but_its_rounding_is_left(name, fill):
+    parent, call = made(name).double(), call_of(name)
+    call = {key: value.double() if value.is_floating_point() else value for key, value in call.items()}
+    untie = fill == "rotate" and name == "gpt2"
+    child = fm.transformers.grow(
+        parent, hidden_size=24, num_hidden_layers=3, intermediate_size=70, fill=fill, untie=untie, generator=0, verify=False
+    ).model
+    with torch.no_grad():
+        assert error(parent(**call).logits, child(**call).logits) <= 1e-12
 
 
 def test_a_new_vocabulary_keeps_the_old_logits(tmp_path):
@@ -173,6 +234,8 @@ def test_plans_are_printable_and_the_optimizer_comes_along():
         ("llama", {"num_hidden_layers": 2.5}, "must be an int"),
         ("llama", {}, "nothing is to grow"),
         ("gpt2", {"num_attention_heads": 3}, "cannot (load the child|be made)"),
+        ("gpt2", {"num_attention_heads": 4, "hidden_size": 24}, "2 of them at 16 channels are 3 at hidden_size=24"),
+        ("gpt2", {"hidden_size": 26}, "the nearest number that works is 24"),
         ("gpt2", {"num_key_value_heads": 4}, "says no num_key_value_heads"),
         ("bert", {"num_hidden_layers": 3}, r"LN\(LN\(x\)\) is not LN\(x\)"),
         ("vit", {"vocab_size": 100}, "says no vocab_size"),
@@ -194,6 +257,43 @@ def test_a_tied_head_gets_a_weight_of_its_own(tmp_path):
         assert error(parent(**call).logits, loaded(**call).logits[..., :40]) <= 2e-6
     with pytest.raises(fm.MorphError, match="nothing to untie"):
         fm.transformers.grow(made("llama"), vocab_size=44, untie=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_post_norm_network_at_twice_its_width(name, tmp_path):
+    parent, call = made(name), call_of(name)
+    done = fm.transformers.grow(parent, hidden_size=32, vocab_size=44, fill="pair", untie=True, generator=0)
+    done.model.save_pretrained(tmp_path)
+    loaded = type(parent).from_pretrained(tmp_path).eval()
+    assert (loaded.config.hidden_size, loaded.config.num_attention_heads) == (32, 8)
+    with torch.no_grad():
+        wanted, found = parent(**call).logits, loaded(**call).logits[..., :40]
+    assert error(wanted, found) <= max(2e-6, 4 * rounding(parent, call))
+
+
+def test_a_bare_encoder_whose_output_is_the_stream():
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": 40, "max_position_embeddings": 16}
+    model = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    call = call_of("bert")
+    for fill, cause in (("pair", "they are the model's output"), ("zero", "native_layer_norm"), ("rotate", "gains of a norm")):
+        with pytest.raises(fm.MorphError, match=f"layer 'embeddings.word_embeddings' cannot get more channels: .*{cause}"):
+            fm.morph(model, fm.Widen("embeddings.word_embeddings", 32, fill), example_inputs=call)
+    with pytest.raises(fm.MorphError, match=r"LN\(LN\(x\)\) is not LN\(x\)"):
+        fm.morph(model, fm.InsertBlock("encoder.layer.0"), example_inputs=call)
+    plan = [
+        fm.AddHeads("encoder.layer.0.attention.self", 6),
+        fm.AddHeads("encoder.layer.1.attention.self", 7),
+        fm.Widen("encoder.layer.*.intermediate.dense", "x1.25"),
+        fm.GrowVocabulary("embeddings.word_embeddings", 44),
+    ]
+    done = fm.morph(model, plan, example_inputs=call, generator=0)
+    with torch.no_grad():
+        wanted, found = (each(**call).last_hidden_state for each in (model, done.model))
+    assert error(wanted, found) <= 2e-6
 
 
 def test_what_is_no_model_of_transformers_is_refused():

@@ -5,7 +5,8 @@ Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co, Ch, *K2); N 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class ClosedForm(NamedTuple):
+    """An equation that has a closed form."""
+
+    weight: Tensor  # (B, Co, Ci, *K)
+    hidden: int
+    frame: Frame
+    keys: Keys  # of each item's noise
+    into_first: bool
+
+
+class ClosedForms(NamedTuple):
+    """Kernels of equations, and of all items in order what became of them."""
+
+    kernels: list[tuple[Tensor, Tensor]]
+    told: Tensor  # (3, items) float64: relative residual, estimated; zero; the weight's largest magnitude, NaN where it has one
+    exact: Tensor  # (items,) bool: whether the residual is within a limit
+
+
 class Backend(Protocol):
     """Where the linear maps run. Backends are compared and hashed by value; `TorchBackend` documents each map."""
 
@@ -29,6 +48,10 @@ class Backend(Protocol):
     @property
     def precision(self) -> str | None:
         """Of products, one of `PRECISIONS`, or None to choose."""
+
+    @property
+    def takes_unlike(self) -> bool:
+        """Whether closed forms of unlike sizes share launches, by `direct_many`."""
 
     def implementation(self, solver: T, reference: T) -> T:
         """Which of a solver's two implementations runs here: by these maps, or by the numpy reference."""
@@ -72,3 +95,6 @@ class Backend(Protocol):
         into_first: bool,
     ) -> tuple[Tensor, Tensor]:
         """Both factors of the closed form, in the weight's dtype."""
+
+    def direct_many(self, equations: Sequence[ClosedForm], *, density: float, limit: float) -> ClosedForms:
+        """The same for weights of unlike sizes, of one dtype and device, and what is left of each; where it `takes_unlike`."""

@@ -7,6 +7,7 @@ dense system. Shapes: B batch; G (B, Co, Ci, *K); F1 (B, Ch, Ci, *K1); F2 (B, Co
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmorph.equation.arrays import host_waits
+from fastmorph.equation.backends.protocol import ClosedForm, ClosedForms
 from fastmorph.equation.banded import BandedCholesky
 from fastmorph.equation.frame import Frame, Size, tap_count, taps, window
 
@@ -33,6 +35,7 @@ class TorchBackend:
 
     precision: str | None = None
     name: ClassVar[str] = "torch"
+    takes_unlike: ClassVar[bool] = False
 
     def implementation(self, solver: T, reference: T) -> T:
         """The solver on this backend's maps."""
@@ -57,7 +60,11 @@ class TorchBackend:
         co = second.shape[1]
         rows = first.flatten(2)  # (B, Ch, Ci*|K1|)
         by_tap = second.permute(0, *range(3, second.ndim), 1, 2).reshape(b, tap_count(k2), co, ch)  # (B, |K2|, Co, Ch)
-        out = first.new_zeros(b, co, ci, *(m + n - 1 for m, n in zip(k1, k2, strict=True)))
+        n = tuple(one + two - 1 for one, two in zip(k1, k2, strict=True))
+        if n and co * ci * tap_count(k2) * tap_count(n) <= 2 * _LITTLE:  # whatever the batch, so that it changes no bits
+            products = torch.bmm(by_tap.flatten(1, 2), rows).view(b, *k2, co, ci, *k1)
+            return _skewed(products, n).sum(tuple(range(1, 1 + len(n))))
+        out = first.new_zeros(b, co, ci, *n)
         # As many taps at once as fit into little memory: for small kernels a product costs no more than its launch.
         little = _LAUNCH if host_waits(first.device) else _LITTLE
         some = max(1, little // max(1, b * co * rows.shape[2]))
@@ -171,9 +178,25 @@ class TorchBackend:
             left, weight = (factor.to(work) for factor in factors)
             weight = weight if into_first else weight.transpose(1, 2)
         options: dict[str, Any] = {"density": density, "into_first": into_first, "left": left, "work": work}
+        options["queued"] = host_waits(weight.device)
         fill = importlib.import_module("fastmorph_kernels.direct.op").fill_plainly
         fill((first, second), weight, frame.before, keys, **options)
         return first, second
+
+    def direct_many(self, equations: Sequence[ClosedForm], *, density: float, limit: float) -> ClosedForms:
+        """For backends that take unlike equations."""
+        raise NotImplementedError(f"the {self.name} backend solves alike equations in batches")
+
+
+def _skewed(taps: Tensor, n: Size) -> Tensor:
+    """(B, *K2, P, Q, *K1) with tap v of K2 moved by v in a frame of size N, among zeros, (B, *K2, P, Q, *N)."""
+    dims = len(n)
+    out = taps.new_zeros(*taps.shape[: 3 + dims], *n)
+    strides = out.stride()
+    # Tap v meets offset v + w of the frame, w in K1: all of that is one view of `out`, in which v moves both.
+    both = [tap + place for tap, place in zip(strides[1 : 1 + dims], strides[3 + dims :], strict=True)]
+    out.as_strided(taps.shape, (strides[0], *both, *strides[1 + dims :])).copy_(taps)
+    return out
 
 
 def dense_system(first: Tensor, k2: Size) -> Tensor:
@@ -181,13 +204,8 @@ def dense_system(first: Tensor, k2: Size) -> Tensor:
     b, ch, ci = first.shape[:3]
     k1 = tuple(first.shape[3:])
     n = tuple(a + c - 1 for a, c in zip(k1, k2, strict=True))
-    out = first.new_zeros(b, *k2, ch, ci, *n)
-    strides, dims = out.stride(), len(k2)
-    # Tap v of the rows meets offset v + w of the frame, w in K1: all of that is one view of `out`, in which v moves both.
-    both = [row + place for row, place in zip(strides[1 : 1 + dims], strides[3 + dims :], strict=True)]
-    size = (b, *k2, ch, ci, *k1)
-    out.as_strided(size, (strides[0], *both, *strides[1 + dims :])).copy_(first[(slice(None), *(None,) * dims)])
-    return out.view(b, tap_count(k2) * ch, ci * tap_count(n))
+    rows = first[(slice(None), *(None,) * len(k2))].expand(b, *k2, ch, ci, *k1)
+    return _skewed(rows, n).view(b, tap_count(k2) * ch, ci * tap_count(n))
 
 
 def taps_first(kernel: Tensor) -> Tensor:
@@ -212,11 +230,9 @@ def pad(target: Tensor, before: Size, size: Size) -> Tensor:
 
 def frobenius(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Frobenius norm of each batch item, (B, C, ...) -> (B,), taken in `dtype` without a copy of the tensor in it."""
-    if dtype is None or dtype == tensor.dtype or not tensor.numel():
-        return tensor.flatten(1).norm(dim=1).to(dtype or tensor.dtype)
-    if host_waits(tensor.device):
-        return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=dtype)
-    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
     dims = tuple(range(1, tensor.ndim))
+    if dtype in (None, tensor.dtype) or tensor.numel() <= _SOME or host_waits(tensor.device):
+        return torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype)
+    some = max(1, _SOME * tensor.shape[1] // tensor.numel())
     parts = [torch.linalg.vector_norm(part, dim=dims, dtype=dtype) for part in tensor.split(some, 1)]
     return torch.stack(parts).norm(dim=0)

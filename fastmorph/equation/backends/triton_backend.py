@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastmorph.equation.backends.protocol import ClosedForm, ClosedForms
 from fastmorph.equation.backends.torch_backend import TorchBackend
 from fastmorph.equation.frame import Frame, Size
 
@@ -28,6 +30,7 @@ class TritonBackend(TorchBackend):
     """
 
     name: ClassVar[str] = "triton"
+    takes_unlike: ClassVar[bool] = True
 
     @property
     def products(self) -> str:
@@ -86,12 +89,25 @@ class TritonBackend(TorchBackend):
         if factors is not None:
             return super().direct(weight, hidden, frame, keys, factors, density=density, into_first=into_first)
         sizes = (frame.first, frame.second, frame.before)
-        precision = "tf32x3" if self.precision is None else self.products
+        precision = self._closed_form_products
         seeds = torch.from_numpy(keys.view("int64")).to(weight.device, non_blocking=True)
         first, second = kernels().direct(
             weight, hidden, *sizes, seeds, density=density, precision=precision, into_first=into_first
         )
         return first, second
+
+    def direct_many(self, equations: Sequence[ClosedForm], *, density: float, limit: float) -> ClosedForms:
+        """The same for many weights, in about as many launches as for one."""
+        given = [
+            (weight, hidden, frame.first, frame.second, frame.before, keys.view("int64").tolist(), into_first)
+            for weight, hidden, frame, keys, into_first in equations
+        ]
+        many = kernels().direct_many
+        return ClosedForms(*many(given, density=density, precision=self._closed_form_products, limit=limit))
+
+    @property
+    def _closed_form_products(self) -> str:
+        return "tf32x3" if self.precision is None else self.products
 
 
 def kernels() -> ModuleType:

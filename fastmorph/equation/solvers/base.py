@@ -32,6 +32,12 @@ def sent(numbers: Numbers, like: Tensor) -> Tensor:
     return torch.from_numpy(numbers).to(like.device, non_blocking=True)
 
 
+def is_corrected(dtype: torch.dtype, frame: Frame, co: int, ci: int, hidden: int) -> bool:
+    """Whether F2 is solved again after F1 was rounded to `dtype`, as `Equation.corrected` says."""
+    few = ci * tap_count(frame.size) <= _LARGEST_CORRECTION
+    return torch.finfo(dtype).bits < 32 and half_step_is_exact(frame, co, ci, hidden) and few
+
+
 @dataclass(frozen=True)
 class Equation:
     """A batch of equations of one shape.
@@ -80,11 +86,7 @@ class Equation:
     def corrected(self) -> bool:
         """Whether F2 is solved again after F1 was rounded: for short dtypes, where Claim 1 lets F2 make up for the rounding."""
         _, co, ci = self.sizes
-        return (
-            torch.finfo(self.dtype).bits < 32
-            and half_step_is_exact(self.frame, co, ci, self.hidden)
-            and ci * tap_count(self.frame.size) <= _LARGEST_CORRECTION
-        )
+        return is_corrected(self.dtype, self.frame, co, ci, self.hidden)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -104,13 +106,12 @@ class Equation:
     def start(self) -> Tensor:
         """Noise for F1, (B, Ch, Ci, *K1), of the spread that keeps a signal's variance."""
         ci, k1 = self.weight.shape[2], self.frame.first
-        return self.noise(self.hidden, ci, *k1).to(self.weight.dtype) / (ci * tap_count(k1)) ** 0.5
+        return self.noise(self.hidden, ci, *k1, over=(ci * tap_count(k1)) ** 0.5).to(self.weight.dtype)
 
     @cached_property
     def norm(self) -> Tensor:
         """||G|| of each item, (B,), 1 where it is zero: what residuals are divided by."""
-        norm = frobenius(self.weight, self.work)
-        return norm.masked_fill(norm == 0, 1.0)
+        return torch.threshold(frobenius(self.weight, self.work), 0.0, 1.0)
 
 
 class Choice(NamedTuple):

@@ -153,7 +153,7 @@ def _once(equation: Equation, first: Tensor) -> Solution:
     target, before = step.system.framed(equation.weight, equation.frame.before)
     second = step.solve(target, before)
     for _ in range(1 if coarse is None else _REFINEMENTS_COARSE):
-        second = second + step.solve(step.system.missed(target, before, second), (0,) * len(before))
+        second = step.corrected(second, step.system.missed(target, before, second))
     residual = step.error(target, before, second)[1] / equation.norm
     return Solution(first, second, residual[None], torch.ones_like(residual, dtype=torch.int64))
 

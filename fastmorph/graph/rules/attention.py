@@ -18,8 +18,10 @@ FUSED = (
 _ATEN = torch.ops.aten
 
 
-def attention(tracer: Tracer, call: Call) -> Flow:
-    """softmax(q k^T * scale + mask) v, (*, L, Ev), of query (*, L, E), key (*, S, E) and value (*, S, Ev)."""
+def attention(tracer: Tracer, call: Call) -> list[Flow]:
+    """softmax(q k^T * scale + mask) v, (*, L, Ev), of query (*, L, E), key (*, S, E) and value (*, S, Ev); and (*, L), of what
+    the softmax divides by.
+    """
     query, key, value = (call[name] for name in ("query", "key", "value"))
     scale = call["scale"] if call.args.get("scale") is not None else query.shape[-1] ** -0.5
     tracer.note(call.name, scale, call["dropout_p"], call["is_causal"])
@@ -43,7 +45,11 @@ def attention(tracer: Tracer, call: Call) -> Flow:
     weights = _step(tracer, _ATEN._safe_softmax.default, shape, scores, -1)
     if call["dropout_p"]:
         weights = _step(tracer, _ATEN.dropout.default, shape, weights, call["dropout_p"], True)
-    return tracer.flow(_step(tracer, _ATEN.matmul.default, (*shape[:-1], value.shape[-1]), weights, value))
+    found = tracer.flow(_step(tracer, _ATEN.matmul.default, (*shape[:-1], value.shape[-1]), weights, value))
+    divisors = call.outputs[1:2]
+    if not divisors or divisors[0].shape != shape[:-1]:
+        return [found]
+    return [found, Flow(tuple(slot[..., 0] for slot in tracer.flow(weights).slots))]
 
 
 def _step(tracer: Tracer, func: Any, shape: tuple[int, ...], *args: Any) -> Tensor:

@@ -148,6 +148,8 @@ class Walk:
 
     def same(self, *names: str) -> None:
         """Raise Stuck where one of the numbers among the arguments is another in the grown model; all, without names."""
+        if self.new.name in _CUTS and any(ref.cut for ref in self.new.refs):
+            return  # the sizes of results say all
         pairs = zip(self.old.numbers, self.new.numbers, strict=True)
         for (name, old), (_, new) in pairs:
             if old != new and (not names or name in names):
@@ -235,4 +237,5 @@ def plain(walk: Walk) -> State | None:
 _ROUNDING = 1e-6  # of numbers that models keep in float32
 _ZEROS = ("zeros", "new_zeros")
 SIZED = ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand")  # operators that take the sizes of results
+_CUTS = ("split", "split_with_sizes", "slice", "narrow")
 _CONSTANT = ("full", "new_full", "scalar_tensor", "ones", "new_ones")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+Scale = float | Tensor
+"""A number for every item, or one each."""
 
 
 class Balance(NamedTuple):
@@ -16,11 +18,12 @@ class Balance(NamedTuple):
     ratio: float
     noise: float  # root mean square of the noise in the delta's factor
 
-    def scales(self, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """For each factor (B, 2), the root mean square of its noise and its gain, from s (B,)."""
-        spread = torch.where(spread > 0, spread, self.least)
-        gain = (self.ratio / spread).sqrt()
-        return torch.stack([spread, gain], 1), torch.stack([torch.full_like(gain, self.noise), 1.0 / gain], 1)
+    def scales(self, spread: Scale) -> tuple[tuple[Scale, Scale], tuple[Scale, Scale]]:
+        """For each factor, the root mean square of its noise and its gain, from s."""
+        spread = spread + (spread == 0) * self.least
+        ratio = self.ratio / spread
+        gain = math.sqrt(ratio) if isinstance(ratio, float) else ratio.sqrt()  # of one rounding, both
+        return (spread, gain), (self.noise, 1.0 / gain)
 
 
 def balance_of(weight: Tensor, one: Tensor, two: Tensor, density: float) -> Balance:

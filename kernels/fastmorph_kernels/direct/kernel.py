@@ -27,8 +27,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..words import NOISE_SCALE, mix_key
 from .mixing import SIDE, MixingBlock
-from .tile import NOISE_SCALE, directions_of, load_tile, locate, mix_key, noise_row, noise_rows, run_of, store_run, store_tile
+from .tile import directions_of, load_tile, locate, noise_row, noise_rows, run_of, store_run, store_tile
 
 _SIDE = tl.constexpr(SIDE)
 _FIELDS = tl.constexpr(len(MixingBlock._fields))
@@ -87,17 +88,89 @@ def direct_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """One block of P and a run of tiles of one factor: that of the weight, or the DELTA's."""
+    fill_span(
+        tl.program_id(0),
+        weight_ptr,
+        mixing_ptr,
+        dealing_ptr,
+        sums_ptr,
+        seed_ptr,
+        scale_ptr,
+        out_ptr,
+        columns,
+        blocks,
+        groups,
+        pairs,
+        tiles,
+        (start_x, start_y, start_z),
+        (k_x, k_y, k_z),
+        (stride_wb, stride_wo, stride_wi, stride_wx, stride_wy, stride_wz),
+        (stride_ob, stride_oh, stride_oi, stride_ox, stride_oy, stride_oz),
+        (SIZE_X, SIZE_Y, SIZE_Z),
+        DELTA,
+        SHARED,
+        PRECISION,
+        UNIFORM_W,
+        UNIFORM_O,
+        ROWS_CLOSER_W,
+        ROWS_CLOSER_O,
+        RUN_O,
+        ALIGNED,
+        WIDE,
+        BLOCK_M,
+        BLOCK_H,
+        BLOCK_G,
+        BLOCK_S,
+    )
+
+
+@triton.jit
+def fill_span(
+    pid,  # among the programs of this weight
+    weight_ptr,
+    mixing_ptr,
+    dealing_ptr,
+    sums_ptr,
+    seed_ptr,
+    scale_ptr,
+    out_ptr,
+    columns,
+    blocks,
+    groups,
+    pairs,
+    tiles,
+    start,
+    extent,
+    strides_w,  # b, o, i, x, y, z
+    strides_o,  # b, h, i, x, y, z
+    SIZE: tl.constexpr,
+    DELTA: tl.constexpr,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNIFORM_W: tl.constexpr,
+    UNIFORM_O: tl.constexpr,
+    ROWS_CLOSER_W: tl.constexpr,
+    ROWS_CLOSER_O: tl.constexpr,
+    RUN_O: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """What one program does: a block of P and a run of tiles of one factor, that of the weight or the DELTA's."""
     ACC: tl.constexpr = mixing_ptr.dtype.element_ty
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     STREAM: tl.constexpr = 1 if DELTA else 0
-    TAPS: tl.constexpr = SIZE_X * SIZE_Y * SIZE_Z
-    size, start, extent = (SIZE_X, SIZE_Y, SIZE_Z), (start_x, start_y, start_z), (k_x, k_y, k_z)
+    TAPS: tl.constexpr = SIZE[0] * SIZE[1] * SIZE[2]
+    stride_wb, stride_wo, stride_wi, stride_wx, stride_wy, stride_wz = strides_w
+    stride_ob, stride_oh, stride_oi, stride_ox, stride_oy, stride_oz = strides_o
     weight_strides, out_strides = (stride_wi, stride_wx, stride_wy, stride_wz), (stride_oi, stride_ox, stride_oy, stride_oz)
     # Columns of a tile: all, or those of whole channels.
     STEP: tl.constexpr = BLOCK_M // TAPS * TAPS if RUN_O else BLOCK_M
     tiles_m = tl.cdiv(columns, STEP)
     spans = tl.cdiv(tiles_m, tiles)
-    pid = tl.program_id(0)
     # Neighbouring programs write neighbouring memory.
     span = pid // blocks % spans if RUN_O or ROWS_CLOSER_O else pid % spans
     k = pid % blocks if RUN_O or ROWS_CLOSER_O else pid // spans % blocks
@@ -159,7 +232,7 @@ def direct_kernel(
         first = (span * tiles + step) * STEP
         offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < tl.minimum(columns, first + STEP)
-        base, places, inside = locate(offs_m, first, mask_m, size, start, extent, weight_strides, UNIFORM_W, INDEX)
+        base, places, inside = locate(offs_m, first, mask_m, SIZE, start, extent, weight_strides, UNIFORM_W, INDEX)
         if DELTA:
             acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=ACC)
             if (first // TAPS < row + held) & ((first + STEP - 1) // TAPS >= row):
@@ -194,7 +267,7 @@ def direct_kernel(
             run_ptr = out_ptr + (first // TAPS).to(tl.int64) * stride_oi
             store_run(run_ptr, acc, run_index, run_offsets, run_columns < columns - first)
         else:
-            base, places, _ = locate(offs_m, first, mask_m, size, (0, 0, 0), size, out_strides, UNIFORM_O, INDEX)
+            base, places, _ = locate(offs_m, first, mask_m, SIZE, (0, 0, 0), SIZE, out_strides, UNIFORM_O, INDEX)
             store_tile(out_ptr + base, acc, places, mask_m, out_rows, mask_h, ROWS_CLOSER_O)
 
 
@@ -235,26 +308,40 @@ def scales_kernel(
     if GIVEN:
         spread = tl.load(spread_ptr + pid_b).to(ACC)
     else:
-        sample_ptr += pid_b * stride_b
-        total = tl.zeros((BLOCK,), dtype=ACC)
-        count = rows * columns * k_x * k_y * k_z
-        for begin in range(0, count, BLOCK):
-            place = begin + tl.arange(0, BLOCK)
-            z, y, x = place % k_z, place // k_z % k_y, place // (k_z * k_y) % k_x
-            line = place // (k_z * k_y * k_x)
-            offsets = (line // columns).to(tl.int64) * stride_o + (line % columns).to(tl.int64) * stride_i
-            offsets += x.to(tl.int64) * stride_x + y.to(tl.int64) * stride_y + z.to(tl.int64) * stride_z
-            value = tl.load(sample_ptr + offsets, mask=place < count, other=0.0).to(ACC)
-            total += value * value
-        spread = tl.sqrt(tl.sum(total, 0) * tl.load(balance_ptr).to(ACC))
-    least, ratio = tl.load(balance_ptr + 1).to(ACC), tl.load(balance_ptr + 2).to(ACC)
+        strides = (stride_o, stride_i, stride_x, stride_y, stride_z)
+        total = sum_of_squares(sample_ptr + pid_b * stride_b, (rows, columns, k_x, k_y, k_z), strides, ACC, BLOCK)
+        spread = tl.sqrt(total * tl.load(balance_ptr).to(ACC))
+    least, ratio, noise = tl.load(balance_ptr + 1), tl.load(balance_ptr + 2), tl.load(balance_ptr + 3)
+    store_scales(scales_ptr + 2 * pid_b, 2 * batch, spread, least.to(ACC), ratio.to(ACC), noise.to(ACC))
+
+
+@triton.jit
+def sum_of_squares(ptr, sizes, strides, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a tensor (rows, columns, x, y, z)."""
+    rows, columns, k_x, k_y, k_z = sizes
+    stride_o, stride_i, stride_x, stride_y, stride_z = strides
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    count = rows * columns * k_x * k_y * k_z
+    for begin in range(0, count, BLOCK):
+        place = begin + tl.arange(0, BLOCK)
+        z, y, x = place % k_z, place // k_z % k_y, place // (k_z * k_y) % k_x
+        line = place // (k_z * k_y * k_x)
+        offsets = (line // columns).to(tl.int64) * stride_o + (line % columns).to(tl.int64) * stride_i
+        offsets += x.to(tl.int64) * stride_x + y.to(tl.int64) * stride_y + z.to(tl.int64) * stride_z
+        value = tl.load(ptr + offsets, mask=place < count, other=0.0).to(ACC)
+        total += value * value
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_scales(ptr, behind, spread, least, ratio, noise):
+    """An item's entries of the factor of the weight, and `behind` them those of the delta's."""
     spread = tl.where(spread > 0, spread, least)
     gain = tl.sqrt(ratio / spread)
-    tl.store(scales_ptr + 2 * pid_b, spread)
-    tl.store(scales_ptr + 2 * pid_b + 1, gain)
-    scales_ptr += 2 * batch
-    tl.store(scales_ptr + 2 * pid_b, tl.load(balance_ptr + 3).to(ACC))
-    tl.store(scales_ptr + 2 * pid_b + 1, 1.0 / gain)
+    tl.store(ptr, spread)
+    tl.store(ptr + 1, gain)
+    tl.store(ptr + behind, noise)
+    tl.store(ptr + behind + 1, 1.0 / gain)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -286,10 +373,48 @@ def sums_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """The two sums u_t^T G and u_d^T G of each group, (B, groups, 2, columns)."""
+    add_rows(
+        tl.program_id(0),
+        weight_ptr,
+        dealing_ptr,
+        sums_ptr,
+        columns,
+        groups,
+        (start_x, start_y, start_z),
+        (k_x, k_y, k_z),
+        (stride_wb, stride_wo, stride_wi, stride_wx, stride_wy, stride_wz),
+        (SIZE_X, SIZE_Y, SIZE_Z),
+        UNIFORM_W,
+        ROWS_CLOSER_W,
+        WIDE,
+        BLOCK_M,
+        BLOCK_R,
+    )
+
+
+@triton.jit
+def add_rows(
+    pid,  # among the programs of this weight
+    weight_ptr,
+    dealing_ptr,
+    sums_ptr,
+    columns,
+    groups,
+    start,
+    extent,
+    strides_w,  # b, o, i, x, y, z
+    SIZE: tl.constexpr,
+    UNIFORM_W: tl.constexpr,
+    ROWS_CLOSER_W: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What one program does: a tile of columns of the two sums of a group."""
+    stride_wb, stride_wo, stride_wi, stride_wx, stride_wy, stride_wz = strides_w
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     tiles_m = tl.cdiv(columns, BLOCK_M)
-    pid = tl.program_id(0)
     group = pid // tiles_m % groups
     pid_b = (pid // (tiles_m * groups)).to(tl.int64)
     low, high = tl.load(dealing_ptr + group * _FIELDS + 8), tl.load(dealing_ptr + group * _FIELDS + 9)
@@ -298,9 +423,8 @@ def sums_kernel(
     first = pid % tiles_m * BLOCK_M
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    size, start, extent = (SIZE_X, SIZE_Y, SIZE_Z), (start_x, start_y, start_z), (k_x, k_y, k_z)
     strides = (stride_wi, stride_wx, stride_wy, stride_wz)
-    base, places, inside = locate(offs_m, first, offs_m < columns, size, start, extent, strides, UNIFORM_W, INDEX)
+    base, places, inside = locate(offs_m, first, offs_m < columns, SIZE, start, extent, strides, UNIFORM_W, INDEX)
     rows = offs_r.to(INDEX) * stride_wo
     weight_ptr += base
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)

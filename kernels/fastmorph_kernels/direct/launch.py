@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..configs import launch_options, lookup
@@ -101,12 +100,58 @@ def launch_direct(
         scales: (B, 2), root mean square of the noise, and what the factor is multiplied by; contiguous, of the mixing's dtype.
         config: other than the table's.
     """
+    hidden = out.shape[1]
+    settings = settings_of(weight, out, held, config)
+    mixing, dealing = tables
+    given = out if weight is None else weight  # of a unit matrix no memory is read
+    direct_kernel[(settings.programs,)](
+        given,
+        mixing,
+        dealing,
+        mixing if sums is None else sums,
+        seeds,
+        scales,
+        out,
+        settings.columns,
+        settings.blocks,
+        groups_of(hidden, held),
+        (hidden - held) // 2,
+        settings.tiles,
+        *start,
+        *settings.extent,
+        *given.stride()[:2],
+        *settings.source.strides,
+        *out.stride()[:2],
+        *settings.into.strides,
+        **settings.constants,
+        PRECISION=precision,
+        ALIGNED=aligned(hidden, held),
+        **launch_options(settings.config),
+    )
+
+
+class Settings(NamedTuple):
+    """How one factor is filled."""
+
+    columns: int
+    blocks: int
+    tiles: int  # of a program
+    programs: int
+    extent: tuple[int, ...]  # of the weight, or of the delta's one tap
+    source: ColumnLayout
+    into: ColumnLayout
+    constants: dict[str, Any]
+    config: DirectConfig
+
+
+def settings_of(weight: Tensor | None, out: Tensor, held: int, config: DirectConfig | None = None) -> Settings:
+    """For a weight (B, Co, Ci, *K), or None for the delta's, and a factor as `launch_direct` has them."""
     batch, hidden, channels, *size = out.shape
     blocks, shared, sides = len(deal(hidden, held)), shares_pairs(hidden, held), _sides(hidden, held)
     into = layout_of(out, size)
     delta = weight is None
-    if weight is None:  # a unit matrix of which no memory is read
-        weight, extent, source = out, torch.Size((1, 1, 1)), into._replace(uniform=False)
+    if weight is None:
+        extent, source = torch.Size((1, 1, 1)), into._replace(uniform=False)
     else:
         extent, source = weight.shape[3:], layout_of(weight, size)
     if config is None:
@@ -117,42 +162,23 @@ def launch_direct(
     block_m = _tile(columns, config)
     taps = columns // channels
     run = into.run and taps <= block_m
-    tiles_m = triton.cdiv(columns, block_m // taps * taps if run else block_m)
+    tiles_m = blocks_of(columns, block_m // taps * taps if run else block_m)
     tiles = max(1, min(config.span, batch * blocks * tiles_m // _PROGRAMS))
-    mixing, dealing = tables
-    direct_kernel[(batch * blocks * triton.cdiv(tiles_m, tiles),)](
-        weight,
-        mixing,
-        dealing,
-        mixing if sums is None else sums,
-        seeds,
-        scales,
-        out,
-        columns,
-        blocks,
-        groups_of(hidden, held),
-        (hidden - held) // 2,
-        tiles,
-        *start,
-        *extent,
-        *weight.stride()[:2],
-        *source.strides,
-        *out.stride()[:2],
-        *into.strides,
+    constants = {
         **_sizes(size),
-        DELTA=delta,
-        SHARED=shared,
-        PRECISION=precision,
-        UNIFORM_W=source.uniform,
-        UNIFORM_O=into.uniform,
-        ROWS_CLOSER_W=source.rows_closer,
-        ROWS_CLOSER_O=into.rows_closer,
-        RUN_O=run,
-        WIDE=source.wide or into.wide,
-        BLOCK_M=block_m,
+        "DELTA": delta,
+        "SHARED": shared,
+        "UNIFORM_W": source.uniform,
+        "UNIFORM_O": into.uniform,
+        "ROWS_CLOSER_W": source.rows_closer,
+        "ROWS_CLOSER_O": into.rows_closer,
+        "RUN_O": run,
+        "WIDE": source.wide or into.wide,
+        "BLOCK_M": block_m,
         **sides,
-        **launch_options(config),
-    )
+    }
+    programs = batch * blocks * blocks_of(tiles_m, tiles)
+    return Settings(columns, blocks, tiles, programs, tuple(extent), source, into, constants, config)
 
 
 def launch_sums(
@@ -165,11 +191,9 @@ def launch_sums(
     config: DirectConfig | None = None,
 ) -> None:
     """Fill `sums` (B, groups, 2, columns) with U^T G, zero where a tap of `size` holds none of the weight's."""
-    batch, groups, _, columns = sums.shape
-    source = layout_of(weight, size)
-    config = config or config_for("sums", weight)
-    block_m = _tile(columns, config)
-    sums_kernel[(batch * groups * triton.cdiv(columns, block_m),)](
+    groups, _, columns = sums.shape[1:]
+    source, constants, programs, config = sums_settings_of(weight, len(sums), groups, columns, size, config)
+    sums_kernel[(programs,)](
         weight,
         dealing,
         sums,
@@ -179,14 +203,27 @@ def launch_sums(
         *weight.shape[3:],
         *weight.stride()[:2],
         *source.strides,
-        **_sizes(size),
-        UNIFORM_W=source.uniform,
-        ROWS_CLOSER_W=source.rows_closer,
-        WIDE=source.wide,
-        BLOCK_M=block_m,
-        BLOCK_R=config.span,
+        **constants,
         **launch_options(config),
     )
+
+
+def sums_settings_of(
+    weight: Tensor, batch: int, groups: int, columns: int, size: Sequence[int], config: DirectConfig | None = None
+) -> tuple[ColumnLayout, dict[str, Any], int, DirectConfig]:
+    """For `launch_sums`: how the weight lies, what is constant, how many programs there are, and the configuration."""
+    source = layout_of(weight, size)
+    config = config or config_for("sums", weight)
+    block_m = _tile(columns, config)
+    constants = {
+        **_sizes(size),
+        "UNIFORM_W": source.uniform,
+        "ROWS_CLOSER_W": source.rows_closer,
+        "WIDE": source.wide,
+        "BLOCK_M": block_m,
+        "BLOCK_R": config.span,
+    }
+    return source, constants, batch * groups * blocks_of(columns, block_m), config
 
 
 def launch_scales(sample: Tensor, spread: Tensor | None, balance: Balance, scales: Tensor) -> None:
@@ -219,18 +256,23 @@ def config_for(variant: str, like: Tensor) -> DirectConfig:
 
 @functools.cache
 def _sides(hidden: int, held: int) -> dict[str, int]:
-    """Sides of tiles that hold the largest block, and whether all blocks are so even that memory is aligned."""
+    """Sides of tiles that hold the largest block."""
 
     def side(sizes: Iterable[int]) -> int:
-        return max(16, int(triton.next_power_of_2(max(sizes))))  # 16: the least that a matrix instruction takes
+        return max(16, 1 << (max(sizes) - 1).bit_length())  # 16: the least that a matrix instruction takes
 
     blocks, shared = deal(hidden, held), shares_pairs(hidden, held)
     return {
-        "ALIGNED": all(n % 16 == 0 for block in blocks for n in (block.start, block.size, block.row, block.held)),
         "BLOCK_H": side(block.size for block in blocks),
         "BLOCK_G": side(block.held for block in blocks),
         "BLOCK_S": 16 if shared else side(block.size - block.pairs - block.held for block in blocks),
     }
+
+
+@functools.cache
+def aligned(hidden: int, held: int) -> bool:
+    """Whether all blocks are so even that memory is aligned."""
+    return all(n % 16 == 0 for block in deal(hidden, held) for n in (block.start, block.size, block.row, block.held))
 
 
 def _sizes(size: Sequence[int]) -> dict[str, int]:
@@ -238,5 +280,10 @@ def _sizes(size: Sequence[int]) -> dict[str, int]:
     return dict(zip(("SIZE_X", "SIZE_Y", "SIZE_Z"), size, strict=True))
 
 
+def blocks_of(size: int, block: int) -> int:
+    """How many blocks cover a size; Triton's own function costs microseconds on the host."""
+    return -(-size // block)
+
+
 def _tile(columns: int, config: DirectConfig) -> int:
-    return min(config.block_m, max(64, int(triton.next_power_of_2(columns))))
+    return min(config.block_m, max(64, 1 << (columns - 1).bit_length()))

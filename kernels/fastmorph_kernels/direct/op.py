@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..checks import Precision, check_precision, check_tensors
-from ..noise import Keys, mix_keys
+from ..noise import Keys
 from ..register import register
 from ..support import accumulator, six_dimensional, three
-from .balance import Balance, balance_of
+from .balance import Balance, Scale, balance_of
 from .mixing import dealing_table, groups_of, mixing_table
-from .plain import fill_factor
+from .plain import Room, fill_factor, in_a_range, noise_of
 
 _SAMPLE = 32  # channels on each side, twice as many at most, from which the spread of a weight is taken
 
@@ -72,6 +72,34 @@ def direct(
         TypeError: the dtype is not supported.
         ValueError: sizes, `before`, `density`, `precision`, `seed` or `spread` are not as they must be.
     """
+    check_equation(weight, hidden_channels, k1, k2, before, density, precision, into_first)
+    batch = len(weight)
+    seeds = seed if isinstance(seed, Tensor) and seed.ndim else torch.arange(batch, device=weight.device) + seed
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seed must be an int or int64, but it is {seeds.dtype}: convert with .to().")
+    for given, tensor in {"seed": seeds, "spread": weight.new_empty(batch) if spread is None else spread}.items():
+        if tensor.shape != (batch,) or tensor.device != weight.device:
+            raise ValueError(
+                f"{given} must have one entry for each of {batch} items, on {weight.device}, but it has shape "
+                f"{tuple(tensor.shape)} and is on {tensor.device}."
+            )
+    first, second = _direct_op(
+        weight, hidden_channels, list(k1), list(k2), list(before), seeds, spread, density, precision, into_first
+    )
+    return first, second
+
+
+def check_equation(
+    weight: Tensor,
+    hidden_channels: int,
+    k1: Sequence[int],
+    k2: Sequence[int],
+    before: Sequence[int],
+    density: float,
+    precision: str,
+    into_first: bool,
+) -> None:
+    """Raise TypeError or ValueError unless there is a closed form."""
     check_tensors("direct", weight=weight)
     check_precision(precision)
     if not 3 <= weight.ndim <= 6:
@@ -79,7 +107,7 @@ def direct(
             f"direct needs weight (B, Co, Ci, *K) with 0 to 3 spatial dimensions, but it has shape {tuple(weight.shape)}: "
             "add missing dimensions with unsqueeze()."
         )
-    batch, co, ci, *k = weight.shape
+    _, co, ci, *k = weight.shape
     if not len(k1) == len(k2) == len(before) == len(k):
         raise ValueError(
             f"weight has {len(k)} spatial dimensions, but k1 is {tuple(k1)}, k2 {tuple(k2)} and before {tuple(before)}: "
@@ -105,19 +133,6 @@ def direct(
         raise ValueError(f"density = {density} must lie in (0, 1].")
     if max(ci * math.prod(k1), co * math.prod(k2)) >= 2**31 - 2**16:
         raise ValueError("a factor has 2**31 columns (channels times taps) or nearly so, which are not counted: split it.")
-    seeds = seed if isinstance(seed, Tensor) and seed.ndim else torch.arange(batch, device=weight.device) + seed
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"seed must be an int or int64, but it is {seeds.dtype}: convert with .to().")
-    for given, tensor in {"seed": seeds, "spread": weight.new_empty(batch) if spread is None else spread}.items():
-        if tensor.shape != (batch,) or tensor.device != weight.device:
-            raise ValueError(
-                f"{given} must have one entry for each of {batch} items, on {weight.device}, but it has shape "
-                f"{tuple(tensor.shape)} and is on {tensor.device}."
-            )
-    first, second = _direct_op(
-        weight, hidden_channels, list(k1), list(k2), list(before), seeds, spread, density, precision, into_first
-    )
-    return first, second
 
 
 def _allocate(
@@ -136,7 +151,7 @@ def _allocate(
     return weight.new_empty((batch, hidden_channels, ci, *k1)), weight.new_empty((batch, co, hidden_channels, *k2))
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """One of the factors to fill, its hidden channels in front."""
 
     given: Tensor | None  # the weight, (B, rows, columns, *K), or None for the factor that has the delta
@@ -144,9 +159,9 @@ class _Factor(NamedTuple):
     start: list[int]  # where the weight, or the delta's one tap, stands among the factor's taps
 
 
-def _factors(
+def factors_of(
     out: tuple[Tensor, Tensor], weight: Tensor, before: Sequence[int], density: float, into_first: bool
-) -> tuple[tuple[_Factor, _Factor], Balance]:
+) -> tuple[tuple[Factor, Factor], Balance]:
     """The factor that has the weight, and the delta's; and how their noise and sizes are balanced."""
     weight, one, two = six_dimensional(weight), six_dimensional(out[0]), six_dimensional(out[1]).transpose(1, 2)
     if not into_first:
@@ -157,22 +172,22 @@ def _factors(
         for zeros, k1, k2, k in zip(three(before), one.shape[3:], two.shape[3:], weight.shape[3:], strict=True)
     ]
     start = [zeros - tap for zeros, tap in zip(three(before), centre, strict=True)]
-    return (_Factor(weight, one, start), _Factor(None, two, centre)), balance_of(weight, one, two, density)
+    return (Factor(weight, one, start), Factor(None, two, centre)), balance_of(weight, one, two, density)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def sample_of(weight: Tensor) -> Tensor:
     """The entries of a weight (B, rows, columns, *K) whose root mean square is that of the noise in its factor."""
     rows, columns = weight.shape[1:3]
     return weight[:, :: max(1, rows // _SAMPLE), :: max(1, columns // _SAMPLE)]
 
 
-def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The root mean square of each item's noise in the factor of the weight, (B,) of `dtype`."""
-    if spread is not None:
-        return spread.to(dtype)
-    sample = _sample(weight)
-    norms: Tensor = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
-    return norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
+def _spread(weight: Tensor, spread: Tensor | None, dtype: torch.dtype, queued: bool) -> Scale:
+    """The root mean square of each item's noise in the factor of the weight, (B, 1, 1) of `dtype`; that of one is read."""
+    if spread is None:
+        sample = sample_of(weight)
+        norms = torch.linalg.vector_norm(sample, dim=tuple(range(1, weight.ndim)), dtype=dtype)
+        spread = norms.mul_(max(1, math.prod(sample.shape[1:])) ** -0.5)
+    return float(spread) if len(spread) == 1 and not queued else spread.to(dtype).view(-1, 1, 1)
 
 
 def _plain(
@@ -203,6 +218,7 @@ def fill_plainly(
     spread: Tensor | None = None,
     left: Tensor | None = None,
     work: torch.dtype = torch.float64,
+    queued: bool = False,
 ) -> None:
     """Fill both factors as `direct` does, in plain PyTorch on any device; nothing is checked.
 
@@ -213,15 +229,17 @@ def fill_plainly(
         left: U, (B, Co, r), where `weight` is V, (B, r, Ci, *K), of a weight U V; (B, Ci, r) and (B, Co, r, *K) of its
             transpose where not `into_first`.
         work: what is computed in.
+        queued: whether to read a value is to wait for a device.
     """
-    held = weight.shape[1 if into_first else 2]
-    factors, balance = _factors(out, weight, before, density, into_first)
-    for draw, ((given, factor, start), scales) in enumerate(
-        zip(factors, balance.scales(_spread(weight, spread, work)), strict=True)
-    ):
+    held, room = weight.shape[1 if into_first else 2], Room(weight, work)
+    factors, balance = factors_of(out, weight, before, density, into_first)
+    scales, extra = balance.scales(_spread(weight, spread, work, queued)), out[0].shape[1] - held
+    columns = max(math.prod(factor.out.shape[2:]) for factor in factors)
+    few = columns * extra * len(weight) <= in_a_range(weight.device)
+    noise = noise_of(keys, extra // 2, extra % 2, columns if few else 0, room)
+    for (given, factor, start), own, rows in zip(factors, scales, noise, strict=True):
         source = left.mT[..., None, None, None] if given is None and left is not None else given
-        own, delta = mix_keys(keys, np.uint64(draw)), given is None
-        fill_factor(source, factor, held, start, own, (scales[:, 0], scales[:, 1]), delta=delta, work=work)
+        fill_factor(source, factor, held, start, rows, own, room, delta=given is None, work=work)
 
 
 def _launch(
@@ -247,9 +265,9 @@ def _launch(
     seeds, spread = seeds.contiguous(), None if spread is None else spread.contiguous()
     tables = (mixing_table(dtype, device), dealing_table(hidden, held, device))
     sums, groups = None, groups_of(hidden, held)
-    factors, balance = _factors(out, weight, before, density, into_first)
+    factors, balance = factors_of(out, weight, before, density, into_first)
     scales = weight.new_empty((2, len(weight), 2), dtype=dtype)
-    launch_scales(_sample(six_dimensional(weight)), spread, balance, scales)
+    launch_scales(sample_of(six_dimensional(weight)), spread, balance, scales)
     for (given, factor, start), own in zip(factors, scales, strict=True):
         if factor.numel() == 0:
             continue

@@ -16,10 +16,26 @@ import torch
 from torch import Tensor
 
 from ..noise import Keys, fill, mix_keys
+from .balance import Scale
 from .mixing import MixingBlock, along, deal, groups_of, mixing_table, shares_pairs
 
 _NUMBERS_CPU, _NUMBERS = 2**17, 2**24  # of a range
 _ROOT = 2.0**0.5
+
+
+class Room:
+    """Working memory by name, used again for each range: to have it anew costs a CPU more than what is done in it."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._new = functools.partial(like.new_empty, dtype=dtype)
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """A contiguous tensor of this shape, with whatever is in it; it is the one that had this name before."""
+        size, kept = math.prod(shape), self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = self._new(size)
+        return kept[:size].view(shape)
 
 
 class Run(NamedTuple):
@@ -36,46 +52,78 @@ class Run(NamedTuple):
         return _cut(dealt, self.first.start, self.number, self.first.size)
 
 
+class Noise(NamedTuple):
+    """The rows of noise of one factor."""
+
+    streams: Keys  # (B, rows)
+    drawn: Tensor | None  # (B, rows, columns); None: not yet
+
+    def __call__(self, columns: slice, room: Room) -> Tensor:
+        """Some columns of all rows, (B, rows, n)."""
+        if self.drawn is not None:
+            return self.drawn[:, :, columns]
+        rows = room("noise", *self.streams.shape, columns.stop - columns.start)
+        fill(rows.flatten(0, 1), self.streams.reshape(-1), columns.start, 1.0)
+        return rows
+
+
+def noise_of(keys: Keys, pairs: int, single: int, columns: int, room: Room) -> tuple[Noise, Noise]:
+    """Of the weight's factor and of the delta's, in which the odd channel meets zeros, under (B,) keys.
+
+    Where so many columns are no more than a range, both are drawn at once: for small layers that takes half the time.
+    """
+    factors = mix_keys(keys[:, None], np.arange(2, dtype=np.uint64))
+    streams = mix_keys(factors[:, :, None], np.arange(pairs + single, dtype=np.uint64))  # (B, 2, rows)
+    drawn = None if columns == 0 else Noise(streams.reshape(len(keys), 2 * (pairs + single)), None)(slice(0, columns), room)
+    both = None if drawn is None else drawn.view(*streams.shape, columns)
+    one, two = (None, None) if both is None else (both[:, 0], both[:, 1, :pairs])
+    return Noise(streams[:, 0], one), Noise(streams[:, 1, :pairs], two)
+
+
+def in_a_range(device: torch.device) -> int:
+    """Numbers of a factor that are mixed at a time."""
+    return _NUMBERS_CPU if device.type == "cpu" else _NUMBERS
+
+
 def fill_factor(
     given: Tensor | None,
     out: Tensor,
     held: int,
     start: Sequence[int],
-    keys: Keys,
-    scales: tuple[Tensor, Tensor],
+    noise: Noise,
+    scales: tuple[Scale, Scale],
+    room: Room,
     *,
     delta: bool,
     work: torch.dtype = torch.float64,
 ) -> None:
-    """Fill `out` (B, hidden, channels, *size) with the factor that has the weight or, for `delta`, with the other one.
+    """Fill `out` (B, hidden, channels, x, y, z) with the factor that has the weight or, for `delta`, with the other one.
 
     Args:
         given: G or, for a delta that is no unit matrix, what stands in its place; (B, held, channels, *K). None: a unit matrix.
         held: rows of G.
         start: where `given` stands among the taps.
-        keys: (B,) of the factor's noise.
-        scales: (B,) each, root mean square of the noise, and what the factor is multiplied by; in `work`.
+        noise: its noise.
+        scales: root mean square of the noise, and what the factor is multiplied by; numbers, or (B, 1, 1) of `work`.
+        room: working memory of `work`.
         work: what is computed in; tensors of it are mixed in place.
     """
     batch, hidden, channels, *size = out.shape
     if not out.numel():
         return
-    taps, pairs = math.prod(size), (hidden - held) // 2
-    rows = pairs if delta else hidden - held - pairs  # of noise; the odd one meets zeros in the delta's factor
-    streams = mix_keys(keys[:, None], np.arange(rows, dtype=np.uint64)).reshape(-1)
-    most = _NUMBERS_CPU if out.device.type == "cpu" else _NUMBERS
-    width = max(1, most // (batch * hidden * taps))
+    taps = math.prod(size)
+    width = max(1, in_a_range(out.device) // (batch * hidden * taps))
     inside = out.dtype == work and out.is_contiguous()
+    centre = (start[0] * size[1] + start[1]) * size[2] + start[2]
     for at in range(0, channels, width):
         part = slice(at, min(at + width, channels))
-        noise = out.new_empty((batch, rows, (part.stop - at) * taps), dtype=work)
-        fill(noise.view(-1, noise.shape[2]), streams, at * taps, 1.0)
-        framed = None if given is None else _framed(given[:, :, part].to(work), size, start)
-        into = out[:, :, part] if inside else out.new_empty((batch, hidden, part.stop - at, *size), dtype=work)
-        centre = int(np.ravel_multi_index(tuple(start), tuple(size))) if size else 0
-        _mix(framed, noise, into.flatten(3) if size else into[..., None], held, centre, at, scales, delta=delta)
+        framed = None if given is None else _framed(given[:, :, part], size, start, room)
+        target = out[:, :, part]
+        into = target if inside else room("into", *target.shape)
+        rows = noise(slice(at * taps, part.stop * taps), room)
+        _mix(framed, rows, into.flatten(3), held, centre, at, scales, delta=delta)
         if not inside:
-            out[:, :, part] = into
+            target.copy_(into)
 
 
 def _mix(
@@ -85,13 +133,14 @@ def _mix(
     held: int,
     centre: int,
     at: int,
-    scales: tuple[Tensor, Tensor],
+    scales: tuple[Scale, Scale],
     *,
     delta: bool,
 ) -> None:
     """P of rows of G (B, held, n), or of a unit matrix at a tap, and of noise: (B, hidden, channels from `at` on, taps)."""
     batch, hidden, channels, taps = into.shape
-    spread, gain = (scale.view(-1, 1, 1) for scale in scales)
+    spread, gain = scales
+    noisy = gain * spread
     columns = into.flatten(2)
     shared = (
         _shared(given, noise, held, centre, at, channels, taps, spread, hidden, delta) if shares_pairs(hidden, held) else None
@@ -107,13 +156,14 @@ def _mix(
             target.baddbmm_(run.noise * gain, rows, beta=beta)
         elif run.noise.shape[2]:
             rows = _cut(noise, block.pair, run.number, run.noise.shape[2])
-            target.baddbmm_(_each(run.noise * (gain * spread), target), rows, beta=beta)
+            target.baddbmm_(_each(run.noise * noisy, target), rows, beta=beta)
         elif not beta:
             target.zero_()
     if given is None:
-        rows_out, row, share, first = _unit(hidden, held, into.dtype, into.device)
+        channel, row, share, first = _unit(hidden, held, into.dtype, into.device)
         ours = slice(first[min(at, held)], first[min(at + channels, held)])
-        into[:, rows_out[ours], row[ours] - at, centre] += share[ours] * gain[:, 0]
+        tap = into.select(3, centre).permute(1, 2, 0)  # (hidden, channels, B)
+        tap[channel[ours], row[ours] - at] += share[ours] * (gain if isinstance(gain, float) else gain.view(-1))
 
 
 def _each(matrices: Tensor, target: Tensor) -> Tensor:
@@ -126,13 +176,17 @@ def _cut(rows: Tensor, start: int, count: int, size: int) -> Tensor:
     return cut if count == 1 else cut[0].view(count, size, rows.shape[2])
 
 
-def _framed(given: Tensor, size: Sequence[int], start: Sequence[int]) -> Tensor:
-    """(B, rows, channels, *K), behind `start` zeros in taps of `size`, as (B, rows, channels * taps)."""
-    if list(given.shape[3:]) == list(size):
+def _framed(given: Tensor, size: Sequence[int], start: Sequence[int], room: Room) -> Tensor:
+    """(B, rows, channels, *K), behind `start` zeros in taps of `size`, as (B, rows, channels * taps) of the room's dtype."""
+    whole = list(given.shape[3:]) == list(size)
+    out = room("given", *given.shape[:3], *size)
+    if whole and out.dtype == given.dtype:
         return given.flatten(2)
-    out = given.new_zeros((*given.shape[:3], *size))
-    window: tuple[Any, ...] = tuple(slice(a, a + n) for a, n in zip(start, given.shape[3:], strict=True))
-    out[(..., *window)] = given
+    if whole:
+        out.copy_(given)
+    else:
+        window: tuple[Any, ...] = tuple(slice(a, a + n) for a, n in zip(start, given.shape[3:], strict=True))
+        out.zero_()[(..., *window)] = given
     return out.flatten(2)
 
 
@@ -144,7 +198,7 @@ def _shared(
     at: int,
     channels: int,
     taps: int,
-    spread: Tensor,
+    spread: Scale,
     hidden: int,
     delta: bool,
 ) -> Tensor:
@@ -171,7 +225,7 @@ def _shared(
     if pairs:  # the twins' sum in the weight's factor, their difference in the delta's
         out[:, int(delta) : 2 * groups : 2].add_(noise[:, :pairs] * (spread * _ROOT))
     if noise.shape[1] > pairs:
-        out[:, -2] = noise[:, -1] * spread[:, 0]
+        out[:, -2:-1] = noise[:, -1:] * spread
     return out
 
 
@@ -216,7 +270,7 @@ def runs(hidden: int, held: int, delta: bool, alone: bool, dtype: torch.dtype, d
 
 @functools.lru_cache(maxsize=64)
 def _unit(hidden: int, held: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """B of a unit matrix: hidden channels, rows of G, entries; and where the entries of each row begin."""
+    """B of a unit matrix: hidden channels, rows of G, entries (n, 1); and where the entries of each row begin."""
     table, first = mixing_table(torch.float64, torch.device("cpu")), [0]
     channels, rows, entries = [], [], []
     for block in deal(hidden, held):
@@ -226,7 +280,7 @@ def _unit(hidden: int, held: int, dtype: torch.dtype, device: torch.device) -> t
             entries.append(table[block.size - 1, 2 * block.pairs + j, : block.size])
             first.append(first[-1] + block.size)
     none = [torch.zeros(0, dtype=torch.int64, device="cpu")]
-    where = (torch.cat(part or none).to(device) for part in (channels, rows))
+    where = (torch.cat(part or none).to(device, non_blocking=True) for part in (channels, rows))
     values = torch.cat(entries) if entries else torch.zeros(0, dtype=torch.float64, device="cpu")
     channels_out, rows_out = where
-    return channels_out, rows_out, values.to(device, dtype), first
+    return channels_out, rows_out, values.to(dtype).to(device, non_blocking=True)[:, None], first

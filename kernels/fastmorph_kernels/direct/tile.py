@@ -7,21 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import noise
-
-# Constants of `noise`, whose words these are.
-_GOLDEN, _MIX1, _MIX2 = tl.constexpr(noise.GOLDEN), tl.constexpr(noise.MIX1), tl.constexpr(noise.MIX2)
-_STEP, _FIRST, _SECOND = tl.constexpr(noise.STEP), tl.constexpr(noise.FIRST), tl.constexpr(noise.SECOND)
-NOISE_SCALE = tl.constexpr(noise.SCALE)
-
-
-@triton.jit
-def mix_key(key, number):
-    """The key of a number under a key, both uint64."""
-    x = key + number * tl.full((), _GOLDEN, tl.uint64)
-    x = (x ^ (x >> 30)) * tl.full((), _MIX1, tl.uint64)
-    x = (x ^ (x >> 27)) * tl.full((), _MIX2, tl.uint64)
-    return x ^ (x >> 31)
+from ..words import mix_key, noise_at
 
 
 @triton.jit
@@ -31,13 +17,7 @@ def noise_rows(key, columns, rows):
     Each row is a stream, counted through columns; a value is half of a word, so that two neighbours make the same one.
     """
     streams = mix_key(mix_key(key, rows.to(tl.uint64)), tl.full((), 0, tl.uint64))  # [R]
-    low, high = streams.to(tl.uint32)[None, :], (streams >> 32).to(tl.uint32)[None, :]
-    x = (columns.to(tl.uint32) // 2 * tl.full((), _STEP, tl.uint32))[:, None] + low
-    x = ((x ^ (x >> 16)) * tl.full((), _FIRST, tl.uint32)) ^ high
-    x = (x ^ (x >> 15)) * tl.full((), _SECOND, tl.uint32)
-    x = x ^ (x >> 16)
-    half = tl.where((columns % 2 == 1)[:, None], x >> 16, x & 0xFFFF)
-    return half.to(tl.uint16).to(tl.int16, bitcast=True).to(tl.float32) + 0.5
+    return noise_at(streams[None, :], (columns.to(tl.uint32) // 2)[:, None], (columns % 2 == 1)[:, None])
 
 
 @triton.jit
