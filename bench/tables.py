@@ -1,6 +1,7 @@
 """Tables of the README and the site from the ledger: python -m bench.tables writes them, a test holds them to it.
 
-A table stands between `<!-- ledger: NAME -->` and `<!-- end -->`; its rows are the newest line of each case that is measured.
+A table stands between `<!-- ledger: NAME -->` and `<!-- end -->`; its rows are the newest line of each case that is measured. That of
+learning comes from the experiments' results.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.equation import measurements as equation
+from bench.learning import report as learning
 from bench.ledger import LEDGER
 from bench.networks import measurements as networks
 from bench.peers import measurements as peers
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "learning.md")
+RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 SUITES = (*equation.MEASUREMENTS, *networks.MEASUREMENTS, *peers.MEASUREMENTS)
 HEADLINES = (
     "half-step, float64: numpy / torch",
@@ -95,6 +98,8 @@ def filled(page: str) -> str:
 
     def write(match: re.Match[str]) -> str:
         names = [name.strip() for name in match[2].split(",")]
+        if names == ["learning"]:
+            return match[1] + learning.overview(learning.read(RESULTS)) + match[3]
         wanted = (line for line in lines if line["suite"] in names or (names == ["headlines"] and line["case"] in HEADLINES))
         return match[1] + (by_contender if names[0] == "by contender" else table)(wanted) + match[3]
 

@@ -23,7 +23,7 @@ from bench.learning.arms import ABLATIONS, HEADLINE, Parent, Start, adamw
 from bench.learning.tasks import Task, tasks
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-_SCORES = 4  # of an epoch of the child
+_SCORES = 16  # of a run of the child's steps
 
 
 def flops(task: Task, model: nn.Module) -> int:
@@ -34,15 +34,15 @@ def flops(task: Task, model: nn.Module) -> int:
     return 3 * counter.get_total_flops()
 
 
-def train(task: Task, start: Start, seed: int, first: int, steps: int, *, decays: bool) -> list[tuple[int, float]]:
-    """Train in place; returns (steps done, score) several times on the way. The learning rate ends at 0, if it decays."""
+def train(task: Task, start: Start, seed: int, first: int, steps: int) -> list[tuple[int, float]]:
+    """Train in place; returns (steps done, score) several times on the way. The learning rate ends at 0, by a cosine."""
     model, optimizer, curve = start.model, start.optimizer, []
     rates = [group["lr"] for group in optimizer.param_groups]
-    every = max(20, steps // (_SCORES * task.epochs))
+    every = max(10, task.steps // _SCORES)
     model.train()
     for step, (x, y) in enumerate(task.batches(seed, first, steps), 1):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)) if decays else 1.0
+            decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
             group["lr"] = rate * decay * min(1.0, step / max(1, start.warm_up * steps))
         optimizer.zero_grad()
         task.data.loss(model, x, y).backward()
@@ -50,6 +50,8 @@ def train(task: Task, start: Start, seed: int, first: int, steps: int, *, decays
         start.each_step(step / steps)
         if step % every == 0 or step == steps:
             curve.append((step, score(task, model, whole=False)))
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     return curve
 
 
@@ -64,7 +66,7 @@ def make_parent(task: Task, seed: int) -> tuple[Parent, float]:
     torch.manual_seed(seed)
     model = task.make()
     optimizer = adamw(task, model)
-    train(task, Start(model, optimizer, warm_up=0.05), seed, 0, task.epochs * task.data.steps, decays=False)
+    train(task, Start(model, optimizer, warm_up=0.05), seed, 0, task.steps)
     return (model, optimizer, task.data.batch(seed, 0)[0][:2]), score(task, model)
 
 
@@ -73,9 +75,9 @@ def run_arm(task: Task, name: str, parent: Parent, parents_score: float, seed: i
     start = {**HEADLINE, **ABLATIONS}[name](task, copy.deepcopy(parent), seed)
     birth = score(task, start.model)
     own = flops(task, start.model)
-    steps = round(start.budget * task.epochs * task.data.steps * reference / own)
-    first = 0 if "scratch" in name else task.epochs * task.data.steps
-    curve = train(task, start, seed, first, steps, decays=True)
+    steps = task.steps if start.same_steps else round(start.budget * task.steps * reference / own)
+    first = 0 if "scratch" in name else task.steps
+    curve = train(task, start, seed, first, steps)
     return {
         "task": task.name,
         "arm": name,

@@ -24,7 +24,8 @@ class Start:
     Attributes:
         model: the network.
         optimizer: its optimizer.
-        budget: compute of the run, in that of the child's own epochs after the growth.
+        budget: compute of the run, in that of the child's own steps after the growth.
+        same_steps: whether the run has as many steps as the child's own, whatever they cost.
         each_step: called after each optimizer step, with the share of the run that is done.
         warm_up: the share of the run in which the learning rate rises from 0.
     """
@@ -32,6 +33,7 @@ class Start:
     model: nn.Module
     optimizer: Optimizer
     budget: float = 1.0
+    same_steps: bool = False
     each_step: Callable[[float], None] = lambda done: None
     warm_up: float = 0.0
 
@@ -72,10 +74,10 @@ def scratch(task: Task, parent: Parent, seed: int, budget: float) -> Start:
     return Start(model, adamw(task, model), budget, warm_up=0.05)
 
 
-def on(task: Task, parent: Parent, seed: int) -> Start:
+def on(task: Task, parent: Parent, seed: int, same_steps: bool = False) -> Start:
     """The parent itself, trained on."""
     model, optimizer, _ = copy.deepcopy(parent)
-    return Start(model, optimizer)
+    return Start(model, optimizer, same_steps=same_steps)
 
 
 def warmed(task: Task, parent: Parent, seed: int) -> Start:
@@ -128,11 +130,12 @@ def identity(task: Task, parent: Parent, seed: int) -> Start:
             nn.init.dirac_(added.weight)
             # In front, where its input is the output of a ReLU: there a ReLU behind the identity changes nothing.
             wide.set_submodule(name, nn.Sequential(added, nn.ReLU(), conv))
-    return Start(wide.train(), adamw(task, wide))
+    return Start(wide.train(), adamw(task, wide), same_steps=True)
 
 
 HEADLINE: dict[str, Callable[[Task, Parent, int], Start]] = {
     "parent, trained on": on,
+    "parent, as many steps": lambda task, parent, seed: on(task, parent, seed, same_steps=True),
     "child from scratch": lambda task, parent, seed: scratch(task, parent, seed, 1.0),
     "child from scratch, twice": lambda task, parent, seed: scratch(task, parent, seed, 2.0),
     "pair": child,

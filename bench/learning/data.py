@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _FOLDER = Path(os.environ.get("FASHION_MNIST", "out/data/fashion-mnist"))
 _PACKAGE = "dataset-fashion-mnist"  # Debian's
@@ -40,12 +41,15 @@ def fetch() -> None:
 
 @cache
 def images(part: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first images (count, 1, 28, 28) of "train" or "t10k", of mean 0 and deviation 1 in training, and their labels."""
+    """The first images of "train" or "t10k", and their labels.
+
+    Of half the width and height, (count, 1, 14, 14), means of 2 x 2: five seeds of every arm then take hours, not days.
+    """
     with gzip.open(_FOLDER / f"{part}-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)[:count]
     with gzip.open(_FOLDER / f"{part}-labels-idx1-ubyte.gz") as file:
         labels = np.frombuffer(file.read(), np.uint8, offset=8)[:count]
-    return (torch.tensor(pixels) / 255 - 0.286) / 0.353, torch.tensor(labels).long()
+    return F.avg_pool2d((torch.tensor(pixels) / 255 - 0.286) / 0.353, 2), torch.tensor(labels).long()
 
 
 @cache

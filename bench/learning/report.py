@@ -11,11 +11,12 @@ Row = dict[str, Any]
 
 _HEAD = """# Does a grown network learn better?
 
-Written by `make experiments` from results.jsonl. Each run of an arm has the compute of the grown network's own epochs after its
-birth ("twice": twice that), AdamW, a learning rate that decays to 0 by a cosine, and the same order of batches. Scores are
-accuracies in percent, for the text negative bits a character: higher is better. Median over the seeds, and the least and the
-most. "Reaches": after which share of its run an arm's score is for the first time that of the child from scratch at the end of
-twice the compute; on the way the score is taken on a quarter of the test data.
+Written by `make experiments` from results.jsonl. A parent is trained to the end of its learning rate's schedule and grown. Each arm
+then has the compute of as many steps of the child ("twice": twice that; "as many steps", Net2Net and the others say theirs), AdamW, a
+learning rate that rises to the parent's first one and decays to 0 by a cosine, and the same order of batches. Scores are accuracies
+in percent, for the text negative bits a character: higher is better. Median over the seeds, and the least and the most. "Reaches":
+after which share of its run an arm's score is for the first time that of the child from scratch at the end of the same compute; on
+the way the score is taken on a quarter of the test data.
 """
 
 
@@ -43,17 +44,40 @@ def page(rows: list[Row]) -> str:
 
 def table(rows: list[Row]) -> str:
     """One task's arms."""
-    lines = ["| arm | seeds | parent | at birth | at the end | reaches | parameters |", "|---|---|---|---|---|---|---|"]
-    marks = {row["seed"]: row["final"] for row in rows if row["arm"] == "child from scratch, twice"}
+    heads = ["arm", "seeds", "parent", "at birth", "at the end", "reaches", "steps", "parameters"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    marks = {row["seed"]: row["final"] for row in rows if row["arm"] == "child from scratch"}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         reached = [share for row in own if (share := reaches(row, marks.get(row["seed"]))) is not None]
         share = f"{median(reached):.0%} ({len(reached)} of {len(own)})" if reached else "never"
         ends = [row["final"] for row in own]
-        spread = f"{median(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})"
         births, parents = (median(row[key] for row in own) for key in ("birth", "parent"))
-        lines.append(f"| {arm} | {len(own)} | {parents:.2f} | {births:.2f} | {spread} | {share} | {own[0]['parameters']:,} |")
+        cells = [arm, len(own), f"{parents:.2f}", f"{births:.2f}", _spread(ends), share]
+        lines.append(f"| {' | '.join(map(str, cells))} | {own[0]['steps']:,} | {own[0]['parameters']:,} |")
     return "\n".join(lines)
+
+
+def overview(rows: list[Row]) -> str:
+    """A row an arm and a column a task: the scores at the end."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    seeds = {name: len({row["seed"] for row in rows if row["task"] == name}) for name in names}
+    heads = ["at the end", *(f"{name}, {seeds[name]} seeds" for name in names)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    parents = {(row["task"], row["seed"]): row["parent"] for row in rows}
+    lines.append(_overviewed("parent, before", [[v for (n, _), v in parents.items() if n == name] for name in names]))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        finals = [[row["final"] for row in rows if (row["task"], row["arm"]) == (name, arm)] for name in names]
+        lines.append(_overviewed(arm, finals))
+    return "\n".join(lines) + "\n"
+
+
+def _overviewed(arm: str, finals: list[list[float]]) -> str:
+    return f"| {' | '.join([arm, *(_spread(ends) if ends else '' for ends in finals)])} |"
+
+
+def _spread(ends: list[float]) -> str:
+    return f"{median(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})"
 
 
 def reaches(row: Row, mark: float | None) -> float | None:

@@ -21,11 +21,10 @@ class Images:
 
     def __init__(self, count: int, tests: int) -> None:
         self.count, self.tests = count, tests
-        self.steps = count // _BATCH  # an epoch
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """Batch `step` of all epochs."""
-        epoch, place = divmod(step, self.steps)
+        epoch, place = divmod(step, self.count // _BATCH)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
         rows = order[place * _BATCH : (place + 1) * _BATCH]
         x, y = data.images("train", self.count)
@@ -44,8 +43,8 @@ class Images:
 class Text:
     """The next character of a text; the score is the negative of the loss in bits a character, on a quarter likewise."""
 
-    def __init__(self, steps: int, tests: int, length: int = 64) -> None:
-        self.steps, self.tests, self.length = steps, tests, length
+    def __init__(self, tests: int, length: int = 32) -> None:
+        self.tests, self.length = tests, length
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         learnt, _, _ = data.text()
@@ -75,15 +74,13 @@ def _conv(inputs: int, outputs: int) -> list[nn.Module]:
 def quick() -> nn.Module:
     """Three convolutions with pools between them, in the manner of cifar10_quick."""
     pool = nn.MaxPool2d(2)
-    return nn.Sequential(
-        *(*_conv(1, 12), pool, *_conv(12, 24), pool, *_conv(24, 32), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(288, 10))
-    )
+    return nn.Sequential(*(*_conv(1, 8), pool, *_conv(8, 16), pool, *_conv(16, 24), nn.Flatten(), nn.Linear(216, 10)))
 
 
 def vgg() -> nn.Module:
     """Two convolutions a stage, three stages."""
     stages = [_conv(a, b) + _conv(b, b) + [nn.MaxPool2d(2)] for a, b in ((1, 8), (8, 16), (16, 24))]
-    return nn.Sequential(*(part for stage in stages for part in stage), nn.Flatten(), nn.Linear(216, 10))
+    return nn.Sequential(*(part for stage in stages for part in stage), nn.Flatten(), nn.Linear(24, 10))
 
 
 class Block(nn.Module):
@@ -127,7 +124,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A small language model of characters."""
 
-    def __init__(self, width: int = 48, heads: int = 4, inner: int = 96, layers: int = 2, length: int = 64) -> None:
+    def __init__(self, width: int = 32, heads: int = 4, inner: int = 32, layers: int = 2, length: int = 32) -> None:
         super().__init__()
         _, _, kinds = data.text()
         self.embed, self.place = nn.Embedding(kinds, width), nn.Embedding(length, width)
@@ -153,7 +150,7 @@ class Task:
     name: str
     make: Any
     data: Any
-    epochs: int  # of the parent, and of the child after it
+    steps: int  # of the parent, and of the child after it
     rate: float
     wider: tuple[tuple[str, int | str], ...]
     deeper: tuple[str, ...]
@@ -171,20 +168,21 @@ class Task:
 
 def tasks(quick_run: bool = False) -> dict[str, Task]:
     """All of them, by name; of a size for seconds, if `quick_run`."""
-    pictures = Images(640, 500) if quick_run else Images(8_000, 10_000)
-    letters = Text(10, 16) if quick_run else Text(150, 256)
+    pictures = Images(640, 500) if quick_run else Images(60_000, 10_000)
+    letters = Text(16) if quick_run else Text(512)
+    steps = 20 if quick_run else 1000
     found = [
-        Task("quick", quick, pictures, 3, 2e-3, (("0", 24), ("4", 48), ("8", 64)), ("8",)),
+        Task("quick", quick, pictures, steps, 2e-3, (("0", 24), ("4", 48), ("8", 64)), ("8",)),
+        Task("text", Transformer, letters, steps, 2e-3, (("blocks.*.up", "x4"),), (), ("blocks.0", "blocks.1")),
+        Task("resnet", resnet, pictures, steps, 2e-3, (("0", 16), ("*.conv1", "x2"), ("[345].conv2", "x2")), ("*.conv2",)),
         Task(
             "vgg",
             vgg,
             pictures,
-            3,
+            steps,
             2e-3,
             (("0", 16), ("3", 16), ("7", 32), ("10", 32), ("14", 48), ("17", 48)),
             ("3", "10", "17"),
         ),
-        Task("resnet", resnet, pictures, 3, 2e-3, (("0", 16), ("*.conv1", "x2"), ("[345].conv2", "x2")), ("*.conv2",)),
-        Task("text", Transformer, letters, 3, 2e-3, (("blocks.*.up", "x4"),), (), ("blocks.0", "blocks.1")),
     ]
     return {task.name: task for task in found}
