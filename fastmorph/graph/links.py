@@ -75,7 +75,12 @@ def is_of_links(growth: Growth, links: list[Link]) -> bool:
 def _is_stock(module: nn.Module) -> bool:
     """Whether a module does what PyTorch's class does, and knows no other module."""
     kind = type(module)
-    known = kind is nn.Sequential or (kind.__module__.startswith("torch.nn.modules.") and not module._modules)
-    own = kind.forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    known = kind is nn.Sequential or (_is_torchs(kind) and not module._modules)
+    own = _is_torchs(kind.forward) and "forward" not in vars(module)
     plain = not any(isinstance(value, Tensor) for value in vars(module).values())  # tensors are parameters or buffers
     return known and own and plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_torchs(thing: object) -> bool:
+    """Whether a class or a function stands in PyTorch's layers; what is made by `exec` may stand in no module at all."""
+    return str(thing.__module__).startswith("torch.nn.modules.")

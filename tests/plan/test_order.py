@@ -69,9 +69,9 @@ def follows(monkeypatch):
     counts = {"follow": 0, "grown": 0}
     plain, grown = transactions.follow, fm.graph.Structure.grown
 
-    def counted(*given):
+    def counted(*given, **options):
         counts["follow"] += 1
-        return plain(*given)
+        return plain(*given, **options)
 
     def counted_growth(structure, growth):
         counts["grown"] += 1
