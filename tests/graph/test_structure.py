@@ -80,9 +80,14 @@ def test_what_meets_is_found_on_what_has_grown(runs):
 
 def test_other_operators_follow_again_only_where_a_width_comes(runs):
     model = blocks()
-    plan = [fm.Widen("blocks.0.0", 8), fm.Deepen("blocks.1.0"), fm.GrowKernel("stem", 3), fm.Widen("blocks.0.0", 9)]
+    between = [fm.Deepen("blocks.1.0"), fm.GrowKernel("stem", 3)]
+    plan = [fm.Widen("blocks.0.0", 8), *between, fm.Widen("blocks.2.0", 9)]
     assert fm.morph(model, plan, example_inputs=X).certificate
-    assert len(runs) == 3  # what meets no other operator is found before them: followed, and checked once a width
+    assert len(runs) == 2  # what meets no other operator is found before them: followed, and checked together
+    del runs[:]
+    again = [fm.Widen("blocks.0.0", 8), *between, fm.Widen("blocks.0.0", 9)]
+    assert fm.morph(model, again, example_inputs=X).certificate
+    assert len(runs) == 4  # the same tensor twice is written in two turns, in the order of the plan
     del runs[:]
     meets = [fm.Widen("blocks.0.0", 8), fm.Deepen("blocks.0.0"), fm.Widen("blocks.0.0.first", 40)]
     assert fm.morph(model, meets, example_inputs=X).certificate
