@@ -1,7 +1,7 @@
 """Tables of the README and the site from the ledger: python -m bench.tables writes them, a test holds them to it.
 
-A table stands between `<!-- ledger: NAME -->` and `<!-- end -->`; its rows are the newest line of each case that is measured. That of
-learning comes from the experiments' results.
+A table stands between `<!-- ledger: NAME -->` and `<!-- end -->`; its rows are the newest line of each case that is measured.
+That of learning comes from the experiments' results.
 """
 
 from __future__ import annotations

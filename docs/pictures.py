@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -150,8 +151,13 @@ def training():
     save(figure, "training")
 
 
+def learning():
+    """As the experiments drew it."""
+    shutil.copy(Path(__file__).parents[1] / "bench" / "learning" / "results.svg", OUT / "learning.svg")
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "fastmorph"
-    for draw in (equation, closed_form, borders, twins, hidden_channels, training):
+    for draw in (equation, closed_form, borders, twins, hidden_channels, training, learning):
         draw()

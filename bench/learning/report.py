@@ -11,12 +11,12 @@ Row = dict[str, Any]
 
 _HEAD = """# Does a grown network learn better?
 
-Written by `make experiments` from results.jsonl. A parent is trained to the end of its learning rate's schedule and grown. Each arm
-then has the compute of as many steps of the child ("twice": twice that; "as many steps", Net2Net and the others say theirs), AdamW, a
-learning rate that rises to the parent's first one and decays to 0 by a cosine, and the same order of batches. Scores are accuracies
-in percent, for the text negative bits a character: higher is better. Median over the seeds, and the least and the most. "Reaches":
-after which share of its run an arm's score is for the first time that of the child from scratch at the end of the same compute; on
-the way the score is taken on a quarter of the test data.
+Written by `make experiments` from results.jsonl. A parent is trained to the end of its learning rate's schedule and grown. Each
+arm then has the compute of as many steps of the child ("twice": twice that; "as many steps" and Net2Net: those steps), AdamW, a
+learning rate that decays to 0 by a cosine, and the same order of batches. Scores are accuracies in percent, for the text
+negative bits a character: higher is better. Median over the seeds, and the least and the most. "Reaches": after which share of
+its run an arm's score is for the first time that of the child from scratch at the end of the same compute, both on the quarter
+of the test data on which the scores on the way are taken.
 """
 
 
@@ -46,7 +46,7 @@ def table(rows: list[Row]) -> str:
     """One task's arms."""
     heads = ["arm", "seeds", "parent", "at birth", "at the end", "reaches", "steps", "parameters"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    marks = {row["seed"]: row["final"] for row in rows if row["arm"] == "child from scratch"}
+    marks = {row["seed"]: row["curve"][-1][1] for row in rows if row["arm"] == "child from scratch"}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         reached = [share for row in own if (share := reaches(row, marks.get(row["seed"]))) is not None]
