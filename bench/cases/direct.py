@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastmorph_kernels.configs import Shipped, shipped
-from fastmorph_kernels.direct.kernel import direct_kernel, scales_kernel, sums_kernel
+from fastmorph_kernels.direct.kernel import direct_kernel, sums_kernel
 from fastmorph_kernels.direct.launch import SCALES_BLOCK
 from fastmorph_kernels.direct.mixing import SIDE
+from fastmorph_kernels.direct.scales_kernel import scales_kernel
 
 from bench.cases.case import Case, aligned_with
 

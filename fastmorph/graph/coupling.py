@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastmorph.graph.edges import NO_EDGES, Edges, unique
 from fastmorph.graph.ragged import first_alike, positions
-from fastmorph.graph.record import NO_EDGES, Bools, Edges, Grouping, Ints, Record, unique
+from fastmorph.graph.record import Bools, Grouping, Ints, Record
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from fastmorph.graph.coupling import Coupling, Floats, kinds
+from fastmorph.graph.edges import unique
 from fastmorph.graph.flow import line, varying_dims
 from fastmorph.graph.ragged import positions
-from fastmorph.graph.record import Axis, Ints, Record, unique
+from fastmorph.graph.record import Axis, Ints, Record
 from fastmorph.graph.streams.algebra import Stream
 
 

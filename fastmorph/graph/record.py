@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmorph.graph.edges import NO_EDGES, Edges, chain, edges, unique
 from fastmorph.graph.flow import line
 from fastmorph.graph.ragged import scrambled
 from fastmorph.graph.tape import Tape
@@ -28,8 +29,6 @@ from fastmorph.outputs import Path
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
-Edges = np.ndarray[Any, np.dtype[np.int64]]  # (n, 2), pairs of atoms
-NO_EDGES: Edges = np.zeros((0, 2), np.int64)
 _PLACES = 64  # operands and results of one operator
 _PAIRS = 2**19  # ties that are made unique together
 
@@ -378,31 +377,3 @@ def _atoms(labels: Iterable[Tensor]) -> Ints:
     """All atoms in the labels, each once, (n,)."""
     atoms = np.unique(_joined(labels))
     return atoms[atoms >= 0]
-
-
-def _pairs(one: Ints, two: Ints) -> Edges:
-    pairs = np.stack([one, two], 1)
-    return pairs if not len(pairs) or pairs.min() >= 0 else pairs[(pairs >= 0).all(1)]
-
-
-def edges(one: Tensor, two: Tensor) -> Edges:
-    """The pairs of atoms at equal positions of two labels that broadcast."""
-    one, two = torch.broadcast_tensors(one, two)
-    return _pairs(one.numpy().reshape(-1), two.numpy().reshape(-1))
-
-
-def chain(lines: Tensor) -> Edges:
-    """Ties neighbours in each row of (*, n) labels."""
-    return edges(lines[..., :-1], lines[..., 1:])
-
-
-def unique(pairs: Edges) -> Edges:
-    """Undirected, each once, without loops, sorted."""
-    if not len(pairs):
-        return pairs
-    low, high = np.minimum(pairs[:, 0], pairs[:, 1]), np.maximum(pairs[:, 0], pairs[:, 1])
-    bits = int(high.max()).bit_length()
-    # As one number, which sorts much faster than pairs; and they come in few runs, which a merge sort makes use of.
-    keys = np.sort(((low << bits) | high)[low != high], kind="stable")
-    keys = keys[np.append(True, np.diff(keys) > 0)[: len(keys)]]
-    return np.stack([keys >> bits, keys & ((1 << bits) - 1)], 1)

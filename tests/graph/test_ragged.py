@@ -11,8 +11,8 @@ from widening import Net, randn, trained
 import fastmorph as fm
 from fastmorph.graph import ragged
 from fastmorph.graph.coupling import kinds
+from fastmorph.graph.edges import unique
 from fastmorph.graph.ragged import first_alike, positions, scrambled
-from fastmorph.graph.record import unique
 
 
 @pytest.mark.parametrize("collide", [False, True])

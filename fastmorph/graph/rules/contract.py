@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmorph.graph.edges import chain, edges
 from fastmorph.graph.flow import FIXED, Flow, compress, is_real
-from fastmorph.graph.record import Grouping, chain, edges
+from fastmorph.graph.record import Grouping
 from fastmorph.graph.rules.move import merge
 from fastmorph.graph.rules.pointwise import combine
 from fastmorph.graph.rules.reduce import mix

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastmorph.graph.edges import chain
 from fastmorph.graph.flow import FIXED, FREE, Flow, compress, is_real, line, varying_dims
-from fastmorph.graph.record import chain
 from fastmorph.graph.tracer import Call, Tracer, storage_size
 
 KEEP = ("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift", "positive", "to", "_conj", "resolve_conj")

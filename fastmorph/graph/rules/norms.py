@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmorph.graph.edges import chain
 from fastmorph.graph.flow import Flow, only_along, varying_dims
-from fastmorph.graph.record import chain
 from fastmorph.graph.rules.pointwise import combine
 from fastmorph.graph.rules.reduce import mix, note_normalised
 from fastmorph.graph.tracer import Call, Tracer

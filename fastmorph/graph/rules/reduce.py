@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmorph.graph.edges import NO_EDGES, Edges, chain
 from fastmorph.graph.flow import Flow, compress, varying_dims
-from fastmorph.graph.record import NO_EDGES, Edges, Grouping, chain
+from fastmorph.graph.record import Grouping
 from fastmorph.graph.tracer import Call, NoSuchDimension, Tracer
 
 _ROLES = 62  # a place of the journal's entry beyond any operand's

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..configs import launch_options, lookup
 from .balance import Balance
-from .kernel import direct_kernel, scales_kernel, sums_kernel
+from .kernel import direct_kernel, sums_kernel
 from .mixing import SIDE, deal, groups_of, shares_pairs
+from .scales_kernel import scales_kernel
 
 # A row of so many taps or more fills sectors of memory well as it is.
 _LONG_ROW = 32

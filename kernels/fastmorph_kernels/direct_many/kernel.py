@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..direct.kernel import add_rows, fill_span, store_scales, sum_of_squares
+from ..direct.kernel import add_rows, fill_span
+from ..direct.scales_kernel import store_scales, sum_of_squares
 from ..groups import load_sizes, row_of
 from .table import FACTOR_FIELDS, SCALE_FIELDS
 

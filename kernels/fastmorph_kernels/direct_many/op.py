@@ -162,11 +162,8 @@ def _plain(
         first, second, zeros = kernels[2 * n], kernels[2 * n + 1], before[3 * n : 3 * n + 3]
         items = slice(item, item + len(weight))
         keys = np.array(seeds[items], np.int64).view(np.uint64)
-        options: dict[str, Any] = {
-            "density": density,
-            "into_first": into_first[n],
-            "queued": True,
-        }  # what is infinite passes as a tensor
+        # Queued: a scale that is infinite passes as a tensor.
+        options: dict[str, Any] = {"density": density, "into_first": into_first[n], "queued": True}
         fill_plainly((first, second), weight, zeros[6 - weight.ndim :], keys, **options)
         told[0, items] = _residual(six_dimensional(weight), six_dimensional(first), six_dimensional(second), zeros)
         told[2, items] = weight.double().flatten(1).abs().amax(1) if len(weight) else 0.0
