@@ -56,6 +56,6 @@ def contender(way: str) -> Contender:
     return Contender(run, difference, TOLERANCE, rounds=1, job=job, once=True)
 
 
-@pytest.mark.contenders(*(f"Llama {way}" for way in ("clone", *FILLS)))
+@pytest.mark.contenders(LLAMA := [f"Llama {way}" for way in ("clone", *FILLS)], slow=LLAMA)
 def test_streams(race: Race, name: str) -> None:
     race("networks", contender(name.removeprefix("Llama ")))
